@@ -1,0 +1,79 @@
+"""What the command lines of all rooms share: options made from config fields, errors without tracebacks, Ctrl-C."""
+
+import dataclasses
+import logging
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .errors import UserError
+
+
+class Commands(click.Group):
+    """A command group that lists its commands in the order in which they were added, as the chain runs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+def config_option(config: type, name: str, *flags: str, **extra: Any) -> Callable[[Any], Any]:
+    """Make a click option from a field of a config dataclass: its help, default, choices and type stand there.
+
+    An option that was not given passes None, so that a config file below it can speak: see `given`.
+    """
+    field = next(each for each in dataclasses.fields(config) if each.name == name)
+    hint = typing.get_type_hints(config)[name]
+    members = [each for each in typing.get_args(hint) if each is not type(None)] if isinstance(hint, types.UnionType) else [hint]
+    kind = members[0]
+    default = field.default if field.default is not dataclasses.MISSING else None
+    shown = "" if default in (None, "", ()) else f"  [default: {default}]"
+    choices = field.metadata.get("choices")
+    declared = flags or ("--" + name.replace("_", "-"),)
+    if kind is bool:
+        word = declared[0].removeprefix("--")
+        return click.option(f"--{word}/--no-{word}", name, default=None, help=field.metadata["help"] + shown, **extra)
+    if typing.get_origin(kind) in (list, tuple):
+        return click.option(*declared, name, multiple=True, help=field.metadata["help"] + shown, **extra)
+    converter: Any = click.Choice(choices) if choices else (click.Path(path_type=Path) if kind is Path else kind)
+    return click.option(*declared, name, type=converter, default=None, help=field.metadata["help"] + shown, **extra)
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given on the command line: a config's own defaults fill the rest."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items() if value not in (None, ())}
+
+
+def run_command_line(command: click.Command) -> None:
+    """Run a command: a UserError is one line and its exit code, Ctrl-C says how to resume, a bug keeps its traceback."""
+    start_talking()
+    try:
+        command(standalone_mode=False, prog_name="sftkit")
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("\nstopped. Everything that finished is kept: the same command goes on from here.", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def start_talking() -> None:
+    """Send sftkit's own log lines to stderr, as plain sentences."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("sftkit")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

@@ -1,0 +1,97 @@
+"""What an engine is: it takes requests as a stream and gives completions as they finish, in any order."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from ..chat import Chat
+from ..config import setting
+from ..example import Message
+
+
+ENGINES = ("auto", "transformers", "vllm", "openai")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a model is run. None of this decides what a sample is, beyond rounding."""
+
+    engine: str = setting("auto", "What runs the model; auto is vllm where it and a GPU are present, else transformers.", choices=ENGINES)
+    base_url: str | None = setting(None, "Address of an OpenAI-compatible server (engine openai), as http://localhost:8000/v1.")
+    concurrency: int = setting(64, "Requests in flight at a server; twice this waits in memory.")
+    batch_tokens: int = setting(16_384, "Upper limit of tokens (prompt and answer) in one batch of the transformers engine.")
+    device: str | None = setting(None, "Where the transformers engine runs: cpu, cuda, cuda:1; found by itself when not given.")
+    dtype: str = setting("auto", "Number format of the weights.", choices=("auto", "bfloat16", "float16", "float32"))
+    gpu_memory_utilization: float = setting(0.9, "Share of the GPU's memory that vLLM may take.")
+    max_num_seqs: int | None = setting(None, "Sequences vLLM runs at once; its own default when not given.")
+    max_model_len: int | None = setting(None, "Context length that vLLM reserves; the model's own when not given.")
+    enforce_eager: bool = setting(False, "Start vLLM without compiling graphs: a faster start, slower tokens.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What decides an answer, given its prompt and model."""
+
+    temperature: float = setting(0.8, "0 is greedy.")
+    top_p: float = setting(0.95, "Sample from the smallest set of tokens that holds this probability.")
+    max_new_tokens: int = setting(512, "Longest answer, in tokens; a longer one is cut and never eligible.")
+    seed: int = setting(0, "Each sample has its own stream of random numbers, drawn from this, its prompt and its index.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One answer wanted. `prompt_ids` is the rendered prompt; a server is sent `messages` and renders for itself."""
+
+    key: str  # comes back with the completion
+    prompt_ids: tuple[int, ...]
+    messages: list[Message]
+    sampling: Sampling
+    seed: int  # of this sample alone, below 2**63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One finished answer, or why there is none. The text has no end-of-turn token; `num_tokens` counts it when it came."""
+
+    key: str
+    text: str = ""
+    finish_reason: Literal["stop", "length", "error"] = "stop"
+    num_tokens: int = 0
+    logprob: float | None = None  # mean over the tokens, natural logarithm, of the model's own distribution (before temperature and top-p)
+    error: str | None = None  # set exactly when finish_reason is "error"
+    token_ids: tuple[int, ...] = field(default=(), repr=False)  # empty where the engine does not tell
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRequest:
+    """A text whose tokens are to be scored: log p(ids[i] | ids[:i]) for each i >= start."""
+
+    key: str
+    ids: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Natural-log probabilities of ids[start:], in order; empty with `error` set when they could not be computed."""
+
+    key: str
+    logprobs: tuple[float, ...] = ()
+    error: str | None = None
+
+
+class Engine(Protocol):
+    """Runs one model. `generate` and `logprobs` pull requests as they have room for them and yield results as they finish.
+
+    A request that fails comes back with its error and never stops the others. Closing gives the memory back.
+    """
+
+    identity: str  # what the key of a sample takes for the model: see core.models.model_identity
+    chat: Chat | None  # None where a server renders
+    context_length: int | None  # tokens of prompt and answer together; None where unknown
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]: ...
+
+    def logprobs(self, requests: Iterable[ScoreRequest]) -> Iterator[TokenLogprobs]: ...
+
+    def close(self) -> None: ...

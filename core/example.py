@@ -1,0 +1,70 @@
+"""The four records that flow through every room: an example, a sample of a teacher, a score, a decision."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Message = dict[str, Any]  # {"role": ..., "content": ...}, and what a format adds (tool_calls, name, ...)
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One conversation. Its id is `content_id(messages)`; a repeated row gets `~2`, `~3`, … so that ids are unique in a set."""
+
+    id: str
+    messages: list[Message]
+    source: str = ""  # where it came from: file:row
+    meta: dict[str, Any] = field(default_factory=dict)  # every other column of the row, unchanged
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One answer of a teacher. `logprob` is the mean over its tokens, in nats; None where the engine does not tell."""
+
+    example_id: str
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"]
+    num_tokens: int
+    logprob: float | None
+    model: str
+    sampling_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A number attached to a row. `value` None means it could not be scored; it is never replaced by a number."""
+
+    example_id: str
+    sample_index: int | None
+    name: str
+    value: float | None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What one stage did with one row, and why. `witness_id` is the kept row that stands for a removed one."""
+
+    example_id: str
+    sample_index: int | None
+    stage: str
+    action: Literal["kept", "rejected", "failed"]
+    rule: str = ""
+    score: float | None = None
+    threshold: float | None = None
+    witness_id: str | None = None
+
+
+def content_id(messages: Sequence[Message]) -> str:
+    """Return 16 hex digits (64 bits) of the SHA-256 of the canonical JSON of the messages."""
+    canonical = json.dumps(list(messages), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def row_id(example_id: str, sample_index: int | None) -> str:
+    """Return how a row is written for people and in `witness_id`: `ID`, or `ID/INDEX` for a sample of a teacher."""
+    return example_id if sample_index is None else f"{example_id}/{sample_index}"

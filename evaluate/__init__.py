@@ -1,0 +1,1 @@
+"""Evaluate: answers side by side and held-out loss, with paired intervals."""

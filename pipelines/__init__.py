@@ -1,0 +1,1 @@
+"""Pipelines: recipes that chain the rooms, and the report."""
