@@ -1,0 +1,179 @@
+"""The candidate rows of a run: read them, decide on them, write those that are left as the run's data set."""
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from ..core.errors import UserError
+from ..core.example import Decision, Message, row_id
+from ..core.files import write_atomically
+from ..core.ledger import RowKey
+from ..core.run import Run
+
+log = logging.getLogger(__name__)
+
+KEY = ["example_id", "sample_index"]
+STORED = {  # rows.parquet (imported rows); prompts.parquet (of a distillation) has those that do not belong to an answer
+    "example_id": pl.String,
+    "sample_index": pl.Int32,  # null unless several answers were imported for one prompt
+    "messages": pl.String,  # JSON text of the conversation, with the answer
+    "reference": pl.String,
+    "source": pl.String,
+    "meta": pl.String,  # JSON text
+    "finish_reason": pl.String,
+    "num_tokens": pl.Int64,
+    "logprob": pl.Float64,
+}
+SCHEMA = {**STORED, "prompt": pl.String, "response": pl.String}
+
+
+def load_rows(run: Run, *, all: bool = False, before: str | None = None) -> pl.DataFrame:
+    """Return the candidate rows that the newest stage kept, columns as in SCHEMA, in input order.
+
+    `all` returns every candidate, kept or not; `before` returns what the stage of this name has for its input: the
+    rows that the stage before it kept. Raises UserError for a run without rows.
+    """
+    curate = run.path / "curate"
+    if (curate / "rows.parquet").exists():
+        rows = imported_rows(curate / "rows.parquet")
+    elif (curate / "prompts.parquet").exists():
+        rows = _distilled_rows(curate)
+    else:
+        raise UserError(f"{run.path}: has no rows yet; `sftkit curate distill` or `sftkit curate import` brings some")
+    if all:
+        return rows
+    ledger = run.ledger.read()
+    if before is not None:
+        stages = run.ledger.stages()
+        if before in stages:
+            step = ledger.filter(pl.col("stage") == before)["step"][0]
+            ledger = ledger.filter(pl.col("step") < step)
+    if ledger.is_empty():
+        return rows
+    newest = ledger.filter(pl.col("step") == pl.col("step").max())
+    if (curate / "prompts.parquet").exists() and newest["stage"][0] == "prompts":
+        raise UserError(f"{run.path}: the distillation has not finished; the same `sftkit curate distill` command finishes it")
+    kept = newest.filter(pl.col("action") == "kept").select(KEY)
+    return rows.join(kept, on=KEY, how="semi", nulls_equal=True, maintain_order="left")
+
+
+def imported_rows(path: Path) -> pl.DataFrame:
+    """Read a rows.parquet and add the texts of prompt and response."""
+    stored = pl.read_parquet(path)
+    columns = [pl.col(name).cast(kind) if name in stored.columns else pl.lit(None, kind).alias(name) for name, kind in STORED.items()]
+    rows = stored.select(columns)
+    texts = [split_texts(json.loads(messages)) for messages in rows["messages"]]
+    return rows.with_columns(
+        pl.Series("prompt", [prompt for prompt, _ in texts], pl.String),
+        pl.Series("response", [response for _, response in texts], pl.String),
+    )
+
+
+def _distilled_rows(curate: Path) -> pl.DataFrame:
+    from ..core.store import SampleStore
+
+    prompts = pl.read_parquet(curate / "prompts.parquet").with_row_index("order")
+    conversations = [json.loads(messages) for messages in prompts["messages"]]
+    prompts = prompts.with_columns(pl.Series("prompt", [_text(each) for each in conversations], pl.String))
+    if not (curate / "samples.sqlite").exists():
+        return pl.DataFrame(schema=SCHEMA)
+    with SampleStore(curate / "samples.sqlite") as store:
+        samples = store.frame().select("example_id", "sample_index", "text", "finish_reason", "num_tokens", "logprob")
+    rows = prompts.join(samples, on="example_id").sort("order", "sample_index")
+    answered = [
+        _json([*conversations[order], {"role": "assistant", "content": text}])
+        for order, text in zip(rows["order"], rows["text"], strict=True)
+    ]
+    rows = rows.with_columns(pl.Series("messages", answered, pl.String), pl.col("text").alias("response"))
+    return rows.select([pl.col(name).cast(kind) for name, kind in SCHEMA.items()])
+
+
+def split_texts(messages: Sequence[Message]) -> tuple[str, str | None]:
+    """Return the text of everything before the final answer, and the answer's own; None where the conversation has none."""
+    if messages and messages[-1].get("role") == "assistant":
+        return _text(messages[:-1]), message_text(messages[-1])
+    return _text(messages), None
+
+
+def message_text(message: Message) -> str:
+    """Return the text of one turn; of content in parts, the text parts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "\n".join(str(part["text"]) for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
+    return "" if content is None else str(content)
+
+
+def _text(messages: Sequence[Message]) -> str:
+    return "\n".join(message_text(message) for message in messages)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def keys(rows: pl.DataFrame) -> list[RowKey]:
+    """Return (example_id, sample_index) of each row."""
+    return list(zip(rows["example_id"].to_list(), rows["sample_index"].to_list(), strict=True))
+
+
+def row_ids(rows: pl.DataFrame) -> list[str]:
+    """Return how each row is written for people and as a witness."""
+    return [row_id(*key) for key in keys(rows)]
+
+
+def record(run: Run, stage: str, rows: pl.DataFrame | Sequence[RowKey], decisions: Iterable[Decision]) -> pl.DataFrame:
+    """Enter a stage's decisions on its input `rows` in the ledger, make the kept rows the run's data set, and return them.
+
+    Says which later stages became void. Raises ConservationError unless every input row has exactly one decision.
+    """
+    decided = list(decisions)
+    void = run.ledger.record(stage, keys(rows) if isinstance(rows, pl.DataFrame) else rows, decided)
+    if void:
+        log.info("%s: %s stood on the former rows and %s void now: run again", stage, ", ".join(void), "is" if len(void) == 1 else "are")
+    if isinstance(rows, pl.DataFrame):
+        kept = [(d.example_id, d.sample_index) for d in decided if d.action == "kept"]
+        kept_keys = pl.DataFrame(kept, schema={"example_id": pl.String, "sample_index": pl.Int32}, orient="row")
+        left = rows.join(kept_keys, on=KEY, how="semi", nulls_equal=True, maintain_order="left")
+    else:
+        left = load_rows(run)
+    write_dataset(left, run.room("curate"))
+    return left
+
+
+def write_dataset(rows: pl.DataFrame, folder: Path) -> None:
+    """Write rows as dataset.jsonl and dataset.parquet: id (as `row_id`), messages, source, meta.
+
+    In the Parquet file `messages` is a list of {role, content}. Where a turn holds more than two texts (tool calls, names,
+    parts), the column `extra` has the JSON text of the whole conversation and the content is the turn's text.
+    """
+    export_rows(rows, folder / "dataset.jsonl")
+    turns, extra = [], []
+    for text in rows["messages"]:
+        messages = json.loads(text)
+        simple = all(set(each) == {"role", "content"} and isinstance(each["content"], str) for each in messages)
+        turns.append([{"role": each["role"], "content": message_text(each)} for each in messages])
+        extra.append(None if simple else text)
+    message_type = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
+    columns = [
+        pl.Series("id", row_ids(rows), pl.String),
+        rows["example_id"],
+        rows["sample_index"],
+        pl.Series("messages", turns, message_type),
+        rows["source"],
+        rows["meta"],
+    ]
+    if any(each is not None for each in extra):
+        columns.append(pl.Series("extra", extra, pl.String))
+    with write_atomically(folder / "dataset.parquet") as temporary:
+        pl.DataFrame(columns).write_parquet(temporary)
+
+
+def export_rows(rows: pl.DataFrame, path: Path) -> None:
+    """Write rows as JSONL, one conversation a line: {"id": …, "messages": […], "source": …, "meta": {…}}."""
+    with write_atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for name, messages, source, meta in zip(row_ids(rows), rows["messages"], rows["source"], rows["meta"], strict=True):
+            file.write(f'{{"id": {_json(name)}, "messages": {messages}, "source": {_json(source)}, "meta": {meta or "{}"}}}\n')
