@@ -2,7 +2,9 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,17 @@ STORED = {  # rows.parquet (imported rows); prompts.parquet (of a distillation) 
     "logprob": pl.Float64,
 }
 SCHEMA = {**STORED, "prompt": pl.String, "response": pl.String}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a stage did: rows in, rows kept, and how many each rule removed."""
+
+    stage: str
+    num_input: int
+    kept: pl.DataFrame
+    removed: dict[str, int]  # by rule, most first
+    notes: tuple[str, ...] = ()  # what else a person should know
 
 
 def load_rows(run: Run, *, all: bool = False, before: str | None = None) -> pl.DataFrame:
@@ -125,8 +138,30 @@ def row_ids(rows: pl.DataFrame) -> list[str]:
     return [row_id(*key) for key in keys(rows)]
 
 
-def record(run: Run, stage: str, rows: pl.DataFrame | Sequence[RowKey], decisions: Iterable[Decision]) -> pl.DataFrame:
-    """Enter a stage's decisions on its input `rows` in the ledger, make the kept rows the run's data set, and return them.
+def input_rows(run: Run, stage: str) -> pl.DataFrame:
+    """Return what a stage has to decide on. Raises UserError when nothing is left for it."""
+    rows = load_rows(run, before=stage)
+    if rows.is_empty():
+        raise UserError(f"{run.path}: no row is left to decide on{_what_removed_most(run, stage)}")
+    return rows
+
+
+def _what_removed_most(run: Run, stage: str) -> str:
+    summary = run.ledger.summary().filter(pl.col("action") != "kept")
+    mine = summary.filter(pl.col("stage") == stage)
+    earlier = summary if mine.is_empty() else summary.filter(pl.col("step") < mine["step"][0])
+    if earlier.is_empty():
+        return ""
+    most = earlier.sort("rows")[-1]
+    return (
+        f": stage {most['stage'].item()} removed {most['rows'].item():,} by its rule {most['rule'].item()!r}; loosen that and run it again"
+    )
+
+
+def record(
+    run: Run, stage: str, rows: pl.DataFrame | Sequence[RowKey], decisions: Iterable[Decision], notes: Sequence[str] = ()
+) -> Outcome:
+    """Enter a stage's decisions on its input `rows` in the ledger and make the kept rows the run's data set.
 
     Says which later stages became void. Raises ConservationError unless every input row has exactly one decision.
     """
@@ -141,7 +176,11 @@ def record(run: Run, stage: str, rows: pl.DataFrame | Sequence[RowKey], decision
     else:
         left = load_rows(run)
     write_dataset(left, run.room("curate"))
-    return left
+    removed = Counter(d.rule for d in decided if d.action != "kept")
+    if left.is_empty() and decided:
+        rule, count = removed.most_common(1)[0]
+        log.warning("%s kept none of %s rows; the rule %r alone removed %s", stage, f"{len(decided):,}", rule, f"{count:,}")
+    return Outcome(stage, len(decided), left, dict(removed.most_common()), tuple(notes))
 
 
 def write_dataset(rows: pl.DataFrame, folder: Path) -> None:
