@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from ..core.config import setting
+from ..core.config import setting, to_mapping
 from ..core.errors import UserError
 from ..core.example import Decision, row_id
 from ..core.run import Run
@@ -80,7 +80,7 @@ def best(run: Run, config: BestConfig) -> Outcome:
     columns = sort_columns(run, rows, config.by, config.seed)
     gates = [(gate, read_score(run, rows, gate.name)["value"].to_list()) for gate in map(parse_gate, config.gate)]
     answers = read_score(run, rows, config.answers)["detail"].to_list() if config.majority else None
-    run.configure("best", vars(config), free=("*",))
+    run.configure("best", to_mapping(config), free=("*",))
 
     names = keys(rows)
     lengths = [len(text or "") for text in rows["response"]]
