@@ -21,7 +21,8 @@ SCRIPTS = {  # the scripts a language is written in, by the names that Unicode g
     "zh": ("CJK",), "ja": ("CJK", "HIRAGANA", "KATAKANA"), "ko": ("HANGUL", "CJK"), "th": ("THAI",),
     "ru": ("CYRILLIC",), "uk": ("CYRILLIC",), "bg": ("CYRILLIC",), "el": ("GREEK",), "he": ("HEBREW",),
     "ar": ("ARABIC",), "fa": ("ARABIC",), "ur": ("ARABIC",), "hi": ("DEVANAGARI",), "bn": ("BENGALI",), "ta": ("TAMIL",),
-    "en": LATIN, "de": LATIN, "fr": LATIN, "es": LATIN, "it": LATIN, "pt": LATIN, "nl": LATIN, "pl": LATIN, "tr": LATIN, "id": LATIN, "vi": LATIN,
+    "en": LATIN, "de": LATIN, "fr": LATIN, "es": LATIN, "it": LATIN, "pt": LATIN, "nl": LATIN, "pl": LATIN,
+    "tr": LATIN, "id": LATIN, "vi": LATIN,
 }  # fmt: skip
 FUNCTION_WORDS = {  # what tells the languages of the Latin script apart, in texts long enough to hold some
     "en": "the of and to in is that it for with as was are this be on by or you from",
@@ -50,7 +51,8 @@ REFUSALS = re.compile(
             rf"^\W*{_SORRY}\b[^.!?\n]{{0,80}}\bi ?{_NOT}\b[^.!?\n]{{0,30}}\b{_DO}",
             rf"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b[^.!?\n]{{0,60}}\bi ?{_NOT}\b",
             rf"^\W*(?:unfortunately,? |sorry,? (?:but )?)?i ?{_NOT}\b(?: to| be able to)? {_DO}(?! but\b)\b",
-            r"^[^\n]{0,80}\bi(?: am|['’]m) unable to (?:fulfil+|comply with|process|complete|assist with) (?:this|your|that|the) (?:request|task)",
+            r"^[^\n]{0,80}\bi(?: am|['’]m) unable to"
+            r" (?:fulfil+|comply with|process|complete|assist with) (?:this|your|that|the) (?:request|task)",
             r"(?:抱歉|对不起|對不起|不好意思)[^。！？\n]{0,24}(?:无法|無法|不能|没有办法|沒有辦法|不便|没法)",
             r"作[为為](?:一[个個名位款种種])?[^。！？\n，,]{0,12}(?:AI|人工智[能慧]|[语語]言模型|助手)[^。！？\n]{0,24}"
             r"(?:无法|無法|不能|没有|沒有|不具备|不具備)",
