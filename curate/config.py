@@ -19,7 +19,7 @@ class DistillConfig(Sampling):
     limit: int | None = setting(None, "Only the first prompts of the file.")
     budget_tokens: int | None = setting(None, "Most tokens generated in this run folder, all calls together; what is left over is said.")
     max_failed: float = setting(0.01, "Share of failed samples above which the command ends with exit code 3.")
-    engine: EngineConfig = setting(EngineConfig(), "How the teacher is run.")
+    engine: EngineConfig = field(default_factory=EngineConfig, metadata={"help": "How the teacher is run."})
 
     def __post_init__(self) -> None:
         for name, least in (("k", 1), ("max_new_tokens", 1), ("limit", 1), ("budget_tokens", self.max_new_tokens), ("seed", 0)):
