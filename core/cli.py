@@ -21,17 +21,18 @@ class Commands(click.Group):
         return list(self.commands)
 
 
-def config_option(config: type, name: str, *flags: str, **extra: Any) -> Callable[[Any], Any]:
+def config_option(config: type, name: str, *flags: str, show_default: bool = True, **extra: Any) -> Callable[[Any], Any]:
     """Make a click option from a field of a config dataclass: its help, default, choices and type stand there.
 
-    An option that was not given passes None, so that a config file below it can speak: see `given`.
+    An option that was not given passes None, so that a config file below it can speak: see `given`. Where something
+    else than the field's default fills it then, say `show_default=False`.
     """
     field = next(each for each in dataclasses.fields(config) if each.name == name)
     hint = typing.get_type_hints(config)[name]
     members = [each for each in typing.get_args(hint) if each is not type(None)] if isinstance(hint, types.UnionType) else [hint]
     kind = members[0]
     default = field.default if field.default is not dataclasses.MISSING else None
-    shown = "" if default in (None, "", ()) else f"  [default: {default}]"
+    shown = "" if default in (None, "", ()) or not show_default else f"  [default: {default}]"
     choices = field.metadata.get("choices")
     declared = flags or ("--" + name.replace("_", "-"),)
     if kind is bool:

@@ -1,0 +1,54 @@
+"""Why stored samples are, or are not, what some settings ask for: the fields of the key that differ."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.config import load_config
+from ..core.errors import UserError
+from ..core.run import Run
+from ..core.store import SampleStore
+from .config import DistillConfig
+from .distill import Teacher
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """One set of settings in the store, compared with the ones asked for."""
+
+    sampling_key: str
+    model: str
+    samples: int
+    differs: dict[str, tuple[Any, Any]]  # field: (stored, asked)
+
+    def summary(self) -> str:
+        """Write it for people, a line for each field that differs."""
+        head = f"{self.samples:,} samples of {self.model} (settings {self.sampling_key}): "
+        if not self.differs:
+            return head + "nothing differs, they would be used"
+        lines = [f"  {field}: stored {stored!r}, asked {asked!r}" for field, (stored, asked) in self.differs.items()]
+        return "\n".join([head + "none would be used, they differ in", *lines])
+
+
+def explain(run: Path, changes: Mapping[str, Any]) -> list[Explanation]:
+    """Compare each set of settings in the run's store with the run's own settings after `changes` (settings of DistillConfig).
+
+    The weights and the template of the teacher are looked at as they are now. The store is checked for damage first.
+    """
+    opened = Run.open(run)
+    begun = opened.config().get("distill")
+    path = run / "curate" / "samples.sqlite"
+    if begun is None or not path.exists():
+        raise UserError(f"{run}: holds no samples of a teacher; `sftkit curate distill` makes some")
+    known = {name: value for name, value in begun.items() if name in DistillConfig.__dataclass_fields__}
+    engine = {**known.get("engine", {}), **changes.get("engine", {})}
+    teacher = Teacher.find(load_config(DistillConfig, {**known, "k": 1, "budget_tokens": None, **changes, "engine": engine}))
+    asked = teacher.settings()
+    teacher.close()
+    with SampleStore(path) as store:
+        store.check()
+        return [
+            Explanation(key, name, samples, {each: (stored.get(each), asked[each]) for each in asked if stored.get(each) != asked[each]})
+            for key, name, stored, samples in store.settings()
+        ]

@@ -1,0 +1,294 @@
+"""Distil: ask a teacher for k answers to each prompt, every finished answer durable at once, whatever interrupts."""
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from ..core.chat import Chat, load_chat
+from ..core.config import to_mapping
+from ..core.engines.base import Completion, Engine, Request
+from ..core.engines.registry import open_engine
+from ..core.errors import TooManyFailures, UserError
+from ..core.example import Decision, Sample
+from ..core.formats import iterate_examples
+from ..core.models import context_length, model_identity, resolve_model
+from ..core.progress import Progress, duration
+from ..core.run import Run
+from ..core.store import SampleStore, decisive_settings, sample_key, sample_seed
+from .config import DistillConfig
+from .prompts import Prompt, check_growth, choose_prompts, is_recorded
+from .rows import record
+
+log = logging.getLogger(__name__)
+
+FREE = ("prompts", "k", "limit", "budget_tokens", "max_failed", "engine")  # settings that do not decide what a sample is
+BUDGET = "budget"  # the rule of samples that were not asked for, because the token budget was used up
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillResult:
+    """What a distillation holds now, and what this call added."""
+
+    run: Path
+    prompts: int
+    rejected: dict[str, int]  # prompts that were not sent, by rule
+    samples: int
+    cut: int  # of the samples: reached max_new_tokens
+    tokens: int
+    failed: dict[str, int]  # samples, by error
+    over_budget: int
+    new_samples: int
+    new_tokens: int
+    seconds: float  # of generation, in this call
+
+    def summary(self) -> str:
+        """Write it for people."""
+        asked = self.samples + sum(self.failed.values()) + self.over_budget
+        cut = f", {self.cut / self.samples:.1%} of them cut at the longest length" if self.samples else ""
+        lines = [f"{self.run}: {self.samples:,} of {asked:,} samples of {self.prompts:,} prompts, {self.tokens:,} tokens{cut}"]
+        if self.new_samples:
+            rate = f"{self.new_tokens / self.seconds:,.0f} tokens/s"
+            lines.append(f"new: {self.new_samples:,} samples, {self.new_tokens:,} tokens in {duration(self.seconds)} ({rate})")
+        else:
+            lines.append("new: none, everything that was asked for is there" if asked == self.samples else "new: none")
+        if self.rejected:
+            lines.append("prompts not asked: " + ", ".join(f"{count:,} {rule}" for rule, count in self.rejected.items()))
+        if self.failed:
+            lines.append("failed: " + ", ".join(f"{count:,} {error}" for error, count in self.failed.items()))
+        if self.over_budget:
+            lines.append(f"not asked for: {self.over_budget:,} samples, the token budget is used up; a larger one goes on from here")
+        return "\n".join([*lines, f"data set: {self.run / 'curate' / 'dataset.jsonl'}"])
+
+
+@dataclass(slots=True)
+class Teacher:
+    """A teacher of whom everything is known but the weights are not loaded, until `engine` is asked for."""
+
+    config: DistillConfig
+    identity: str
+    chat: Chat | None  # None where a server renders
+    context: int | None
+    _engine: Engine | None = None
+
+    @classmethod
+    def find(cls, config: DistillConfig) -> "Teacher":
+        """Look the teacher up. Raises UserError when there is none, or its server cannot be reached."""
+        if config.engine.engine == "openai":
+            engine = open_engine(config.teacher, config.engine, revision=config.revision)
+            return cls(config, engine.identity, engine.chat, engine.context_length, engine)
+        from transformers import AutoConfig
+
+        model = resolve_model(config.teacher, revision=config.revision)
+        name, arguments = model.pretrained()
+        contexts = [context_length(AutoConfig.from_pretrained(name, **arguments)), config.engine.max_model_len]
+        return cls(config, model_identity(model), load_chat(model), min((each for each in contexts if each), default=None))
+
+    @property
+    def engine(self) -> Engine:
+        """Open the engine, once."""
+        if self._engine is None:
+            self._engine = open_engine(self.config.teacher, self.config.engine, revision=self.config.revision)
+            if self._engine.identity != self.identity:
+                raise UserError(f"{self.config.teacher}: its weights changed while it was being loaded; run the same command again")
+        return self._engine
+
+    def close(self) -> None:
+        """Give the engine's memory back."""
+        if self._engine is not None:
+            self._engine.close()
+
+    def settings(self) -> dict[str, Any]:
+        """Return what all samples of this teacher and these settings share; `cache explain` compares it."""
+        template = self.chat.fingerprint() if self.chat else None
+        asked = {"system": self.config.system, "thinking": self.config.thinking, "template": template}
+        return {**decisive_settings(self.identity, self.config.sampling), **asked}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One sample that the run is to have."""
+
+    key: str
+    prompt: Prompt
+    index: int
+
+    @property
+    def row(self) -> tuple[str, int]:
+        """Return its identity in the ledger."""
+        return self.prompt.example.id, self.index
+
+
+def distill(source: str | Path, run: Path, config: DistillConfig) -> DistillResult:
+    """Generate k samples for each prompt of `source` into the run folder; what is there already is not generated again.
+
+    Records the stages `prompts` and `distill`. Raises UserError for a folder of other prompts or settings, and
+    TooManyFailures, after everything that finished is stored and recorded.
+    """
+    with distillation(source, run, config) as work:
+        new_samples, new_tokens, seconds = work.generate(work.missing())
+        return work.finish(new_samples, new_tokens, seconds)
+
+
+@contextmanager
+def distillation(source: str | Path, path: Path, config: DistillConfig) -> Iterator["Distillation"]:
+    """Open a run folder for distilling: prompts read, decided and recorded, keys made, nothing generated."""
+    examples = list(islice(iterate_examples(source), config.limit))
+    with closing(Teacher.find(config)) as teacher, Run.create(path) as run:
+        if config.thinking and teacher.chat is None:
+            raise UserError(f"thinking: a server renders for itself; turn thinking on where {config.teacher} is served")
+        check_growth(run, examples, source, limited=config.limit is not None)
+        _configure(run, source, teacher)
+        prompts = choose_prompts(run, examples, teacher.chat, teacher.context, config)
+        keyed = {"model_identity": teacher.identity, "sampling": config.sampling}
+        wanted = [
+            Wanted(sample_key(prompt=prompt.ids or prompt.messages, index=index, **keyed), prompt, index)  # type: ignore[arg-type]
+            for prompt in prompts
+            for index in range(config.k)  # a prompt's samples stand together, so that engines can share its prefix
+        ]
+        with SampleStore(run.room("curate") / "samples.sqlite") as store:
+            yield Distillation(run, teacher, store, wanted)
+
+
+@dataclass(slots=True)
+class Distillation:
+    """A distillation under way: what is wanted, what is stored, and the teacher who makes the rest."""
+
+    run: Run
+    teacher: Teacher
+    store: SampleStore
+    wanted: list[Wanted]
+    _spent: int = 0  # tokens of this run so far, in all calls
+    _asked: dict[str, Wanted] = field(default_factory=dict)  # sent and not answered yet
+
+    def missing(self) -> list[Wanted]:
+        """Return the wanted samples that are not stored, in order."""
+        stored = self.store.keys()
+        return [each for each in self.wanted if each.key not in stored]
+
+    def samples(self) -> pl.DataFrame:
+        """Return the wanted samples that are stored, columns as in the store's frame."""
+        keys = pl.Series("key", [each.key for each in self.wanted], pl.String)
+        return self.store.frame().join(keys.to_frame(), on="key", how="semi", maintain_order="left")
+
+    def generate(self, missing: Sequence[Wanted], label: str = "distill") -> tuple[int, int, float]:
+        """Generate samples and store each as it finishes; return how many, their tokens, and the seconds it took.
+
+        The engine is opened only if something is missing. Stops asking when the token budget could be overrun.
+        """
+        if not missing:
+            return 0, 0, 0.0
+        config, engine = self.teacher.config, self.teacher.engine
+        sampling_key = self.store.remember(config.teacher, self.teacher.settings())
+        self._spent = int(self.samples()["num_tokens"].sum()) if config.budget_tokens else 0
+        waiting = deque(missing)
+        total = len(self.wanted) if label == "distill" else len(missing)
+        start = time.monotonic()
+        with Progress(label, total=total, unit="samples", done=total - len(missing)) as progress:
+            began = progress.done
+
+            def durable(samples: int, tokens: int) -> None:
+                progress.advance(samples, tokens=tokens)
+
+            with self.store.writer(durable) as writer:
+                before = None
+                while waiting and len(waiting) != before:  # a round that asked for nothing: the budget is used up
+                    before = len(waiting)
+                    for completion in engine.generate(self._ask(waiting)):
+                        wanted = self._asked.pop(completion.key)
+                        self._spent += completion.num_tokens
+                        if completion.finish_reason == "error":
+                            writer.put_failure(wanted.key, *wanted.row, " ".join((completion.error or "the engine gave no reason").split()))
+                        else:
+                            writer.put(wanted.key, _sample(wanted, completion, config.teacher, sampling_key))
+                    for key, wanted in self._asked.items():
+                        writer.put_failure(key, *wanted.row, "the engine gave no answer")
+                    self._asked.clear()
+        return progress.done - began, progress.tokens, time.monotonic() - start
+
+    def _ask(self, waiting: deque[Wanted]) -> Iterator[Request]:
+        config = self.teacher.config
+        while waiting:
+            reserved = (len(self._asked) + 1) * config.max_new_tokens  # as if every answer under way took all it may
+            if config.budget_tokens is not None and self._spent + reserved > config.budget_tokens:
+                return
+            wanted = waiting.popleft()
+            self._asked[wanted.key] = wanted
+            yield Request(
+                key=wanted.key,
+                prompt_ids=wanted.prompt.ids,
+                messages=wanted.prompt.messages,
+                sampling=config.sampling,
+                seed=sample_seed(wanted.key),
+            )
+
+    def finish(self, new_samples: int, new_tokens: int, seconds: float) -> DistillResult:
+        """Record the stage `distill` and make the samples the run's data set. Raises TooManyFailures afterwards."""
+        config = self.teacher.config
+        stored, failures = self.samples(), self.store.failures()
+        keys = set(stored["key"])
+        errors = dict(zip(failures["key"], failures["error"], strict=True))
+        decisions = []
+        for each in self.wanted:
+            if each.key in keys:
+                decisions.append(Decision(*each.row, "distill", "kept"))
+            else:
+                rule = f"error: {errors[each.key]}" if each.key in errors else BUDGET
+                decisions.append(Decision(*each.row, "distill", "failed", rule))
+        if not is_recorded(self.run, "distill", decisions) or self.run.ledger.stages()[-1] == "distill":
+            record(self.run, "distill", [each.row for each in self.wanted], decisions)
+        rules = Counter(each.rule for each in decisions if each.action == "failed")
+        over_budget = rules.pop(BUDGET, 0)
+        rejected = self.run.ledger.summary().filter((pl.col("stage") == "prompts") & (pl.col("action") != "kept"))
+        result = DistillResult(
+            run=self.run.path,
+            prompts=len({each.row[0] for each in self.wanted}),
+            rejected=dict(zip(rejected["rule"], rejected["rows"], strict=True)),
+            samples=stored.height,
+            cut=stored.filter(pl.col("finish_reason") == "length").height,
+            tokens=int(stored["num_tokens"].sum()),
+            failed={rule.removeprefix("error: "): count for rule, count in rules.most_common()},
+            over_budget=over_budget,
+            new_samples=new_samples,
+            new_tokens=new_tokens,
+            seconds=seconds,
+        )
+        failed, tried = rules.total(), rules.total() + result.samples
+        if failed > config.max_failed * tried:
+            raise TooManyFailures(
+                f"{self.run.path}: {failed:,} of {tried:,} samples failed, more than the share of {config.max_failed:g} that max_failed"
+                f" allows, most often with: {next(iter(result.failed))}; the other {result.samples:,} are kept, and the same command"
+                " tries the failed ones again"
+            )
+        return result
+
+
+def _configure(run: Run, source: str | Path, teacher: Teacher) -> None:
+    settings = teacher.settings()
+    marks = {"teacher_identity": teacher.identity, "template": settings["template"]}
+    before = run.config().get("distill", {})
+    same = before.get("teacher_identity") == teacher.identity  # then it does not matter by which path it was found
+    free = (*FREE, "teacher", "revision") if same else FREE
+    run.configure("distill", {"prompts": str(source), **to_mapping(teacher.config), **marks}, free=free)
+
+
+def _sample(wanted: Wanted, completion: Completion, teacher: str, sampling_key: str) -> Sample:
+    assert completion.finish_reason != "error"
+    example_id, index = wanted.row
+    return Sample(
+        example_id=example_id,
+        index=index,
+        text=completion.text,
+        finish_reason=completion.finish_reason,
+        num_tokens=completion.num_tokens,
+        logprob=completion.logprob,
+        model=teacher,
+        sampling_key=sampling_key,
+    )

@@ -1,0 +1,104 @@
+"""What a distillation will take, from a probe of a few prompts. The probe's answers are stored: nothing is wasted."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core.progress import duration
+from .config import DistillConfig
+from .distill import Wanted, distillation
+from .rows import message_text
+
+PROBE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What is there, what the probe showed, and what the rest will take. None where nothing was measured."""
+
+    run: Path
+    wanted: int  # samples: k for each prompt that is asked
+    stored: int  # of them, before the probe
+    probed: int
+    measured: int  # stored samples that the means are taken over, the probe's included
+    cut_share: float | None  # of the measured samples that reached max_new_tokens
+    prompt_tokens: int | None  # of the samples that are still missing, a prompt counted for each; None where a server renders
+    new_tokens: float | None  # to be generated for the samples that are still missing
+    standard_error: float | None  # of new_tokens; one prompt's samples count as one observation
+    tokens_per_second: float | None  # of the probe, which runs fewer answers at once than the whole will
+    examples: list[tuple[str, str, str]]  # (prompt, answer, finish_reason) of three probed samples, or stored ones
+
+    @property
+    def remaining(self) -> int:
+        """Return how many samples are missing after the probe."""
+        return self.wanted - self.stored - self.probed
+
+    @property
+    def seconds(self) -> float | None:
+        """Return the time that the rest would take at the probe's rate."""
+        return self.new_tokens / self.tokens_per_second if self.new_tokens is not None and self.tokens_per_second else None
+
+    def summary(self) -> str:
+        """Write it for people."""
+        lines = [f"{self.run}: {self.wanted:,} samples wanted, {self.stored:,} were there, {self.probed:,} probed now and kept"]
+        lines.append(f"to come: {self.remaining:,} samples")
+        if self.remaining and self.new_tokens is not None:
+            within = f" ± {self.standard_error:,.0f} (standard error)" if self.standard_error is not None else ""
+            lines.append(f"tokens to generate: about {self.new_tokens:,.0f}{within}")
+        if self.remaining and self.prompt_tokens is not None:
+            lines.append(f"tokens of prompts: {self.prompt_tokens:,}")
+        if self.remaining and self.seconds is not None:
+            rate = f"{self.tokens_per_second:,.0f} tokens/s that the probe ran at; a whole batch runs faster than its {self.probed} answers"
+            lines.append(f"time: about {duration(self.seconds)} at the {rate}")
+        elif self.remaining:
+            lines.append("time: not known, the probe measured nothing")
+        if self.cut_share is not None:
+            lines.append(f"stopped by themselves: {1 - self.cut_share:.0%}; cut at the longest length: {self.cut_share:.0%}")
+        for prompt, answer, reason in self.examples:
+            lines.append(f"\nprompt: {shorten(prompt)}\nanswer: {shorten(answer)}{' (cut)' if reason == 'length' else ''}")
+        return "\n".join(lines)
+
+
+def shorten(text: str, length: int = 200) -> str:
+    """Return the text in one line, its end left out when it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[:length].rstrip() + " …"
+
+
+def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
+    """Generate one sample of up to 16 evenly spaced prompts that miss some, store them, and say what the rest will take.
+
+    The run folder is begun with these settings, as `distill` would; raises what `distill` raises.
+    """
+    with distillation(source, run, config) as work:
+        missing = work.missing()
+        first = list({each.row[0]: each for each in reversed(missing)}.values())[::-1]  # the first missing sample of each prompt
+        probe = [first[place * len(first) // PROBE] for place in range(PROBE)] if len(first) > PROBE else first
+        probed, tokens, seconds = work.generate(probe, label="probe")
+        stored = work.samples()
+        keys = set(stored["key"])
+        left = [each for each in missing if each.key not in keys]
+        means = stored.group_by("example_id").mean()["num_tokens"].to_list()
+        mean = sum(means) / len(means) if means else None
+        error = None
+        if mean is not None and len(means) > 1:
+            error = math.sqrt(sum((each - mean) ** 2 for each in means) / (len(means) - 1) / len(means))
+        answers = {row["key"]: row for row in stored.select("key", "text", "finish_reason").iter_rows(named=True)}
+        shown = [each for each in (probe or work.wanted) if each.key in answers]
+        return Estimate(
+            run=work.run.path,
+            wanted=len(work.wanted),
+            stored=len(work.wanted) - len(missing),
+            probed=probed,
+            measured=stored.height,
+            cut_share=(stored["finish_reason"] == "length").mean() if stored.height else None,  # type: ignore[arg-type]
+            prompt_tokens=sum(len(each.prompt.ids) for each in left) if work.teacher.chat else None,
+            new_tokens=None if mean is None else mean * len(left),
+            standard_error=None if error is None else error * len(left),
+            tokens_per_second=tokens / seconds if probed else None,
+            examples=[_example(each, answers[each.key]) for each in shown[:: max(1, len(shown) // 3)][:3]],
+        )
+
+
+def _example(wanted: Wanted, answer: dict[str, str]) -> tuple[str, str, str]:
+    return message_text(wanted.prompt.messages[-1]), answer["text"], answer["finish_reason"]

@@ -1,0 +1,133 @@
+"""The prompts of a distillation: which are asked and which are not, by name, and that a run keeps to its own."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import polars as pl
+
+from ..core.chat import Chat
+from ..core.errors import UserError
+from ..core.example import Decision, Example, Message, content_id
+from ..core.files import write_atomically
+from ..core.formats import split_prompt
+from ..core.run import Run
+from .config import DistillConfig
+from .rows import message_text
+
+log = logging.getLogger(__name__)
+
+STAGE = "prompts"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """An example as it is asked: its messages with the system message, and their token ids unless a server renders."""
+
+    example: Example
+    messages: list[Message]
+    reference: str | None  # the answer that the file has for it
+    ids: tuple[int, ...] = ()
+
+
+def check_growth(run: Run, examples: Sequence[Example], source: str | Path, *, limited: bool) -> None:
+    """Raise UserError unless the prompts are those the run began with, or more of them; with a limit, or fewer."""
+    before = run.ledger.read().filter(pl.col("stage") == STAGE)["example_id"].to_list()
+    now = {each.id for each in examples}
+    gone = [each for each in before if each not in now]
+    if gone and not (limited and now <= set(before)):
+        first = pl.read_parquet(run.path / "curate" / "prompts.parquet").filter(pl.col("example_id") == gone[0])
+        text = " ".join(message_text(json.loads(first["messages"][0])[-1]).split()) if first.height else ""
+        raise UserError(
+            f"{run.path}: this folder holds other prompts: {len(gone):,} of its {len(before):,} are not in {source}, the first of them"
+            f" {gone[0]} ({text[:60]!r}); give another folder, or the prompts it began with (more may be added)"
+        )
+    if before and (more := len(now.difference(before))):
+        log.info("%s: %s prompts more than last time", run.path, f"{more:,}")
+
+
+def choose_prompts(run: Run, examples: Sequence[Example], chat: Chat | None, context: int | None, config: DistillConfig) -> list[Prompt]:
+    """Decide which prompts are asked, record it, and return them in the order of the file.
+
+    Rules: `no_user_turn`, `refused_by_template`, `prompt_too_long` (with max_new_tokens it exceeds the context), and
+    `duplicate_prompt`, whose witness is the first of those that are asked the same; one that was asked before stays.
+    Raises UserError if none is left.
+    """
+    kept_before = set(run.ledger.read().filter((pl.col("stage") == STAGE) & (pl.col("action") == "kept"))["example_id"])
+    prompts = [_prompt(each, config.system) for each in examples]
+    first: dict[object, str] = {}
+    decisions: dict[int, Decision] = {}
+    for place in sorted(range(len(prompts)), key=lambda place: prompts[place].example.id not in kept_before):
+        prompts[place], decisions[place] = _decide(prompts[place], chat, context, config, first)
+    decided = [decisions[place] for place in range(len(prompts))]
+    path = run.room("curate") / "prompts.parquet"
+    if not (path.exists() and is_recorded(run, STAGE, decided)):
+        with write_atomically(path) as temporary:
+            _frame(prompts).write_parquet(temporary)
+        void = run.ledger.record(STAGE, [(each.example.id, None) for each in prompts], decided)
+        if void:
+            log.info("%s: other prompts are asked than last time; void and to be run again: %s", run.path, ", ".join(void))
+    rules = Counter(each.rule for each in decided if each.action != "kept")
+    told = ", ".join(f"{count:,} {rule}" for rule, count in rules.most_common())
+    if rules.total() == len(prompts):
+        raise UserError(f"{run.path}: no prompt is left to be asked: {told}; see `sftkit curate why ID` for the ids in its ledger")
+    if rules:
+        log.info("%s of %s prompts are not asked: %s", f"{rules.total():,}", f"{len(prompts):,}", told)
+    return [prompt for prompt, decision in zip(prompts, decided, strict=True) if decision.action == "kept"]
+
+
+def is_recorded(run: Run, stage: str, decisions: Sequence[Decision]) -> bool:
+    """Say whether the ledger holds exactly these decisions: recording them again would make later stages void for nothing."""
+    before = run.ledger.read().filter(pl.col("stage") == stage)
+    names = [name for name in before.columns if name != "step"]
+    now = [tuple(asdict(each)[name] for name in names) for each in decisions]
+    return before.select(names).rows() == now
+
+
+def _prompt(example: Example, system: str | None) -> Prompt:
+    if not any(each["role"] == "user" for each in example.messages):
+        return Prompt(example, example.messages, None)
+    messages, reference = split_prompt(example)
+    if system is not None and not any(each["role"] == "system" for each in messages):
+        messages = [{"role": "system", "content": system}, *messages]
+    return Prompt(example, messages, reference)
+
+
+def _decide(
+    prompt: Prompt, chat: Chat | None, context: int | None, config: DistillConfig, first: dict[object, str]
+) -> tuple[Prompt, Decision]:
+    def rejected(rule: str, score: float | None = None, threshold: float | None = None, witness: str | None = None) -> Decision:
+        return Decision(prompt.example.id, None, STAGE, "rejected", rule, score, threshold, witness)
+
+    if not any(each["role"] == "user" for each in prompt.messages):
+        return prompt, rejected("no_user_turn")
+    if chat is not None:
+        try:
+            ids = tuple(chat.render(prompt.messages, generation_prompt=True, thinking=config.thinking).ids)
+        except UserError as error:
+            return prompt, rejected(f"refused_by_template: {' '.join(str(error).split())}")
+        if context is not None and len(ids) + config.max_new_tokens > context:
+            return prompt, rejected("prompt_too_long", len(ids) + config.max_new_tokens, context)
+        prompt = replace(prompt, ids=ids)
+    asked = prompt.ids or content_id(prompt.messages)
+    witness = first.setdefault(asked, prompt.example.id)
+    if witness != prompt.example.id:
+        return prompt, rejected("duplicate_prompt", witness=witness)
+    return prompt, Decision(prompt.example.id, None, STAGE, "kept")
+
+
+def _frame(prompts: Sequence[Prompt]) -> pl.DataFrame:
+    def text(value: object) -> str:
+        return json.dumps(value, ensure_ascii=False, default=str)
+
+    columns = {
+        "example_id": [each.example.id for each in prompts],
+        "messages": [text(each.messages) for each in prompts],
+        "reference": [each.reference for each in prompts],
+        "source": [each.example.source for each in prompts],
+        "meta": [text(each.example.meta) for each in prompts],
+    }
+    return pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.String))
