@@ -1,70 +1,16 @@
 """Choose among the samples of each prompt: by scores, by majority of their answers, or at random as a control."""
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import polars as pl
 
-from ..core.config import setting, to_mapping
-from ..core.errors import UserError
+from ..core.config import to_mapping
 from ..core.example import Decision, row_id
 from ..core.run import Run
+from .config import BestConfig, Gate, parse_gate
 from .rows import Outcome, input_rows, keys, record
 from .score import best_first, read_score, sort_columns
-
-_GATE = re.compile(r"([\w.+-]+?)\s*(?:(>=|<=|>|<)\s*(-?[0-9.]+(?:[eE][-+]?\d+)?))?")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BestConfig:
-    """How one answer (or `keep` of them) is chosen for each prompt."""
-
-    by: tuple[str, ...] = setting((), "Score to choose by, highest first; `-NAME` lowest first; `random`. Several: the first decides.")
-    majority: bool = setting(False, "First keep the answer that most samples of the prompt agree on, then choose among those by --by.")
-    answers: str = setting("numeric", "The score whose detail is the answer that is voted on.")
-    min_share: float = setting(0.0, "Share of the votes the majority answer needs, else none of the prompt's samples is kept.")
-    gate: tuple[str, ...] = setting((), "Only samples that pass are eligible: NAME (1 or more), NAME>=x, NAME<=x, NAME>x, NAME<x.")
-    keep: int = setting(1, "Samples kept for each prompt, at most.")
-    seed: int = setting(0, "Seed of `random`.")
-
-    def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise UserError(f"keep: expected 1 or more, found {self.keep}")
-        if not self.by and not self.majority:
-            raise UserError(
-                "say how to choose: --by SCORE (highest first), --majority, or --by random; keeping all that pass is `filter --min`"
-            )
-        if not 0 <= self.min_share <= 1:
-            raise UserError(f"min_share: expected a share between 0 and 1, found {self.min_share}")
-        for text in self.gate:
-            parse_gate(text)
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """A condition on a score."""
-
-    name: str
-    relation: str
-    threshold: float
-
-    def passes(self, value: float) -> bool:
-        """Say whether a value meets the condition."""
-        relations = {">=": value >= self.threshold, "<=": value <= self.threshold, ">": value > self.threshold, "<": value < self.threshold}
-        return relations[self.relation]
-
-
-def parse_gate(text: str) -> Gate:
-    """Read NAME or NAME>=x. NAME alone means 1 or more."""
-    match = _GATE.fullmatch(text.strip())
-    try:
-        if match:
-            return Gate(match[1], match[2] or ">=", float(match[3] or 1))
-    except ValueError:
-        pass
-    raise UserError(f"gate {text!r}: expected NAME, NAME>=x, NAME<=x, NAME>x or NAME<x")
 
 
 def best(run: Run, config: BestConfig) -> Outcome:

@@ -1,6 +1,8 @@
 """The settings of curation's steps, apart from the steps so that the command line's help needs none of their libraries."""
 
+import re
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from ..core.config import setting
 from ..core.engines.base import EngineConfig, Sampling
@@ -40,3 +42,173 @@ class DistillConfig(Sampling):
     def sampling(self) -> Sampling:
         """What decides an answer, without the rest."""
         return Sampling(**{each.name: getattr(self, each.name) for each in fields(Sampling)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """How the rows of a data file are taken in."""
+
+    samples: tuple[str, ...] = setting(
+        (), "Column that holds one candidate answer, a text or {solution: …} / {text: …}; one for each sample."
+    )
+    prompt_column: str | None = setting(None, "Column of the prompt, where it has no usual name.")
+    reference_column: str | None = setting(None, "Column of the reference answer, where it has no usual name.")
+    format: str | None = setting(None, "Format of the rows; found by itself when not given.")
+    limit: int | None = setting(None, "Only the first rows.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Which scores to attach."""
+
+    scorers: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Scores by name: the options of the scorer of that name, or of the one under `scorer:`; {numeric: {rule: strict}}."
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestConfig:
+    """How one answer (or `keep` of them) is chosen for each prompt."""
+
+    by: tuple[str, ...] = setting((), "Score to choose by, highest first; `-NAME` lowest first; `random`. Several: the first decides.")
+    majority: bool = setting(False, "First keep the answer that most samples of the prompt agree on, then choose among those by --by.")
+    answers: str = setting("numeric", "The score whose detail is the answer that is voted on.")
+    min_share: float = setting(0.0, "Share of the votes the majority answer needs, else none of the prompt's samples is kept.")
+    gate: tuple[str, ...] = setting((), "Only samples that pass are eligible: NAME (1 or more), NAME>=x, NAME<=x, NAME>x, NAME<x.")
+    keep: int = setting(1, "Samples kept for each prompt, at most.")
+    seed: int = setting(0, "Seed of `random`.")
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise UserError(f"keep: expected 1 or more, found {self.keep}")
+        if not self.by and not self.majority:
+            raise UserError("say how to choose: --by SCORE (highest first), --by random or --majority; `filter --min` keeps all that pass")
+        if not 0 <= self.min_share <= 1:
+            raise UserError(f"min_share: expected a share between 0 and 1, found {self.min_share}")
+        for text in self.gate:
+            parse_gate(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A condition on a score."""
+
+    name: str
+    relation: str
+    threshold: float
+
+    def passes(self, value: float) -> bool:
+        """Say whether a value meets the condition."""
+        relations = {">=": value >= self.threshold, "<=": value <= self.threshold, ">": value > self.threshold, "<": value < self.threshold}
+        return relations[self.relation]
+
+
+def parse_gate(text: str) -> Gate:
+    """Read NAME or NAME>=x. NAME alone means 1 or more."""
+    match = re.fullmatch(r"\s*([\w.+-]+?)\s*(?:(>=|<=|>|<)\s*([-+.\deE]+)\s*)?", text)
+    try:
+        if match:
+            return Gate(match[1], match[2] or ">=", float(match[3] or 1))
+    except ValueError:
+        pass
+    raise UserError(f"gate {text!r}: expected NAME, NAME>=x, NAME<=x, NAME>x or NAME<x")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """The rules, in the order in which they are asked. They judge the answer; of a row without one, its prompt."""
+
+    truncated: bool = setting(True, "Reject answers that were cut at the longest length.")
+    min_tokens: int | None = setting(None, "Fewest tokens, where the teacher counted them (else `score --with num_tokens:model=…`).")
+    max_tokens: int | None = setting(None, "Most tokens.")
+    empty: bool = setting(True, "Reject rows without text.")
+    min_chars: int | None = setting(None, "Fewest characters.")
+    max_chars: int | None = setting(None, "Most characters.")
+    min_words: int | None = setting(None, "Fewest words; a character of Chinese or Japanese is a word.")
+    max_words: int | None = setting(None, "Most words.")
+    include: tuple[str, ...] = setting((), "Regular expression that the text must match; several: one of them.")
+    exclude: tuple[str, ...] = setting((), "Regular expression that the text must not match.")
+    languages: tuple[str, ...] = setting((), "Language to keep, as en. A heuristic by script and, in the Latin script, function words.")
+    min_language_share: float = setting(0.5, "Smallest share of the words in the scripts of those languages; code in fences aside.")
+    refusal: bool = setting(True, "Reject refusals and disclaimers (as an AI, I cannot), by English and Chinese phrases.")
+    repetition: bool = setting(True, "Reject texts that repeat themselves, by the two shares below.")
+    max_duplicate_ngrams: float = setting(0.5, "Largest share of 10-word windows that stood in the text before.")
+    max_top_ngram: float = setting(0.5, "Largest share of the words in one 2-, 3- or 4-gram, in texts of 50 words or more.")
+    min_score: dict[str, float] = field(default_factory=dict, metadata={"help": "Lowest value of a score, as {numeric: 1}."})
+    max_score: dict[str, float] = field(default_factory=dict, metadata={"help": "Highest value of a score."})
+
+
+TEXTS = ("pair", "prompt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """How texts become vectors."""
+
+    model: str = setting("all-minilm-l6-v2", "A sentence-transformers model: a catalogue name, a folder or a Hub id.")
+    max_seq_length: int = setting(256, "Tokens of a text that the embedder reads; the rest of it is not compared.")
+    dtype: str = setting(
+        "auto", "Number format; auto is bfloat16 where the processor multiplies it itself.", choices=("auto", "bfloat16", "float32")
+    )
+    batch_tokens: int = setting(2048, "Tokens in one batch on a CPU; a GPU takes 32 times as many.")
+    device: str | None = setting(None, "Where the embedder runs: cpu, cuda; found by itself when not given.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DedupConfig:
+    """What counts as the same row."""
+
+    exact: bool = setting(True, "Remove rows whose text is the same after NFKC, case folding and collapse of white space.")
+    semantic: float | None = setting(0.95, "Remove rows whose cosine with a kept row is this or more; none skips the embeddings.")
+    on: str = setting("pair", "What is compared: prompt and answer, or the prompt alone.", choices=TEXTS)
+    by: tuple[str, ...] = setting((), "Score that decides which of two stays, highest first (`-NAME` lowest); else the earlier one stays.")
+    embed: EmbedConfig = field(default_factory=EmbedConfig, metadata={"help": "How texts become vectors."})
+
+    def __post_init__(self) -> None:
+        if self.semantic is not None and not 0 < self.semantic <= 1:
+            raise UserError(f"semantic: expected a cosine above 0 and up to 1, found {self.semantic}")
+        if not self.exact and self.semantic is None:
+            raise UserError("dedup: neither exact nor semantic is asked for, so there is nothing to do")
+
+
+SELECTORS = ("k-center", "random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """Which rows are taken, and how many."""
+
+    method: str = setting("k-center", "k-center covers what is there most widely; random is the control.", choices=SELECTORS)
+    budget: int | None = setting(None, "Rows to take.")
+    budget_tokens: int | None = setting(None, "Tokens of answers to take: the longest beginning of the ranking that fits.")
+    on: str = setting("pair", "What is compared: prompt and answer, or the prompt alone.", choices=TEXTS)
+    by: tuple[str, ...] = setting((), "Score whose best row is taken first; else the row nearest to the mean.")
+    seed: int = setting(0, "Seed of the method random.")
+    embed: EmbedConfig = field(default_factory=EmbedConfig, metadata={"help": "How texts become vectors."})
+
+    def __post_init__(self) -> None:
+        if self.budget is None and self.budget_tokens is None:
+            raise UserError("select: give --budget ROWS or --budget-tokens TOKENS")
+        for name in ("budget", "budget_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name}: expected 1 or more, found {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """The steps of a build, in their order; a step that is not given is skipped."""
+
+    distill: DistillConfig | None = field(default=None, metadata={"help": "Ask a teacher; else the rows are taken in as they are."})
+    take: ImportConfig | None = field(default=None, metadata={"help": "How rows are taken in, without `distill`."})
+    score: ScoreConfig | None = field(default=None, metadata={"help": "Attach scores."})
+    best: BestConfig | None = field(default=None, metadata={"help": "Choose among the samples of each prompt."})
+    filter: FilterConfig | None = field(default=None, metadata={"help": "Reject rows by rules."})
+    dedup: DedupConfig | None = field(default_factory=DedupConfig, metadata={"help": "Remove duplicates."})
+    select: SelectConfig | None = field(default=None, metadata={"help": "Take the rows that fit a budget."})
+
+    def __post_init__(self) -> None:
+        if self.distill and self.take:
+            raise UserError("build: rows are distilled or taken in; give one of the sections distill and take")

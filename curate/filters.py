@@ -4,15 +4,15 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import polars as pl
 
-from ..core.config import setting, to_mapping
+from ..core.config import to_mapping
 from ..core.errors import UserError, unknown_name
 from ..core.example import Decision
 from ..core.progress import Progress
 from ..core.run import Run
+from .config import FilterConfig
 from .rows import Outcome, input_rows, keys, record
 from .score import WORD, count_words, read_score
 
@@ -64,40 +64,6 @@ REFUSALS = re.compile(
 REFUSAL_CHARS = 300  # a refusal stands at the beginning
 
 
-@dataclass(frozen=True, kw_only=True)
-class FilterConfig:
-    """The rules, in the order in which they are asked. They judge the answer; of a row without one, its prompt."""
-
-    empty: bool = setting(True, "Reject rows without text.")
-    truncated: bool = setting(True, "Reject answers that were cut at the longest length.")
-    min_chars: int | None = setting(None, "Fewest characters.")
-    max_chars: int | None = setting(None, "Most characters.")
-    min_words: int | None = setting(None, "Fewest words; a character of Chinese or Japanese is a word.")
-    max_words: int | None = setting(None, "Most words.")
-    min_tokens: int | None = setting(None, "Fewest tokens, where the teacher counted them (else `score --with num_tokens:model=…`).")
-    max_tokens: int | None = setting(None, "Most tokens.")
-    languages: tuple[str, ...] = setting((), "Languages to keep, as en,zh. A heuristic by script and, in the Latin script, function words.")
-    min_language_share: float = setting(0.5, "Smallest share of the words in the scripts of those languages; code in fences aside.")
-    refusal: bool = setting(True, 'Reject refusals and disclaimers ("As an AI, I cannot"), by English and Chinese phrases.')
-    repetition: bool = setting(True, "Reject texts that repeat themselves, by the two shares below.")
-    max_duplicate_ngrams: float = setting(0.5, "Largest share of 10-word windows that stood in the text before.")
-    max_top_ngram: float = setting(0.5, "Largest share of the words in one 2-, 3- or 4-gram, in texts of 50 words or more.")
-    include: tuple[str, ...] = setting((), "Regular expression that the text must match; several: one of them.")
-    exclude: tuple[str, ...] = setting((), "Regular expression that the text must not match.")
-    min_score: dict[str, float] = setting({}, "Lowest value of a score, as {numeric: 1}.")  # noqa: RUF009  it makes a field with a factory
-    max_score: dict[str, float] = setting({}, "Highest value of a score.")  # noqa: RUF009
-
-    def __post_init__(self) -> None:
-        for language in self.languages:
-            if language not in SCRIPTS:
-                raise unknown_name("language", language, SCRIPTS)
-        for pattern in (*self.include, *self.exclude):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(f"{pattern!r} is not a regular expression: {error}") from None
-
-
 Finding = tuple[str, float | None, float | None]  # rule, score, threshold
 
 
@@ -129,7 +95,14 @@ def filter_rows(run: Run, config: FilterConfig) -> Outcome:
 
 
 def text_rules(config: FilterConfig) -> list[Callable[[str], Finding | None]]:
-    """Return the rules that need the text alone, in order. Each returns what it found wrong, or None."""
+    """Return the rules that need the text alone, in order. Each returns what it found wrong, or None.
+
+    Raises UserError for an unknown language or a broken regular expression.
+    """
+    for language in config.languages:
+        if language not in SCRIPTS:
+            raise unknown_name("language", language, SCRIPTS)
+    include, exclude = [_compile(each) for each in config.include], [_compile(each) for each in config.exclude]
     rules: list[Callable[[str], Finding | None]] = []
     if config.empty:
         rules.append(lambda text: None if text.strip() else ("empty", None, None))
@@ -137,11 +110,9 @@ def text_rules(config: FilterConfig) -> list[Callable[[str], Finding | None]]:
         rules.append(lambda text: _between("chars", len(text), config.min_chars, config.max_chars))
     if config.min_words is not None or config.max_words is not None:
         rules.append(lambda text: _between("words", count_words(text), config.min_words, config.max_words))
-    if config.include:
-        include = [re.compile(each) for each in config.include]
+    if include:
         rules.append(lambda text: None if any(each.search(text) for each in include) else ("include", None, None))
-    if config.exclude:
-        exclude = [re.compile(each) for each in config.exclude]
+    if exclude:
         rules.append(lambda text: ("exclude", None, None) if any(each.search(text) for each in exclude) else None)
     if config.languages:
         rules.append(lambda text: _language_rule(text, config.languages, config.min_language_share))
@@ -150,6 +121,13 @@ def text_rules(config: FilterConfig) -> list[Callable[[str], Finding | None]]:
     if config.repetition:
         rules.append(lambda text: _repetition_rule(text, config.max_duplicate_ngrams, config.max_top_ngram))
     return rules
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
 def duplicate_ngrams(words: Sequence[str], n: int) -> float:

@@ -14,12 +14,12 @@ from typing import Any
 
 import polars as pl
 
-from ..core.config import setting
 from ..core.errors import UserError, unknown_name
 from ..core.example import Score, row_id
 from ..core.files import write_atomically
 from ..core.progress import Progress
 from ..core.run import Run
+from .config import ScoreConfig
 from .rows import KEY, keys, load_rows
 from .verify import RULES, Rule, canonical, extract_number
 
@@ -142,19 +142,6 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
 }
 COLUMNS = ("num_chars", "num_words", "num_tokens", "logprob")  # read off a row at once: they need not be stored
 LENGTH = ("num_chars", "num_words", "num_tokens")  # what `--with length` stands for
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
-    """Which scores to attach."""
-
-    scorers: dict[str, Any] = setting(  # noqa: RUF009  it makes a field with a factory
-        {}, "Scores by name: the options of the scorer of that name, or of the one under `scorer:`. As {numeric: {rule: strict}}."
-    )
-
-    def __post_init__(self) -> None:
-        for name, options in self.scorers.items():
-            open_scorer(name, options)
 
 
 def open_scorer(name: str, options: Mapping[str, Any] | None) -> Scorer:
