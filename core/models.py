@@ -1,0 +1,241 @@
+"""Model references: what a user may write for a model, where its files are, what identifies it, and how it is loaded."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .catalogue import CATALOGUE, cache_dir, cached
+from .errors import UserError, unknown_name
+from .files import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.npz")
+DECISIVE = ("config.json", "generation_config.json", "adapter_config.json")  # settings that change what the weights compute
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """A model that was found: a folder or .gguf file on disk (`path`), or a model of the Hub (`hub_id`, `revision`)."""
+
+    name: str  # as the user wrote it
+    path: Path | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+
+    def pretrained(self) -> tuple[str, dict[str, Any]]:
+        """Return the arguments of `from_pretrained`: the name, and what else it needs."""
+        if self.path is None:
+            assert self.hub_id
+            return self.hub_id, {"revision": self.revision} if self.revision else {}
+        if self.path.suffix == ".gguf":
+            return str(self.path.parent), {"gguf_file": self.path.name}
+        return str(self.path), {}
+
+
+def resolve_model(name: str | Path, *, revision: str | None = None) -> ModelRef:
+    """Find a model: a folder or .gguf file, a training run of ours (its final model), a catalogue name, or a Hub id.
+
+    Raises UserError for whatever is none of these. Nothing is downloaded here.
+    """
+    text = str(name)
+    path = Path(text).expanduser()
+    if path.exists():
+        return ModelRef(text, path=_on_disk(path).resolve())
+    if text in CATALOGUE:
+        folder = cached(text)
+        if folder is None:
+            raise UserError(f"model {text} is not here yet: `sftkit models get {text}` fetches it")
+        return ModelRef(text, path=folder)
+    if text.endswith(".gguf") or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise UserError(f"{text}: no such model folder or file")
+    if HUB_ID.fullmatch(text):
+        return ModelRef(text, hub_id=text, revision=revision)
+    raise unknown_name("model", text, CATALOGUE, "not a folder, a .gguf file or a Hub id (ORGANISATION/NAME)")
+
+
+def _on_disk(path: Path) -> Path:
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UserError(f"{path}: is not a GGUF file (it does not begin with GGUF); give a model folder or a .gguf file")
+        return path
+    for inner in (path / "train" / "final", path / "final"):
+        if (inner / "config.json").exists():
+            return inner
+    if (path / "config.json").exists():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return _on_disk(files[0])
+    if files:
+        raise UserError(f"{path}: holds {len(files)} .gguf files; name one of them, as {files[0]}")
+    if (path / "train").is_dir():
+        raise UserError(f"{path}: this run has no finished model (no train/final); the same `sftkit train sft` command finishes it")
+    raise UserError(f"{path}: is not a model folder (no config.json in it)")
+
+
+def model_identity(ref: ModelRef) -> str:
+    """Return what stays the same exactly as long as the model computes the same, wherever its files lie.
+
+    `sha256:…` over the weights and settings on disk (read once per file version: about a second per gigabyte), or
+    `hub:ID@COMMIT`. Raises UserError when the Hub cannot be asked for the commit.
+    """
+    if ref.path is None:
+        return f"hub:{ref.hub_id}@{_hub_commit(ref)}"
+    if ref.path.is_file():
+        return f"sha256:{_file_hash(ref.path)}"
+    weights = sorted({file for pattern in WEIGHTS for file in ref.path.glob(pattern)})
+    if not weights:
+        raise UserError(f"{ref.path}: holds no weights (*.safetensors); give a complete model folder")
+    whole = hashlib.sha256()
+    for file in [*weights, *(ref.path / name for name in DECISIVE)]:
+        if file.exists():
+            whole.update(f"{file.name}\0{_file_hash(file)}\n".encode())
+    return f"sha256:{whole.hexdigest()}"
+
+
+def _hub_commit(ref: ModelRef) -> str:
+    if ref.revision and re.fullmatch(r"[0-9a-f]{40}", ref.revision):
+        return ref.revision
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(ref):
+        # the snapshot folder that the file lies in is named after the commit, offline as well
+        return Path(hf_hub_download(str(ref.hub_id), "config.json", revision=ref.revision)).parent.name
+
+
+def _file_hash(path: Path) -> str:
+    """Return a file's SHA-256, remembered by what tells its version: path, size, time of change, inode."""
+    status = path.stat()
+    version = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    place = cache_dir() / "hashes" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
+    if place.exists():
+        try:
+            remembered = read_json(place)
+            if remembered["version"] == version:
+                return str(remembered["sha256"])
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s: not readable, the file is hashed again", place)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    try:
+        write_json(place, {"path": str(path), "version": version, "sha256": digest.hexdigest()})
+    except OSError as error:
+        log.warning("the hash of %s is not remembered (%s)", path.name, error)
+    return digest.hexdigest()
+
+
+def load_tokenizer(ref: ModelRef) -> Any:
+    """Load a model's tokenizer as its files have it; `core.chat.load_chat` applies the policy. Raises UserError without one."""
+    from transformers import AutoTokenizer
+
+    if ref.path is not None and ref.path.is_dir():
+        known = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+        if not any((ref.path / file).exists() for file in known):
+            raise UserError(f"{ref.path}: has no tokenizer (no tokenizer.json); copy the base model's tokenizer files into it")
+    name, arguments = ref.pretrained()
+    with _hub_errors(ref):
+        try:
+            return AutoTokenizer.from_pretrained(name, **arguments)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{ref.name}: its tokenizer cannot be read: {_one_line(error)}") from error
+
+
+def load_settings(ref: ModelRef) -> Any:
+    """Load a model's config. Raises UserError when it cannot be read."""
+    from transformers import AutoConfig
+
+    name, arguments = ref.pretrained()
+    with _hub_errors(ref):
+        try:
+            return AutoConfig.from_pretrained(name, **arguments)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{ref.name}: its config cannot be read: {_one_line(error)}") from error
+
+
+def load_model(ref: ModelRef, *, dtype: str = "auto", device: str | None = None) -> Any:
+    """Load a causal language model, in eval mode. A GGUF file is unpacked into plain weights that can be trained and saved.
+
+    `dtype` auto takes the checkpoint's own (bfloat16 for GGUF). Raises UserError for damaged or incomplete files.
+    """
+    import safetensors
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    name, arguments = ref.pretrained()
+    gguf = "gguf_file" in arguments
+    wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    if gguf:
+        wanted = torch.bfloat16 if dtype == "auto" else wanted
+        arguments |= unpacked()
+    with _hub_errors(ref):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **arguments)
+        except (ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+            raise UserError(f"{ref.name}: cannot be loaded: {_one_line(error)}") from error
+    if gguf:
+        forget_quantization(model)
+    return (model.to(device) if device else model).eval()
+
+
+def unpacked() -> dict[str, Any]:
+    """Return the arguments that make transformers unpack a GGUF file: newer versions keep its weights packed unless told."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def forget_quantization(model: Any) -> None:
+    """Let transformers save a model that came from a GGUF file: its weights are plain now."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for attribute in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, attribute):
+            delattr(model.config, attribute)
+
+
+def context_length(settings: Any) -> int | None:
+    """Return the most tokens (prompt and answer) a model's config allows; None where it does not say."""
+    text = settings.get_text_config() if hasattr(settings, "get_text_config") else settings
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+@contextmanager
+def _hub_errors(ref: ModelRef) -> Iterator[None]:
+    """Turn what a missing file or an unreachable Hub raises into one line."""
+    try:
+        yield
+    except OSError as error:
+        if ref.path is not None:
+            raise UserError(f"{ref.path}: cannot be read: {_one_line(error)}") from error
+        cure = "check the name, `--revision`, the network and (for a gated model) HF_TOKEN, or give a folder"
+        raise UserError(f"model {ref.name}: not found on the Hub, nor in its cache ({_one_line(error)}); {cure}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+def final_facts(ref: ModelRef) -> dict[str, Any]:
+    """Return what training wrote beside a model (`sftkit.json`), or nothing."""
+    place = ref.path / "sftkit.json" if ref.path is not None else None
+    return json.loads(place.read_text(encoding="utf-8")) if place is not None and place.exists() else {}
