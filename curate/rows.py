@@ -1,5 +1,6 @@
 """The candidate rows of a run: read them, decide on them, write those that are left as the run's data set."""
 
+import hashlib
 import json
 import logging
 from collections import Counter
@@ -113,11 +114,20 @@ def split_texts(messages: Sequence[Message]) -> tuple[str, str | None]:
 
 
 def message_text(message: Message) -> str:
-    """Return the text of one turn; of content in parts, the text parts."""
+    """Return the text of one turn. Tool calls are written out; a part that is no text stands as its type and hash."""
     content = message.get("content")
-    if isinstance(content, list):
-        return "\n".join(str(part["text"]) for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
-    return "" if content is None else str(content)
+    parts = content if isinstance(content, list) else [] if content is None else [str(content)]
+    texts = [part if isinstance(part, str) else _part_text(part) for part in parts]
+    if message.get("tool_calls"):
+        texts.append(json.dumps(message["tool_calls"], ensure_ascii=False, sort_keys=True))
+    return "\n".join(texts)
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, dict) and isinstance(part.get("text"), str):
+        return part["text"]
+    digest = hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
+    return f"[{part.get('type', 'part') if isinstance(part, dict) else 'part'} {digest}]"
 
 
 def _text(messages: Sequence[Message]) -> str:
