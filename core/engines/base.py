@@ -8,7 +8,6 @@ from ..chat import Chat
 from ..config import setting
 from ..example import Message
 
-
 ENGINES = ("auto", "transformers", "vllm", "openai")
 
 
