@@ -1,0 +1,284 @@
+"""The embedded engine: runs a model with transformers, anywhere; rows leave their batch as they finish."""
+
+import inspect
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from ..chat import Chat, load_chat
+from ..errors import UserError
+from ..models import context_length, load_model, model_identity, resolve_model
+from .base import Completion, EngineConfig, Request, ScoreRequest, TokenLogprobs
+
+log = logging.getLogger(__name__)
+
+WINDOW = 512  # requests that are sorted by length together
+NUCLEUS = 256  # top-p looks at so many tokens first, and at all of them only where their probability is too small
+KEEP_SHARE = 0.75  # copying the cache costs about as much as a step: it is done when so few rows of a batch are left
+MAX_LOGITS = 1 << 27  # elements of logits held at once when texts are scored: 512 MB in float32
+
+
+@dataclass(slots=True)
+class _Row:
+    """A request under way."""
+
+    request: Request
+    randoms: np.ndarray  # one uniform number for each token it may get
+    ids: list[int] = field(default_factory=list)
+    logprob: float = 0.0  # sum over its tokens
+    done: bool = False
+
+    def finish(self, chat: Chat, reason: str) -> Completion:
+        """Return the completion; a stop token is counted and not part of the text."""
+        text_ids = self.ids[:-1] if reason == "stop" else self.ids
+        return Completion(
+            key=self.request.key,
+            text=chat.decode(text_ids),
+            finish_reason="stop" if reason == "stop" else "length",
+            num_tokens=len(self.ids),
+            logprob=self.logprob / len(self.ids),
+            token_ids=tuple(self.ids),
+        )
+
+
+class TransformersEngine:
+    """Runs one model with transformers. See `core.engines.base.Engine`."""
+
+    def __init__(self, model: Any, chat: Chat, *, identity: str, batch_tokens: int) -> None:
+        self.model = model
+        self.chat: Chat | None = chat
+        self.identity = identity
+        self.context_length = context_length(model.config)
+        self._chat = chat
+        self._batch_tokens = batch_tokens
+        # transformers renames the argument in 5.24 and warns about the old name
+        self._cache_argument = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+        self._stop = torch.tensor(chat.stop_ids, device=model.device)
+
+    def close(self) -> None:
+        """Give the memory of the model back."""
+        device = self.model.device.type
+        self.model = None
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Answer requests; each completion is given as soon as its row stops. Longest prompts first within a window."""
+        waiting = iter(requests)
+        while window := list(islice(waiting, WINDOW)):
+            sound = []
+            for request in window:
+                error = self._check(request)
+                if error:
+                    yield Completion(key=request.key, finish_reason="error", error=error)
+                else:
+                    sound.append(request)
+            sound.sort(key=lambda each: len(each.prompt_ids) + each.sampling.max_new_tokens, reverse=True)
+            while sound:
+                longest = len(sound[0].prompt_ids) + max(each.sampling.max_new_tokens for each in sound)
+                size = max(1, self._batch_tokens // longest)
+                batch, sound = sound[:size], sound[size:]
+                yield from self._with_halving(batch)
+
+    def _check(self, request: Request) -> str | None:
+        length = len(request.prompt_ids) + request.sampling.max_new_tokens
+        if not request.prompt_ids:
+            return "the prompt has no tokens"
+        if self.context_length is not None and length > self.context_length:
+            new = request.sampling.max_new_tokens
+            return f"prompt too long: {len(request.prompt_ids)} tokens and {new} new ones do not fit the context of {self.context_length}"
+        return None
+
+    def _with_halving(self, batch: list[Request]) -> Iterator[Completion]:
+        """Answer a batch; when memory runs out, answer what is left in two halves. A row's random numbers begin anew."""
+        answered = set()
+        try:
+            for completion in self._run(batch):
+                answered.add(completion.key)
+                yield completion
+            return
+        except torch.OutOfMemoryError:
+            left = [each for each in batch if each.key not in answered]
+        torch.cuda.empty_cache()
+        if len(left) == 1:
+            yield Completion(key=left[0].key, finish_reason="error", error="out of memory, even alone in its batch")
+            return
+        self._batch_tokens = max(1, self._batch_tokens // 2)
+        log.info("out of memory with %d sequences at once: going on with half as many", len(batch))
+        middle = (len(left) + 1) // 2
+        yield from self._with_halving(left[:middle])
+        yield from self._with_halving(left[middle:])
+
+    @torch.inference_mode()
+    def _run(self, batch: list[Request]) -> Iterator[Completion]:
+        device = self.model.device
+        rows = [_Row(each, np.random.Generator(np.random.Philox(each.seed)).random(each.sampling.max_new_tokens)) for each in batch]
+        ids, mask = _pad([each.prompt_ids for each in batch], self._chat.pad_id, left=True)
+        ids, mask = ids.to(device), mask.to(device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.config)
+        step = 0
+        while rows:  # one a line of the batch; those that are done leave when enough of them are
+            told = {"attention_mask": mask, "position_ids": positions, self._cache_argument: cache}
+            logits = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **told).logits[:, -1].float()
+            tokens, logprobs = _choose(logits, rows, step)
+            step += 1
+            stopped = torch.isin(tokens, self._stop).tolist()
+            for row, token, logprob, stop in zip(rows, tokens.tolist(), logprobs.tolist(), stopped, strict=True):
+                if row.done:
+                    continue
+                row.ids.append(token)
+                row.logprob += logprob
+                row.done = stop or step == row.request.sampling.max_new_tokens or not np.isfinite(logprob)
+                if not np.isfinite(logprob):
+                    error = f"the model gave no finite probability at token {step}"
+                    yield Completion(key=row.request.key, finish_reason="error", error=error)
+                elif row.done:
+                    yield row.finish(self._chat, "stop" if stop else "length")
+            left = [line for line, row in enumerate(rows) if not row.done]
+            ids = tokens[:, None]
+            positions = positions[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            if len(left) <= KEEP_SHARE * len(rows):
+                rows = [rows[line] for line in left]
+                if rows:
+                    index = torch.tensor(left, device=device)
+                    ids, positions, mask = ids[index], positions[index], mask[index]
+                    cache.batch_select_indices(index)
+
+    @torch.inference_mode()
+    def logprobs(self, requests: Iterable[ScoreRequest]) -> Iterator[TokenLogprobs]:
+        """Score texts, longest first within a window; a text longer than the context comes back with its error."""
+        waiting = iter(requests)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        while window := list(islice(waiting, WINDOW)):
+            sound = []
+            for request in window:
+                error = self._check_score(request)
+                if error:
+                    yield TokenLogprobs(key=request.key, error=error)
+                else:
+                    sound.append(request)
+            sound.sort(key=lambda each: len(each.ids), reverse=True)
+            while sound:
+                length = len(sound[0].ids)
+                size = max(1, min(self._batch_tokens, MAX_LOGITS // vocabulary) // length)
+                batch, sound = sound[:size], sound[size:]
+                yield from self._score_halving(batch)
+
+    def _check_score(self, request: ScoreRequest) -> str | None:
+        if not 1 <= request.start < len(request.ids):
+            return f"nothing to score: {len(request.ids)} tokens, scored from token {request.start}"
+        if self.context_length is not None and len(request.ids) > self.context_length:
+            return f"too long: {len(request.ids)} tokens do not fit the context of {self.context_length}"
+        return None
+
+    def _score_halving(self, batch: list[ScoreRequest]) -> Iterator[TokenLogprobs]:
+        try:
+            yield from self._score(batch)
+            return
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            yield TokenLogprobs(key=batch[0].key, error="out of memory, even alone in its batch")
+            return
+        self._batch_tokens = max(1, self._batch_tokens // 2)
+        middle = (len(batch) + 1) // 2
+        yield from self._score_halving(batch[:middle])
+        yield from self._score_halving(batch[middle:])
+
+    def _score(self, batch: list[ScoreRequest]) -> list[TokenLogprobs]:
+        ids, mask = _pad([each.ids for each in batch], self._chat.pad_id, left=False)
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        kept = ids.shape[1] - min(each.start for each in batch) + 1  # the logits before the first scored token are never made
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
+        first = ids.shape[1] - kept
+        scored = []
+        for line, request in enumerate(batch):
+            wanted = ids[line, request.start : len(request.ids)]
+            part = logits[line, request.start - 1 - first : len(request.ids) - 1 - first].float().log_softmax(-1)
+            values = part.gather(1, wanted[:, None])[:, 0].tolist()
+            sound = bool(np.isfinite(values).all())
+            error = None if sound else "the model gave no finite probability for one of its tokens"
+            scored.append(TokenLogprobs(key=request.key, logprobs=tuple(values) if sound else (), error=error))
+        return scored
+
+
+def _pad(sequences: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and mask, [rows, longest], padded on one side."""
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), pad)
+    mask = torch.zeros((len(sequences), longest), dtype=torch.long)
+    for line, sequence in enumerate(sequences):
+        place = slice(longest - len(sequence), longest) if left else slice(0, len(sequence))
+        ids[line, place] = torch.tensor(sequence)
+        mask[line, place] = 1
+    return ids, mask
+
+
+def _choose(logits: torch.Tensor, rows: Sequence[_Row], step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the next token of each row and its log-probability under the model itself (before temperature and top-p).
+
+    A row's choice depends on its own logits and its own random number, not on the batch.
+    """
+    samplings = [row.request.sampling for row in rows]
+    tokens = logits.argmax(-1)
+    lines = [line for line, sampling in enumerate(samplings) if sampling.temperature > 0]
+    if lines:
+        device = logits.device
+        index = torch.tensor(lines, device=device)
+        temperature = torch.tensor([samplings[line].temperature for line in lines], device=device)
+        top_p = torch.tensor([samplings[line].top_p for line in lines], device=device)
+        numbers = [float(rows[line].randoms[min(step, len(rows[line].randoms) - 1)]) for line in lines]
+        chosen = sample(
+            (logits[index] if len(lines) < len(rows) else logits) / temperature[:, None], top_p, torch.tensor(numbers, device=device)
+        )
+        tokens[index] = chosen
+    logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    return tokens, logprobs
+
+
+def sample(logits: torch.Tensor, top_p: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Draw one token a row by inverting the cumulative distribution of its nucleus: the smallest set of most probable
+    tokens that holds `top_p` (Holtzman et al. 2020, arXiv 1904.09751). `numbers` are uniform in [0, 1), one a row.
+    """
+    probabilities = logits.softmax(-1)
+    if bool((top_p >= 1).all()):
+        best, order = probabilities, torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
+    else:
+        width = min(NUCLEUS, logits.shape[-1])
+        best, order = probabilities.topk(width, dim=-1)
+        if width < logits.shape[-1] and bool((best.sum(-1) < top_p).any()):
+            best, order = probabilities.sort(dim=-1, descending=True)
+    reached = best.double().cumsum(-1)
+    inside = reached - best < top_p[:, None]  # the token that reaches top_p is the last one inside
+    mass = (best * inside).sum(-1, dtype=torch.double)
+    place = torch.searchsorted(reached, (numbers.double() * mass)[:, None], right=True)[:, 0]
+    last = inside.sum(-1) - 1  # rounding must not lead out of the nucleus
+    return order.gather(1, torch.minimum(place, last)[:, None])[:, 0]
+
+
+def open(model: str, config: EngineConfig, *, revision: str | None = None) -> TransformersEngine:
+    """Load a model for this engine. Raises UserError for a model or device that is not there."""
+    ref = resolve_model(model, revision=revision)
+    chat = load_chat(ref)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device}: this machine has no usable GPU; leave --device out, or give cpu")
+    loaded = load_model(ref, dtype=config.dtype)
+    if config.dtype == "auto" and loaded.dtype != (fast := _fast_dtype(loaded.dtype, device)):
+        loaded = loaded.to(fast)
+    return TransformersEngine(loaded.to(device), chat, identity=model_identity(ref), batch_tokens=config.batch_tokens)
+
+
+def _fast_dtype(own: torch.dtype, device: str) -> torch.dtype:
+    """Return the number format to compute in: half precision where the processor computes in it, else float32."""
+    if device == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        return torch.float32
+    return torch.bfloat16 if own == torch.float16 and device == "cpu" else own

@@ -1,0 +1,188 @@
+"""The embedded engine: each row as if it were alone, streamed as it finishes, faults as data."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sftkit.core.engines.base import Completion, EngineConfig, Request, Sampling, ScoreRequest
+from sftkit.core.engines.registry import choose, open_engine
+from sftkit.core.engines.transformers_engine import TransformersEngine, sample
+from sftkit.core.errors import UserError
+
+PROMPTS = ["hi", "What is the difference between a thread and a process?", "Calculate 1+1-1", "你好", "a b c d e f g h i j k l m n o p"]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> TransformersEngine:
+    return open_engine(str(tiny_model), EngineConfig(engine="transformers", device="cpu"))  # type: ignore[return-value]
+
+
+def requests(engine: TransformersEngine, sampling: Sampling, copies: int = 1) -> list[Request]:
+    assert engine.chat
+    found = []
+    for number, prompt in enumerate(PROMPTS * copies):
+        messages = [{"role": "user", "content": prompt}]
+        ids = tuple(engine.chat.prompt(messages))
+        found.append(Request(key=str(number), prompt_ids=ids, messages=messages, sampling=sampling, seed=1000 + number))
+    return found
+
+
+def answers(engine: TransformersEngine, wanted: list[Request]) -> dict[str, Completion]:
+    return {each.key: each for each in engine.generate(wanted)}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_does_not_depend_on_its_batch(engine: TransformersEngine, temperature: float) -> None:
+    wanted = requests(engine, Sampling(temperature=temperature, top_p=0.9, max_new_tokens=40), copies=4)
+    together = answers(engine, wanted)
+    alone = {each.key: next(iter(engine.generate([each]))) for each in wanted}
+    assert {key: each.token_ids for key, each in together.items()} == {key: each.token_ids for key, each in alone.items()}
+    for key, each in together.items():
+        assert each.logprob == pytest.approx(alone[key].logprob, abs=1e-4)
+
+
+def test_greedy_equals_generate_of_transformers(engine: TransformersEngine) -> None:
+    assert engine.chat
+    wanted = requests(engine, Sampling(temperature=0, max_new_tokens=40))
+    for key, found in answers(engine, wanted).items():
+        ids = torch.tensor([wanted[int(key)].prompt_ids])
+        reference = engine.model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40, eos_token_id=list(engine.chat.stop_ids), pad_token_id=engine.chat.pad_id
+        )  # fmt: skip
+        assert list(found.token_ids) == reference[0, ids.shape[1] :].tolist()
+
+
+def test_the_mean_logprob_is_the_models_own(engine: TransformersEngine) -> None:
+    wanted = requests(engine, Sampling(temperature=0.7, top_p=0.8, max_new_tokens=20))
+    found = answers(engine, wanted)
+    scored = {
+        each.key: each
+        for each in engine.logprobs(
+            ScoreRequest(key=request.key, ids=(*request.prompt_ids, *found[request.key].token_ids), start=len(request.prompt_ids))
+            for request in wanted
+        )
+    }
+    for key, completion in found.items():
+        assert completion.logprob == pytest.approx(np.mean(scored[key].logprobs), abs=1e-4)
+
+
+def test_logprobs_equal_a_plain_forward(engine: TransformersEngine) -> None:
+    texts = [tuple(np.random.default_rng(n).integers(5, 400, size=5 + 7 * n).tolist()) for n in range(12)]
+    found = {
+        each.key: each.logprobs
+        for each in engine.logprobs(ScoreRequest(key=str(n), ids=ids, start=1 + n % 3) for n, ids in enumerate(texts))
+    }
+    for number, ids in enumerate(texts):
+        with torch.no_grad():
+            reference = engine.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        start = 1 + number % 3
+        expected = [float(reference[position - 1, ids[position]]) for position in range(start, len(ids))]
+        assert found[str(number)] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7), (1.5, 0.9)])
+def test_samples_follow_the_distribution(temperature: float, top_p: float) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(1, 600)
+    logits[0, :20] += 4
+    exact = (logits / temperature).softmax(-1)[0].double()
+    order = exact.argsort(descending=True)
+    cumulative = exact[order].cumsum(0)
+    outside = order[(cumulative - exact[order]) >= top_p]
+    exact[outside] = 0
+    exact /= exact.sum()
+    draws = 40_000
+    numbers = torch.rand(draws)
+    chosen = sample((logits / temperature).expand(draws, -1), torch.full((draws,), top_p), numbers)
+    counts = torch.bincount(chosen, minlength=600).double() / draws
+    assert counts[outside].sum() == 0
+    distance = 0.5 * (counts - exact).abs().sum()
+    assert distance < 0.5 * (2 / np.pi * exact / draws).sqrt().sum() * 1.3  # the expected distance of a multinomial sample, and some
+
+
+def test_seeds_decide(engine: TransformersEngine) -> None:
+    (first, *_) = requests(engine, Sampling(temperature=1.0, top_p=1.0, max_new_tokens=30))
+    seen = Counter(next(iter(engine.generate([replace(first, seed=seed)]))).text for seed in (1, 1, 2, 3))
+    assert sorted(seen.values()) == [1, 1, 2]
+
+
+def test_stop_tokens_are_counted_and_not_in_the_text(engine: TransformersEngine) -> None:
+    assert engine.chat
+    wanted = requests(engine, Sampling(temperature=1.5, top_p=1.0, max_new_tokens=200), copies=10)
+    reasons = Counter()
+    for found in engine.generate(wanted):
+        reasons[found.finish_reason] += 1
+        assert "<|im_end|>" not in found.text
+        assert found.finish_reason != "error"
+        if found.finish_reason == "stop":
+            assert found.token_ids[-1] in engine.chat.stop_ids
+            assert not set(found.token_ids[:-1]) & set(engine.chat.stop_ids)
+        else:
+            assert found.num_tokens == 200
+    assert reasons["stop"] > 0
+
+
+def test_rows_are_given_as_they_finish(engine: TransformersEngine) -> None:
+    short, *others = requests(engine, Sampling(temperature=0, max_new_tokens=100))
+    wanted = [*others, replace(short, sampling=Sampling(temperature=0, max_new_tokens=2))]
+    assert next(iter(engine.generate(wanted))).key == short.key
+
+
+def test_a_row_that_cannot_run_does_not_stop_the_others(engine: TransformersEngine) -> None:
+    sampling = Sampling(temperature=0, max_new_tokens=8)
+    sound = requests(engine, sampling)
+    long = Request(key="long", prompt_ids=tuple([5] * 600), messages=[], sampling=sampling, seed=1)
+    empty = Request(key="empty", prompt_ids=(), messages=[], sampling=sampling, seed=1)
+    found = answers(engine, [*sound, long, empty])
+    assert found["long"].error is not None
+    assert found["long"].error.startswith("prompt too long: 600 tokens")
+    assert found["empty"].error == "the prompt has no tokens"
+    assert all(found[each.key].error is None for each in sound)
+
+
+def test_a_prompt_with_infinite_logits_fails_alone(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = requests(engine, Sampling(temperature=0, max_new_tokens=4))
+    forward = engine.model.forward
+    poison = len(max(wanted, key=lambda each: len(each.prompt_ids)).prompt_ids)
+
+    def broken(*arguments: object, **named: object) -> object:
+        result = forward(*arguments, **named)
+        mask = named["attention_mask"]
+        result.logits[mask.sum(1) >= poison] = float("nan")
+        return result
+
+    monkeypatch.setattr(engine.model, "forward", broken)
+    found = answers(engine, wanted)
+    failed = [each for each in found.values() if each.error]
+    assert len(failed) == 1
+    assert "no finite probability" in str(failed[0].error)
+
+
+def test_out_of_memory_halves_the_batch(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = requests(engine, Sampling(temperature=0, max_new_tokens=4), copies=2)
+    expected = {key: each.text for key, each in answers(engine, wanted).items()}
+    forward = engine.model.forward
+
+    def small(*arguments: object, **named: object) -> object:
+        if named["input_ids"].shape[0] > 3:  # type: ignore[attr-defined]
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(engine.model, "forward", small)
+    assert {key: each.text for key, each in answers(engine, wanted).items()} == expected
+
+
+def test_auto_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(EngineConfig(base_url="http://localhost:1/v1")) == "openai"
+    assert choose(EngineConfig(engine="vllm")) == "vllm"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose(EngineConfig()) == "transformers"
+
+
+def test_a_device_that_is_not_there(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no usable GPU"):
+        open_engine(str(tiny_model), EngineConfig(engine="transformers", device="cuda"))
