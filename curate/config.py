@@ -19,7 +19,7 @@ class DistillConfig(Sampling):
     system: str | None = setting(None, "System message, put before every prompt that has none.")
     thinking: bool = setting(False, "Render the prompt so that a thinking teacher thinks.")
     limit: int | None = setting(None, "Only the first prompts of the file.")
-    budget_tokens: int | None = setting(None, "Most tokens generated in this run folder, all calls together; what is left over is said.")
+    budget_tokens: int | None = setting(None, "Most tokens generated into this run folder, over all calls.")
     max_failed: float = setting(0.01, "Share of failed samples above which the command ends with exit code 3.")
     engine: EngineConfig = field(default_factory=EngineConfig, metadata={"help": "How the teacher is run."})
 
@@ -202,7 +202,7 @@ class BuildConfig:
     """The steps of a build, in their order; a step that is not given is skipped."""
 
     distill: DistillConfig | None = field(default=None, metadata={"help": "Ask a teacher; else the rows are taken in as they are."})
-    take: ImportConfig | None = field(default=None, metadata={"help": "How rows are taken in, without `distill`."})
+    intake: ImportConfig | None = field(default=None, metadata={"help": "How rows are taken in, without `distill`."})
     score: ScoreConfig | None = field(default=None, metadata={"help": "Attach scores."})
     best: BestConfig | None = field(default=None, metadata={"help": "Choose among the samples of each prompt."})
     filter: FilterConfig | None = field(default=None, metadata={"help": "Reject rows by rules."})
@@ -210,5 +210,5 @@ class BuildConfig:
     select: SelectConfig | None = field(default=None, metadata={"help": "Take the rows that fit a budget."})
 
     def __post_init__(self) -> None:
-        if self.distill and self.take:
-            raise UserError("build: rows are distilled or taken in; give one of the sections distill and take")
+        if self.distill and self.intake:
+            raise UserError("build: rows are distilled or taken in; give one of the sections distill and intake")

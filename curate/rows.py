@@ -16,6 +16,7 @@ from ..core.example import Decision, Message, row_id
 from ..core.files import write_atomically
 from ..core.ledger import RowKey
 from ..core.run import Run
+from .card import write_card
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +46,11 @@ class Outcome:
     notes: tuple[str, ...] = ()  # what else a person should know
 
 
-def load_rows(run: Run, *, all: bool = False, before: str | None = None) -> pl.DataFrame:
+def load_rows(run: Run, *, all: bool = False, before: str | None = None, after: str | None = None) -> pl.DataFrame:
     """Return the candidate rows that the newest stage kept, columns as in SCHEMA, in input order.
 
-    `all` returns every candidate, kept or not; `before` returns what the stage of this name has for its input: the
-    rows that the stage before it kept. Raises UserError for a run without rows.
+    `all` returns every candidate, kept or not; `after` those that the stage of this name kept; `before` what it has for
+    its input, the rows that the stage before it kept. Raises UserError for a run without rows.
     """
     curate = run.path / "curate"
     if (curate / "rows.parquet").exists():
@@ -61,11 +62,11 @@ def load_rows(run: Run, *, all: bool = False, before: str | None = None) -> pl.D
     if all:
         return rows
     ledger = run.ledger.read()
-    if before is not None:
-        stages = run.ledger.stages()
-        if before in stages:
-            step = ledger.filter(pl.col("stage") == before)["step"][0]
-            ledger = ledger.filter(pl.col("step") < step)
+    steps = dict(ledger.select("stage", "step").unique().iter_rows())
+    if before in steps:
+        ledger = ledger.filter(pl.col("step") < steps[before])
+    if after is not None:
+        ledger = ledger.filter(pl.col("step") <= steps[after])
     if ledger.is_empty():
         return rows
     newest = ledger.filter(pl.col("step") == pl.col("step").max())
@@ -173,24 +174,36 @@ def record(
 ) -> Outcome:
     """Enter a stage's decisions on its input `rows` in the ledger and make the kept rows the run's data set.
 
-    Says which later stages became void. Raises ConservationError unless every input row has exactly one decision.
+    Says which later stages became void; decisions that stand there already make none void.
+    Raises ConservationError unless every input row has exactly one decision.
     """
     decided = list(decisions)
-    void = run.ledger.record(stage, keys(rows) if isinstance(rows, pl.DataFrame) else rows, decided)
-    if void:
-        log.info("%s: %s stood on the former rows and %s void now: run again", stage, ", ".join(void), "is" if len(void) == 1 else "are")
-    if isinstance(rows, pl.DataFrame):
-        kept = [(d.example_id, d.sample_index) for d in decided if d.action == "kept"]
-        kept_keys = pl.DataFrame(kept, schema={"example_id": pl.String, "sample_index": pl.Int32}, orient="row")
-        left = rows.join(kept_keys, on=KEY, how="semi", nulls_equal=True, maintain_order="left")
+    if is_recorded(run, stage, decided):
+        left = load_rows(run, after=stage)
     else:
+        void = run.ledger.record(stage, keys(rows) if isinstance(rows, pl.DataFrame) else rows, decided)
+        if void:
+            log.info(
+                "%s: %s stood on the former rows and %s void now: run again", stage, ", ".join(void), "is" if len(void) == 1 else "are"
+            )
         left = load_rows(run)
-    write_dataset(left, run.room("curate"))
+    if run.ledger.stages()[-1] == stage:
+        write_dataset(left, run.room("curate"))
+        write_card(run, left)
     removed = Counter(d.rule for d in decided if d.action != "kept")
     if left.is_empty() and decided:
         rule, count = removed.most_common(1)[0]
         log.warning("%s kept none of %s rows; the rule %r alone removed %s", stage, f"{len(decided):,}", rule, f"{count:,}")
     return Outcome(stage, len(decided), left, dict(removed.most_common()), tuple(notes))
+
+
+def is_recorded(run: Run, stage: str, decisions: Sequence[Decision]) -> bool:
+    """Say whether the ledger holds exactly these decisions of a stage."""
+    before = run.ledger.read().filter(pl.col("stage") == stage)
+    if before.is_empty() or len(before) != len(decisions):
+        return False
+    names = [name for name in before.columns if name != "step"]
+    return before.select(names).rows() == [tuple(getattr(each, name) for name in names) for each in decisions]
 
 
 def write_dataset(rows: pl.DataFrame, folder: Path) -> None:

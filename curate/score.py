@@ -225,9 +225,29 @@ def _score_rows(rows: pl.DataFrame, name: str, scorer: Scorer, progress: Progres
     return pl.DataFrame(fields, schema=SCHEMA)
 
 
+def summary(name: str, scores: pl.DataFrame) -> str:
+    """Write a score for people: how many rows have a value, the mean; for several samples a prompt also each sample's, and any's."""
+    values = scores.drop_nulls("value")
+    if values.is_empty():
+        reason = scores["detail"].drop_nulls().filter(scores["detail"] != "").head(1).to_list()
+        return f"{name}: none of {len(scores):,} rows has a value{f' ({reason[0]})' if reason else ''}"
+    verdicts = values["value"].is_in([0.0, 1.0]).all()
+
+    def told(value: Any) -> str:
+        return f"{value:.1%}" if verdicts else f"{value:.4g}"
+
+    lines = [f"{name}: {len(values):,} of {len(scores):,} rows have a value, mean {told(values['value'].mean())}"]
+    samples = values.group_by("sample_index").agg(pl.col("value").mean()).sort("sample_index").drop_nulls("sample_index")
+    if 1 < len(samples) <= 64:
+        lines.append("  by sample: " + ", ".join(f"{index}: {told(mean)}" for index, mean in samples.iter_rows()))
+        if verdicts:
+            lines.append(f"  any of a prompt's samples: {told(values.group_by('example_id').agg(pl.col('value').max())['value'].mean())}")
+    return "\n".join(lines)
+
+
 def score_path(run: Run, name: str) -> Path:
     """Return where the scores of this name stand."""
-    return run.room("curate") / "scores" / f"{name}.parquet"
+    return run.path / "curate" / "scores" / f"{name}.parquet"
 
 
 def known_scores(run: Run) -> list[str]:
@@ -240,19 +260,23 @@ def read_score(run: Run, rows: pl.DataFrame, name: str) -> pl.DataFrame:
 
     Raises UserError for a score that the run does not have, naming those it has.
     """
-    if not score_path(run, name).exists() and name in COLUMNS:
-        return _score_rows(rows, name, SCORERS[name](), None).select("value", "detail")
+    check_score_name(run, name)
     if not score_path(run, name).exists():
-        have = known_scores(run)
-        told = f"there are {', '.join([*have, *COLUMNS, 'random'])}"
-        near = f"; `sftkit curate score {run.path} --with {name}` adds it" if name in SCORERS else ""
-        raise UserError(f"{run.path}: no score {name!r}: {told}{near}")
+        return _score_rows(rows, name, SCORERS[name](), None).select("value", "detail")
     stored = pl.read_parquet(score_path(run, name)).select(*KEY, "value", "detail")
     found = rows.select(KEY).join(stored, on=KEY, how="left", nulls_equal=True, maintain_order="left")
     fresh = len(rows.select(KEY).join(stored, on=KEY, how="anti", nulls_equal=True))
     if fresh:
         log.warning("%s of %s rows are newer than the score %s and count as unscored: score the run again", fresh, len(rows), name)
     return found.select("value", "detail")
+
+
+def check_score_name(run: Run, name: str) -> None:
+    """Raise UserError unless the run has a score of this name, or it can be read off the rows."""
+    have = [*known_scores(run), *COLUMNS]
+    if name not in [*have, "random"]:
+        near = f"; `sftkit curate score {run.path} --with {name}` adds it" if name in SCORERS else ""
+        raise UserError(f"{run.path}: no score {name!r}: there are {', '.join(sorted({*have, 'random'}))}{near}")
 
 
 def sort_columns(run: Run, rows: pl.DataFrame, by: Sequence[str], seed: int = 0) -> list[list[float | None]]:

@@ -22,7 +22,7 @@ _LATEX = [
 _NUMBER = re.compile(
     r"(?P<before>(?<![\w.])-\s?)?[$€£¥]?\s?(?P<after>(?<![\w.$])-)?"  # -$5 and $-5; the minus of 10-15 is none
     r"(?<![A-Za-z_])(?<![0-9][.,])(?<![0-9])"  # nor the 2 of CO2, nor the middle of a number
-    r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(?P<tail>\.[0-9]+)?(?P<exponent>[eE][-+]?[0-9]{1,2}(?![0-9]))?"
+    r"(?=\.?[0-9])(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(?P<tail>\.[0-9]+)?(?P<exponent>[eE][-+]?[0-9]{1,2}(?![0-9]))?"
     r"(?:\s?/\s?(?P<below>[0-9]+)(?![0-9]*[./][0-9]))?"
 )
 _MIXED = re.compile(r"(?<![\w.,/])(-?)([0-9]+)\s+([0-9]+)\s?/\s?([0-9]+)")
@@ -52,7 +52,7 @@ def extract_number(text: str, rule: Rule = "flexible") -> Fraction | None:
             return _first_number(marked.rsplit("=", 1)[-1])
     if rule == "strict":
         return None
-    found = [match for match in _NUMBER.finditer(plain) if match["whole"] or match["tail"]]
+    found = list(_NUMBER.finditer(plain))
     return _value(found[-1]) if found else None
 
 
@@ -100,14 +100,11 @@ def _after_answer_is(text: str) -> str | None:
 
 
 def _first_number(text: str) -> Fraction | None:
-    mixed = _MIXED.search(text)
-    for match in _NUMBER.finditer(text):
-        if match["whole"] or match["tail"]:
-            if mixed and mixed.start() <= match.end() and match.start() <= mixed.start() and int(mixed[4]) and len(mixed[0]) < MAX_DIGITS:
-                size = int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4]))
-                return -size if mixed[1] else size
-            return _value(match)
-    return None
+    match, mixed = _NUMBER.search(text), _MIXED.search(text)
+    if match and mixed and match.start() <= mixed.start() <= match.end() and len(mixed[0]) < MAX_DIGITS and int(mixed[4]):
+        size = int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4]))
+        return -size if mixed[1] else size
+    return _value(match) if match else None
 
 
 def _value(match: re.Match[str]) -> Fraction | None:

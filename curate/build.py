@@ -1,0 +1,122 @@
+"""The chain of curation in one go: answers or rows in, one data set out, every step from one config."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from ..core.errors import UserError
+from ..core.example import Decision
+from ..core.models import resolve_model
+from ..core.run import Run
+from .best import best
+from .config import BuildConfig, ImportConfig, parse_gate
+from .dedup import dedup
+from .filters import filter_rows, text_rules
+from .intake import take_in
+from .rows import Outcome
+from .score import check_score_name, open_scorer, score
+from .selection import select
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildResult:
+    """What each stage of a build did, and how long its steps took."""
+
+    outcomes: tuple[Outcome, ...]
+    seconds: dict[str, float]
+
+
+def build(source: str | Path | None, out: Path, config: BuildConfig) -> BuildResult:
+    """Distill or take in the rows of `source`, then score, best, filter, dedup and select, as far as the config has them.
+
+    Answers and embeddings that are there are used again; to decide takes seconds and is done anew. Without `source` the run's
+    own rows are decided on. Raises UserError when a step leaves nothing for the next.
+    """
+    check_early(out, config)
+    outcomes: list[Outcome] = []
+    seconds: dict[str, float] = {}
+    if config.distill:
+        from .distill import distill
+
+        if source is None:
+            raise UserError("build: give the prompts that the teacher answers")
+        with _timed("distill", seconds):
+            distill(source, out, config.distill)
+    elif source is None:
+        Run.open(out)
+    with closing(Run.create(out)) as run:
+        if source is not None and not config.distill:
+            with _timed("import", seconds):
+                take_in(source, run, config.intake or ImportConfig())
+        _begin_anew(run, planned_stages(config))
+        if config.score:
+            with _timed("score", seconds):
+                score(run, config.score)
+        if config.best:
+            with _timed("best", seconds):
+                outcomes.append(best(run, config.best))
+        if config.filter:
+            with _timed("filter", seconds):
+                outcomes.append(filter_rows(run, config.filter))
+        if config.dedup:
+            with _timed("dedup", seconds):
+                outcomes += dedup(run, config.dedup)
+        if config.select:
+            with _timed("select", seconds):
+                outcomes.append(select(run, config.select))
+    return BuildResult(tuple(outcomes), seconds)
+
+
+def check_early(out: Path, config: BuildConfig) -> None:
+    """Raise UserError for what a later step would refuse, before the first one costs anything."""
+    scorers = config.score.scorers if config.score else {}
+    for name, options in scorers.items():
+        open_scorer(name, options)
+    if config.filter:
+        text_rules(config.filter)
+    names = [name for step in (config.best, config.dedup, config.select) if step for name in step.by]
+    names += [parse_gate(text).name for text in config.best.gate] if config.best else []
+    names += [*config.filter.min_score, *config.filter.max_score] if config.filter else []
+    names += [config.best.answers] if config.best and config.best.majority else []
+    for name in names:
+        if name.removeprefix("-") not in scorers:
+            check_score_name(Run(out), name.removeprefix("-"))
+    if config.dedup and config.dedup.semantic is not None:
+        resolve_model(config.dedup.embed.model)
+    if config.select and config.select.method == "k-center":
+        resolve_model(config.select.embed.model)
+
+
+def planned_stages(config: BuildConfig) -> list[str]:
+    """Return the stages that decide in a build, in order."""
+    stages = ["best"] * bool(config.best) + ["filter"] * bool(config.filter)
+    if config.dedup:
+        stages += ["dedup_exact"] * config.dedup.exact + ["dedup_semantic"] * (config.dedup.semantic is not None)
+    return stages + ["select"] * bool(config.select)
+
+
+def _begin_anew(run: Run, planned: list[str]) -> None:
+    """Take back what this build does not have, or has in another order: its own decisions would stand on that."""
+    stages = run.ledger.stages()
+    first = next((place for place, stage in enumerate(stages) if stage in ("import", "distill")), -1)
+    later = stages[first + 1 :]
+    if first < 0 or later == planned[: len(later)]:
+        return
+    base = run.ledger.read().filter(pl.col("stage") == stages[first]).drop("step")
+    decisions = [Decision(**row) for row in base.iter_rows(named=True)]
+    run.ledger.record(stages[first], [(each.example_id, each.sample_index) for each in decisions], decisions)
+    log.info("%s: the former decisions of %s are taken back; this build decides anew", run.path, ", ".join(later))
+
+
+@contextmanager
+def _timed(step: str, seconds: dict[str, float]) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    seconds[step] = time.monotonic() - start

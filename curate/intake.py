@@ -1,0 +1,161 @@
+"""Take the rows of a data file into a run, so that the steps of curation can decide on them."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from ..core.config import to_mapping
+from ..core.errors import UserError, unknown_name
+from ..core.example import Decision, Example, Message
+from ..core.files import write_atomically
+from ..core.formats import read_examples, split_prompt
+from ..core.run import Run
+from .config import ImportConfig
+from .rows import STORED, Outcome, record
+
+log = logging.getLogger(__name__)
+
+REFERENCES = ("reference", "ground_truth", "gold", "final_answer", "expected_answer")  # columns taken for the reference by themselves
+TEXTS = ("solution", "text", "content", "response", "answer", "completion")  # where a candidate that is a mapping has its text
+
+
+def open_run(source: str | Path, out: Path | None) -> Run:
+    """Open a run for writing: the run folder `source`, or the run `out` with the rows of the file `source` taken in."""
+    if out is not None:
+        run = Run.create(out)
+        try:
+            if not (Path(source).is_dir() and Path(source).resolve() == out.resolve()):
+                take_in(source, run, ImportConfig())
+        except BaseException:
+            run.close()
+            raise
+        return run
+    path = Path(source)
+    if path.exists() and not (path / "config.yaml").exists():
+        raise UserError(f"{source}: is no run folder; give -o RUN, the folder that its rows are taken into")
+    Run.open(path)
+    return Run.create(path)
+
+
+def take_in(source: str | Path, run: Run, config: ImportConfig) -> Outcome | None:
+    """Make the rows of a data file the candidates of a run, as the stage "import"; None where they are that already.
+
+    With `samples`, each row is a prompt with one sample per column, numbered in their order; a row that lacks one has it
+    rejected (no_text). Raises UserError for a run that holds other rows.
+    """
+    if (run.path / "curate" / "prompts.parquet").exists():
+        raise UserError(f"{run.path}: holds the answers of a teacher already; give another folder for the rows of {source}")
+    examples = _examples(source, config)
+    if not examples:
+        raise UserError(f"{source}: has no rows")
+    columns, decisions = _sampled(examples, config, source) if config.samples else _whole(examples, config)
+    rows = pl.DataFrame(columns, schema=STORED)
+    digest = hashlib.sha256(
+        "\n".join(rows.select(pl.concat_str(pl.all().fill_null("\x00"), separator="\x1f")).to_series()).encode()
+    ).hexdigest()
+    settings = {name: value for name, value in to_mapping(config).items() if value not in (None, [])}
+    before = run.config().get("intake", {})
+    if before and before["content"] != digest[:16]:
+        raise UserError(f"{run.path}: holds other rows, those of {before['source']} as they were then; give another folder for {source}")
+    run.configure("intake", {"source": str(source), **settings, "content": digest[:16]}, free=("*",))
+    path = run.room("curate") / "rows.parquet"
+    if path.exists() and "import" in run.ledger.stages():
+        log.info("%s: holds the rows of %s already", run.path, source)
+        return None
+    with write_atomically(path) as temporary:
+        rows.write_parquet(temporary)
+    return record(run, "import", [(each.example_id, each.sample_index) for each in decisions], decisions)
+
+
+def _examples(source: str | Path, config: ImportConfig) -> list[Example]:
+    examples = read_examples(source, format=config.format)
+    return examples[: config.limit]
+
+
+def _whole(examples: Sequence[Example], config: ImportConfig) -> tuple[dict[str, list[Any]], list[Decision]]:
+    columns: dict[str, list[Any]] = {name: [] for name in STORED}
+    for example in examples:
+        _append(columns, example.id, None, example.messages, _reference(example, config), example.source, example.meta)
+    return columns, [Decision(each.id, None, "import", "kept") for each in examples]
+
+
+def _sampled(examples: Sequence[Example], config: ImportConfig, source: str | Path) -> tuple[dict[str, list[Any]], list[Decision]]:
+    known = {name for example in examples for name in example.meta}
+    for name in config.samples:
+        if name not in known:
+            raise unknown_name("column", name, known, str(source))
+    columns: dict[str, list[Any]] = {name: [] for name in STORED}
+    decisions = []
+    for example in examples:
+        prompt, answer = split_prompt(example)
+        reference = _reference(example, config) or answer
+        rest = {name: value for name, value in example.meta.items() if name not in config.samples}
+        for index, (column, candidate) in enumerate(_candidates(example, config.samples)):
+            text, extra = _candidate_text(candidate, f"{example.source}: column {column}")
+            if text is None:
+                decisions.append(Decision(example.id, index, "import", "rejected", "no_text"))
+                continue
+            decisions.append(Decision(example.id, index, "import", "kept"))
+            messages = [*prompt, {"role": "assistant", "content": text}]
+            _append(columns, example.id, index, messages, reference, example.source, {**rest, "sample": {"column": column, **extra}})
+    return columns, decisions
+
+
+def _candidates(example: Example, names: Iterable[str]) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name in names:
+        value = example.meta.get(name)
+        found += [(name, each) for each in value] if isinstance(value, list) else [(name, value)]
+    return found
+
+
+def _candidate_text(candidate: Any, place: str) -> tuple[str | None, dict[str, Any]]:
+    if candidate is None or isinstance(candidate, str):
+        return candidate, {}
+    if isinstance(candidate, dict):
+        name = next((name for name in TEXTS if isinstance(candidate.get(name), str)), None)
+        if name:
+            return candidate[name], {key: value for key, value in candidate.items() if key != name}
+    raise UserError(f"{place}: expected a text, or a mapping with one under {', '.join(TEXTS)}; found {str(candidate)[:80]!r}")
+
+
+def _reference(example: Example, config: ImportConfig) -> str | None:
+    names = (config.reference_column,) if config.reference_column else REFERENCES
+    value = next((example.meta[name] for name in names if example.meta.get(name) is not None), None)
+    if value is None and config.reference_column:
+        raise UserError(f"{example.source}: no column {config.reference_column!r}; there are {', '.join(example.meta) or 'no others'}")
+    return None if value is None else str(value)
+
+
+def _append(
+    columns: dict[str, list[Any]],
+    example_id: str,
+    index: int | None,
+    messages: list[Message],
+    reference: str | None,
+    source: str,
+    meta: dict[str, Any],
+) -> None:
+    told = {**meta, **meta.get("sample", {})} if index is not None else meta
+    values = {
+        "example_id": example_id,
+        "sample_index": index,
+        "messages": _valid(json.dumps(messages, ensure_ascii=False)),
+        "reference": None if reference is None else _valid(reference),
+        "source": source,
+        "meta": _valid(json.dumps(meta, ensure_ascii=False, default=str)),
+        "finish_reason": told.get("finish_reason") if told.get("finish_reason") in ("stop", "length") else None,
+        "num_tokens": told.get("num_tokens") if isinstance(told.get("num_tokens"), int) else None,
+        "logprob": told.get("logprob") if isinstance(told.get("logprob"), float) else None,
+    }
+    for name, value in values.items():
+        columns[name].append(value)
+
+
+def _valid(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text, and no file would take it

@@ -1,0 +1,197 @@
+"""Show rows of a run or a data file in the terminal, and why a row stayed or left."""
+
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ..core.errors import UserError
+from ..core.example import Message, row_id
+from ..core.formats import iterate_examples
+from ..core.run import Run
+from .rows import keys, load_rows, message_text
+from .score import known_scores, read_score
+
+ROLE_STYLES = {"system": "dim", "user": "bold", "assistant": "green", "tool": "cyan"}
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One row as it is shown."""
+
+    name: str
+    messages: Sequence[Message]
+    facts: Sequence[str] = ()  # lines below the conversation
+
+
+def show(
+    source: str | Path, *, limit: int = 5, wanted: str | None = None, rejected: str | None = None, console: Console | None = None
+) -> int:
+    """Print rows of a run (those that are kept; with `rejected` those that a rule removed) or of a data file; return how many.
+
+    `wanted` is an id, the beginning of one, or ID/INDEX. Control characters in the data are shown, never sent.
+    """
+    if rejected and not is_run(source):
+        raise UserError(f"{source}: is no run, so nothing was rejected in it")
+    shown = list(_of_run(Run.open(Path(source)), limit, wanted, rejected) if is_run(source) else _of_file(source, limit, wanted))
+    if wanted and not shown:
+        raise UserError(f"{source}: no row {wanted!r}; the ids stand in its ledger and data set")
+    console = console or Console()
+    for row in shown:
+        console.print(_panel(row))
+    return len(shown)
+
+
+def why(run: Run, wanted: str, *, console: Console | None = None) -> None:
+    """Print every decision on a row, in order. Raises UserError for an id that no stage saw."""
+    decisions = run.ledger.why(wanted)
+    texts = _prompts(run)
+    table = Table(box=box.SIMPLE_HEAD, title=None)
+    for name, justify in (
+        ("row", "left"),
+        ("stage", "left"),
+        ("action", "left"),
+        ("rule", "left"),
+        ("score", "right"),
+        ("threshold", "right"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("witness (the kept row that stands for it)")
+    for row in decisions.iter_rows(named=True):
+        witness = row["witness_id"]
+        told = "" if witness is None else f"{witness}: {shortened(texts.get(witness.split('/')[0], ''))}"
+        cells = [row_id(row["example_id"], row["sample_index"]), row["stage"], row["action"], row["rule"]]
+        numbers = ["" if row[name] is None else f"{row[name]:.6g}" for name in ("score", "threshold")]
+        style = "" if row["action"] == "kept" else "yellow"
+        table.add_row(*(Text(visible(cell), style=style) for cell in [*cells, *numbers, told]))
+    console = console or Console()
+    example_id = decisions["example_id"][0]
+    console.print(Text(f"{example_id}: {shortened(texts.get(example_id, ''), 200)}"))
+    console.print(table)
+
+
+def visible(text: str) -> str:
+    """Return a text whose control characters (escape sequences, returns, marks that turn the direction) are written out."""
+    return "".join(
+        f"\\x{ord(letter):02x}" if unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\n\t"
+        else f"\\u{ord(letter):04x}" if letter in "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029"
+        else letter
+        for letter in text
+    )  # fmt: skip
+
+
+def shortened(text: str, length: int = 60) -> str:
+    """Return the beginning of a text on one line, with control characters written out."""
+    line = visible(" ".join(text.split()))
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def is_run(source: str | Path) -> bool:
+    """Say whether this is a run folder."""
+    return (Path(source) / "config.yaml").exists()
+
+
+def find_run(path: Path | None) -> Run:
+    """Open a run; without a path the current folder, if it is one, else the newest in runs/, which is said aloud."""
+    if path is not None:
+        return Run.open(path)
+    if is_run("."):
+        return Run.open(Path("."))
+    runs = [each for each in Path("runs").glob("*") if (each / "ledger.parquet").exists()]
+    if not runs:
+        raise UserError("say which run: `sftkit curate why ID RUN`")
+    return Run.open(max(runs, key=lambda each: (each / "ledger.parquet").stat().st_mtime))
+
+
+def _of_run(run: Run, limit: int, wanted: str | None, rejected: str | None) -> list[Shown]:
+    if rejected is not None:
+        rows, told = _rejected(run, rejected)
+    else:
+        rows, told = load_rows(run, all=wanted is not None), {}
+    if wanted is not None:
+        example_id, _, index = wanted.partition("/")
+        rows = rows.filter(pl.col("example_id").str.starts_with(example_id))
+        if index:
+            rows = rows.filter(pl.col("sample_index").cast(pl.String) == index)
+    else:
+        rows = rows.head(limit)
+    scores = {name: read_score(run, rows, name)["value"].to_list() for name in known_scores(run)}
+    shown = []
+    columns = ["messages", "reference", "source", "finish_reason", "num_tokens", "logprob"]
+    for place, (key, values) in enumerate(zip(keys(rows), rows.select(columns).iter_rows(named=True), strict=True)):
+        facts = [f"{name} {_number(column[place])}" for name, column in scores.items()]
+        facts += [f"{name} {values[name]}" for name in ("finish_reason", "num_tokens") if values[name] is not None]
+        facts += [f"logprob {values['logprob']:.4g}"] if values["logprob"] is not None and "logprob" not in scores else []
+        lines = [*told.get(row_id(*key), []), ", ".join(facts), f"from {values['source']}" if values["source"] else ""]
+        if values["reference"]:
+            lines.insert(0, f"reference: {shortened(values['reference'], 300)}")
+        shown.append(Shown(row_id(*key), json.loads(values["messages"]), [line for line in lines if line]))
+    return shown
+
+
+def _rejected(run: Run, rule: str) -> tuple[pl.DataFrame, dict[str, list[str]]]:
+    removed = run.ledger.read().filter(pl.col("action") != "kept")
+    rules = removed["rule"].unique().to_list()
+    found = removed.filter((pl.col("rule") == rule) | pl.col("rule").str.starts_with(f"{rule}:"))
+    if found.is_empty():
+        told = f"its rules were {', '.join(sorted(rules))}" if rules else "it has rejected nothing"
+        raise UserError(f"{run.path}: no row was rejected by {rule!r}; {told}")
+    texts = _prompts(run)
+    reasons = {}
+    for row in found.iter_rows(named=True):
+        numbers = "".join(f", {name} {row[name]:.6g}" for name in ("score", "threshold") if row[name] is not None)
+        lines = [f"{row['action']} by {row['rule']} in {row['stage']}{numbers}"]
+        if row["witness_id"]:
+            lines.append(f"witness {row['witness_id']}: {shortened(texts.get(row['witness_id'].split('/')[0], ''), 200)}")
+        reasons[row_id(row["example_id"], row["sample_index"])] = lines
+    rows = load_rows(run, all=True)
+    names = found.select("example_id", "sample_index").unique()
+    kept = rows.join(names, on=["example_id", "sample_index"], how="semi", nulls_equal=True, maintain_order="left")
+    return kept, reasons
+
+
+def _of_file(source: str | Path, limit: int, wanted: str | None) -> list[Shown]:
+    rows = (example for example in iterate_examples(source) if wanted is None or example.id.startswith(wanted))
+    return [
+        Shown(example.id, example.messages, [f"from {example.source}", *_meta(example.meta)])
+        for example in islice(rows, None if wanted else limit)
+    ]
+
+
+def _meta(meta: Mapping[str, Any]) -> list[str]:
+    return [f"{name}: {shortened(str(value), 200)}" for name, value in meta.items()]
+
+
+def _prompts(run: Run) -> dict[str, str]:
+    curate = run.path / "curate"
+    path = curate / ("rows.parquet" if (curate / "rows.parquet").exists() else "prompts.parquet")
+    table = pl.read_parquet(path, columns=["example_id", "messages"]).unique("example_id")
+    texts = {}
+    for example_id, messages in table.iter_rows():
+        users = [message for message in json.loads(messages) if message.get("role") == "user"]
+        texts[example_id] = message_text(users[0]) if users else ""
+    return texts
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"
+
+
+def _panel(row: Shown) -> Panel:
+    parts: list[RenderableType] = []
+    for message in row.messages:
+        role = str(message.get("role", ""))
+        parts.append(Text.assemble((f"{visible(role)}: ", "bold magenta"), (visible(message_text(message)), ROLE_STYLES.get(role, ""))))
+    if row.facts:
+        parts.append(Text("\n".join(visible(line) for line in row.facts), style="dim"))
+    return Panel(Group(*parts), title=Text(visible(row.name)), title_align="left", box=box.ROUNDED)

@@ -1,0 +1,155 @@
+"""Best of k: who is kept, who loses, and by which rule."""
+
+from collections.abc import Callable
+
+import pytest
+
+from sftkit.core.errors import UserError
+from sftkit.core.run import Run
+from sftkit.curate.best import best
+from sftkit.curate.config import BestConfig, ScoreConfig, parse_gate
+from sftkit.curate.rows import load_rows, row_ids
+from sftkit.curate.score import score
+
+
+def samples(prompt: str, *answers: str, **more: list) -> list[dict]:
+    return [
+        {"id": prompt, "prompt": prompt, "response": answer, "index": index, **{key: values[index] for key, values in more.items()}}
+        for index, answer in enumerate(answers)
+    ]
+
+
+def kept(run: Run) -> list[str]:
+    return row_ids(load_rows(run))
+
+
+def numeric(run: Run) -> Run:
+    score(run, ScoreConfig(scorers={"numeric": {}}))
+    return run
+
+
+def test_highest_first_then_the_next_score_then_shorter_then_lower_index(toy_run: Callable[..., Run], rejections: Callable) -> None:
+    rows = [
+        *samples("a", "1", "1 more", "2", reference=["1"] * 3, logprob=[-2.0, -1.0, -0.1]),  # right, and of these the likelier
+        *samples("b", "long 1", "1", reference=["1"] * 2, logprob=[-1.0, -1.0]),  # equal: the shorter
+        *samples("c", "x 1", "y 1", reference=["1"] * 2, logprob=[-1.0, -1.0]),  # all equal: the lower index
+        *samples("d", "1", "1 1", reference=["1"] * 2, logprob=[None, -9.0]),  # no value ranks last
+    ]
+    run = numeric(toy_run(rows))
+    best(run, BestConfig(by=("numeric", "logprob")))
+    assert kept(run) == ["a/1", "b/1", "c/0", "d/1"]
+    assert rejections(run, "best")["a/2"] == ("not_best", 0.0, 1.0, "a/1")
+    assert rejections(run, "best")["a/0"] == ("not_best", 1.0, 1.0, "a/1")
+
+
+def test_lowest_first_keeps_the_sign_in_the_ledger(toy_run: Callable[..., Run], rejections: Callable) -> None:
+    run = toy_run(samples("a", "abc", "ab", "abcd"))
+    best(run, BestConfig(by=("-num_chars",)))
+    assert kept(run) == ["a/1"]
+    assert rejections(run, "best") == {"a/0": ("not_best", 3, 2, "a/1"), "a/2": ("not_best", 4, 2, "a/1")}
+
+
+def test_truncated_gate_and_unscored_are_named_and_reported(toy_run: Callable[..., Run], rejections: Callable) -> None:
+    rows = [
+        *samples("a", "1", "1", "2", reference=["1"] * 3, finish_reason=["length", "stop", "stop"], num_tokens=[9, 4, 5]),
+        *samples("b", "7", reference=["8"]),
+        *samples("c", "7", reference=[None]),
+    ]
+    run = numeric(toy_run(rows))
+    outcome = best(run, BestConfig(by=("logprob",), gate=("numeric",)))
+    assert kept(run) == ["a/1"]
+    assert rejections(run, "best") == {
+        "a/0": ("truncated", 9, None, None),
+        "a/2": ("gate:numeric", 0, 1, None),
+        "b/0": ("gate:numeric", 0, 1, None),
+        "c/0": ("unscored", None, 1, None),
+    }
+    assert outcome.notes == ("2 of 3 prompts have no eligible sample",)
+
+
+def test_the_duplicated_best_row_is_kept_once(toy_run: Callable[..., Run], rejections: Callable) -> None:
+    run = toy_run(samples("a", "same", "same", "other text"))
+    best(run, BestConfig(by=("-num_chars",)))
+    assert kept(run) == ["a/0"]
+    assert rejections(run, "best")["a/1"] == ("not_best", 4, 4, "a/0")
+
+
+def test_keep_m(toy_run: Callable[..., Run], rejections: Callable) -> None:
+    run = toy_run([*samples("a", "1", "22", "333", "4444"), *samples("b", "1")])
+    best(run, BestConfig(by=("num_chars",), keep=3))
+    assert kept(run) == ["a/1", "a/2", "a/3", "b/0"]
+    assert rejections(run, "best") == {"a/0": ("not_best", 1, 4, "a/3")}
+
+
+def test_majority(toy_run: Callable[..., Run], rejections: Callable) -> None:
+    rows = [
+        *samples("a", "#### 5", "#### 7.0", "it is 7", "none"),
+        *samples("b", "longer 3", "4"),  # one vote each: the shorter row is better
+        *samples("c", "no", "nor"),
+    ]
+    run = numeric(toy_run(rows))
+    outcome = best(run, BestConfig(majority=True))
+    assert kept(run) == ["a/2", "b/1"]
+    found = rejections(run, "best")
+    assert found["a/0"] == ("not_majority", pytest.approx(1 / 3), pytest.approx(2 / 3), "a/2")
+    assert found["a/1"] == ("not_best", None, None, "a/2")
+    assert found["a/3"][0] == found["c/0"][0] == "no_answer"
+    assert found["b/0"] == ("not_majority", 0.5, 0.5, "b/1")
+    assert outcome.notes == ("1 of 3 prompts have no eligible sample",)
+
+
+def test_majority_needs_its_share_and_cut_answers_do_not_vote(toy_run: Callable[..., Run], rejections: Callable) -> None:
+    rows = [
+        *samples("a", "1", "2", "3"),
+        *samples("b", "1", "2", "2", finish_reason=["stop", "length", "length"]),
+    ]
+    run = numeric(toy_run(rows))
+    best(run, BestConfig(majority=True, min_share=0.5))
+    assert kept(run) == ["b/0"]
+    assert rejections(run, "best")["a/0"] == ("low_agreement", pytest.approx(1 / 3), 0.5, None)
+
+
+def test_random_is_a_control_that_only_the_seed_moves(toy_run: Callable[..., Run]) -> None:
+    rows = [row for name in "abcdefghijklmnop" for row in samples(name, *"1234")]
+    run = toy_run(rows)
+    chosen = []
+    for seed in (0, 0, 1):
+        best(run, BestConfig(by=("random",), seed=seed))
+        chosen.append(kept(run))
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert {name.split("/")[1] for name in chosen[0]} == set("0123")
+
+
+def test_rows_that_are_no_samples_stand_alone(toy_run: Callable[..., Run]) -> None:
+    run = toy_run([{"prompt": "p", "response": "a"}, {"prompt": "p", "response": "b"}])
+    outcome = best(run, BestConfig(by=("num_chars",)))
+    assert len(outcome.kept) == 2
+    assert outcome.notes == ("these rows are not samples of one prompt each: every row stood alone",)
+
+
+def test_gates() -> None:
+    assert [parse_gate(text).passes(0.5) for text in ("x", "x>=0.5", "x<=0.5", "x>0.5", "x < 1e0")] == [False, True, True, False, True]
+    with pytest.raises(UserError, match=r"gate 'x=1': expected NAME, NAME>=x"):
+        parse_gate("x=1")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "say how to choose: --by SCORE"),
+        ({"by": ("num_chars",), "keep": 0}, "keep: expected 1 or more, found 0"),
+        ({"majority": True, "min_share": 2.0}, "min_share: expected a share"),
+        ({"by": ("num_chars",), "gate": ("a b",)}, "gate 'a b'"),
+    ],
+)
+def test_bad_settings(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        BestConfig(**settings)
+
+
+def test_missing_score(toy_run: Callable[..., Run]) -> None:
+    run = toy_run(samples("a", "1"))
+    with pytest.raises(UserError, match="no score 'helpful': there are logprob"):
+        best(run, BestConfig(by=("helpful",)))
+    with pytest.raises(UserError, match=r"no score 'numeric'.*`sftkit curate score .* --with numeric` adds it"):
+        best(run, BestConfig(majority=True))

@@ -1,0 +1,211 @@
+"""Duplicates: one of each stays, every removed row has a kept row that stands for it, and blocks do not matter."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from sftkit.core.errors import UserError
+from sftkit.core.run import Run
+from sftkit.curate import dedup as deduplicate
+from sftkit.curate.config import DedupConfig
+from sftkit.curate.dedup import cover, dedup, exact_duplicates, normalised
+from sftkit.curate.rows import load_rows, row_ids
+from sftkit.curate.similarity import Candidates, Vectors, exact_cosines, nearest, unit_vectors
+
+
+def at_angles(*degrees: float) -> Vectors:
+    turns = np.radians(degrees)
+    return unit_vectors(np.stack([np.cos(turns), np.sin(turns)], axis=1))
+
+
+def cosine_table(vectors: Vectors) -> np.ndarray:
+    wide = vectors.astype(np.float64)
+    lengths = np.sqrt((wide * wide).sum(axis=1))
+    lengths[lengths == 0] = 1
+    return np.round(wide @ wide.T / np.outer(lengths, lengths), 9)
+
+
+def oracle(vectors: Vectors, threshold: float, order: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Cover by the definition, one row at a time: the kept rows, and the witness of each row."""
+    table = cosine_table(vectors)
+    kept: list[int] = []
+    witness = [-1] * len(vectors)
+    for row in order:
+        near = max(kept, key=lambda other: table[row, other], default=None)  # of equals the one visited first
+        if near is not None and table[row, near] >= threshold:
+            witness[row] = near
+        else:
+            kept.append(row)
+    return kept, witness
+
+
+def kept_of(witness: np.ndarray) -> list[int]:
+    return np.flatnonzero(witness < 0).tolist()
+
+
+def test_of_a_pair_exactly_one_stays() -> None:
+    vectors = at_angles(0, np.degrees(np.arccos(0.94)))
+    for order in ([0, 1], [1, 0]):
+        witness, cosine = cover(vectors, 0.9, order)
+        assert kept_of(witness) == [order[0]]
+        assert witness[order[1]] == order[0]
+        assert cosine[order[1]] == pytest.approx(0.94, abs=1e-6)
+
+
+def test_of_a_chain_both_ends_stay() -> None:
+    witness, _ = cover(at_angles(0, 20, 40), 0.9, [0, 1, 2])  # cos 20° = .940, cos 40° = .766
+    assert kept_of(witness) == [0, 2]
+    assert witness[1] == 0
+
+
+def test_the_best_row_duplicated_leaves_one_copy() -> None:
+    witness, cosine = cover(at_angles(30, 30, 90), 1.0, [1, 0, 2])
+    assert kept_of(witness) == [1, 2]
+    assert (witness[0], cosine[0]) == (1, 1.0)
+
+
+def test_a_cosine_of_exactly_the_threshold_is_a_duplicate() -> None:
+    vectors = unit_vectors([[1, 0], [3, 4]])  # cosine 3/5
+    assert kept_of(cover(vectors, 0.6, [0, 1])[0]) == [0]
+    assert kept_of(cover(vectors, 0.600001, [0, 1])[0]) == [0, 1]
+
+
+@pytest.mark.parametrize("block", [1, 8, 64, 256, 5000])
+def test_blocks_do_not_change_the_set(block: int) -> None:
+    random = np.random.default_rng(0)
+    vectors = unit_vectors(random.normal(size=(2000, 4)))
+    order = random.permutation(2000).tolist()
+    witness, _ = cover(vectors, 0.95, order, block=block)
+    kept, expected = oracle(vectors, 0.95, order)
+    assert kept_of(witness) == sorted(kept)
+    assert witness.tolist() == expected
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_cover_equals_its_oracle_and_certifies_itself(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deduplicate, "TILE", 7)
+    random = np.random.default_rng(seed)
+    size, dimensions = int(random.integers(1, 120)), int(random.integers(2, 40))
+    base = random.normal(size=(max(size // 3, 1), dimensions))
+    vectors = base[random.integers(len(base), size=size)] + random.choice([0, 1e-6, 0.1, 0.5]) * random.normal(size=(size, dimensions))
+    vectors[random.random(size) < 0.05] = 0
+    vectors = unit_vectors(vectors)
+    threshold = float(random.choice([0.3, 0.8, 0.95, 1.0]))
+    order = random.permutation(size).tolist()
+    witness, cosine = cover(vectors, threshold, order, block=int(random.choice([1, 3, 16, 1024])))
+    kept, expected = oracle(vectors, threshold, order)
+    assert witness.tolist() == expected
+    place, table = {row: number for number, row in enumerate(order)}, cosine_table(vectors)
+    for row in range(size):
+        if witness[row] >= 0:
+            assert witness[witness[row]] == -1, "the witness stayed"
+            assert place[witness[row]] < place[row], "the witness was visited before"
+            assert cosine[row] >= threshold
+            assert cosine[row] == table[row, kept].max(initial=-2, where=[place[other] < place[row] for other in kept])
+    for first in kept:
+        assert all(table[first, second] < threshold for second in kept if second != first)
+
+
+def test_turning_the_input_turns_the_outcome() -> None:
+    random = np.random.default_rng(3)
+    vectors = unit_vectors(random.normal(size=(300, 3)))
+    quality = random.permutation(300)
+    before, _ = cover(vectors, 0.9, np.argsort(quality).tolist())
+    turn = random.permutation(300)
+    after, _ = cover(vectors[turn], 0.9, np.argsort(quality[turn]).tolist())
+    assert sorted(turn[kept_of(after)]) == kept_of(before)
+
+
+def test_close_to_the_threshold_float64_decides() -> None:
+    """Rows whose float32 product differs from block to block: the decision is the same for all of them."""
+    random = np.random.default_rng(1)
+    vectors = unit_vectors(random.normal(size=(400, 384)))
+    table = cosine_table(vectors)
+    threshold = float(np.sort(table[np.triu_indices(400, 1)])[-40])  # exactly the cosine of a pair
+    outcomes = {tuple(cover(vectors, threshold, range(400), block=block)[0]) for block in (1, 2, 17, 100, 400)}
+    assert outcomes == {tuple(oracle(vectors, threshold, range(400))[1])}
+
+
+def test_nearest_is_exact_and_prefers_the_first() -> None:
+    random = np.random.default_rng(2)
+    vectors = unit_vectors(np.repeat(random.normal(size=(60, 8)), 2, axis=0))
+    kept = random.permutation(120)[:50]
+    rows = np.arange(120)
+    witness, cosine = nearest(vectors, rows, kept)
+    table = cosine_table(vectors)
+    assert witness.tolist() == [kept[int(np.argmax(table[row, kept]))] for row in rows]
+    assert cosine.tolist() == [table[row, kept].max() for row in rows]
+
+
+def test_candidates_hold_the_maximum_of_earlier_tiles() -> None:
+    vectors = at_angles(0, 5, 50, 7)
+    found = Candidates(1, floor=0.5)
+    for column in (1, 2, 3):
+        found.add((vectors[:1] @ vectors[column : column + 1].T), column)
+    places, cosines = found.verified(vectors, np.array([0]), np.arange(4))[0]
+    assert places.tolist() == [1]
+    assert cosines.tolist() == exact_cosines(vectors, np.array([0]), np.array([1])).tolist()
+
+
+def test_broken_embeddings_are_refused() -> None:
+    with pytest.raises(UserError, match="expected a table of finite numbers"):
+        unit_vectors([[1.0, float("nan")]])
+
+
+def test_normalisation() -> None:
+    assert normalised("  Ｈｅｌｌｏ\tWORLD \n") == normalised("hello world")
+    assert normalised("Straße") == normalised("STRASSE")
+    assert normalised("ﬁn") == "fin"
+    assert normalised("hello, world") != normalised("hello world")
+
+
+def test_exact_duplicates_name_the_first_that_was_visited() -> None:
+    texts = [("A", "x"), ("a ", "X"), ("a x", ""), ("a", "y"), ("ａ", "x")]
+    assert exact_duplicates(texts, range(5)) == {1: (0, None), 4: (0, None)}
+    assert exact_duplicates(texts, [4, 3, 2, 1, 0]) == {1: (4, None), 0: (4, None)}
+
+
+def test_dedup_exact_on_pairs_or_prompts_in_the_order_of_a_score(toy_run: Callable[..., Run], rejections: Callable) -> None:
+    rows = [
+        {"id": "a", "prompt": "What?", "response": "This."},
+        {"id": "b", "prompt": "what? ", "response": "this."},
+        {"id": "c", "prompt": "what?", "response": "That is it."},
+        {"id": "d", "prompt": "Who?", "response": "This."},
+    ]
+    run = toy_run(rows)
+    dedup(run, DedupConfig(semantic=None))
+    assert rejections(run, "dedup_exact") == {"b": ("exact_duplicate", None, None, "a")}
+    dedup(run, DedupConfig(semantic=None, on="prompt"))
+    assert rejections(run, "dedup_exact") == {name: ("exact_duplicate", None, None, "a") for name in "bc"}
+    dedup(run, DedupConfig(semantic=None, on="prompt", by=("num_chars",)))
+    assert rejections(run, "dedup_exact") == {name: ("exact_duplicate", None, None, "c") for name in "ab"}
+    assert row_ids(load_rows(run)) == ["c", "d"]
+
+
+def test_tool_calls_and_pictures_tell_rows_apart(toy_run: Callable[..., Run]) -> None:
+    def picture(data: str) -> list[dict]:
+        parts = [{"type": "text", "text": "What is this?"}, {"type": "image", "image": data}]
+        return [{"role": "user", "content": parts}, {"role": "assistant", "content": "A cat."}]
+
+    def call(city: str) -> list[dict]:
+        calls = [{"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}]
+        return [{"role": "user", "content": "How is it there?"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+
+    rows = [picture("one"), picture("two"), picture("one"), call("Rome"), call("Oslo")]
+    run = toy_run([{"id": str(number), "messages": messages, "response": "", "prompt": ""} for number, messages in enumerate(rows)])
+    dedup(run, DedupConfig(semantic=None))
+    assert row_ids(load_rows(run)) == ["0", "1", "3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"semantic": 0.0}, "semantic: expected a cosine above 0"),
+        ({"semantic": 90.0}, "semantic: expected a cosine above 0 and up to 1, found 90"),
+        ({"exact": False, "semantic": None}, "neither exact nor semantic"),
+    ],
+)
+def test_bad_settings(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        DedupConfig(**settings)

@@ -1,0 +1,137 @@
+"""Scores: a value or null with the reason, for every row, whatever a scorer does."""
+
+from collections.abc import Callable
+
+import pytest
+
+from sftkit.core.errors import UserError
+from sftkit.core.run import Run
+from sftkit.curate import score as scoring
+from sftkit.curate.config import ScoreConfig
+from sftkit.curate.score import count_words, parse_scorers, read_score, score, sort_columns, summary
+
+
+def scored(run: Run, **scorers: dict) -> dict[str, list]:
+    return {name: list(frame.select("value", "detail").iter_rows()) for name, frame in score(run, ScoreConfig(scorers=scorers)).items()}
+
+
+def test_numeric_compares_with_the_reference_and_is_null_without_one(toy_run: Callable[..., Run]) -> None:
+    run = toy_run(
+        [
+            {"prompt": "a", "response": "so #### 1,800.0", "reference": "#### 1800"},
+            {"prompt": "b", "response": "the last is 7", "reference": "8"},
+            {"prompt": "c", "response": "no number", "reference": "8"},
+            {"prompt": "d", "response": "it is 9"},
+            {"prompt": "e", "response": None, "reference": "8"},
+            {"prompt": "f", "response": "18", "reference": "a word"},
+        ]
+    )
+    assert scored(run, numeric={})["numeric"] == [(1, "1800"), (0, "7"), (0, ""), (None, "9"), (0, ""), (None, "18")]
+    assert scored(run, numeric={"rule": "strict"})["numeric"][:2] == [(1, "1800"), (0, "")]
+
+
+def test_gold_may_stand_in_another_column(toy_run: Callable[..., Run]) -> None:
+    run = toy_run(
+        [{"prompt": "a", "response": "It is 5", "meta": {"answer": 5}}, {"prompt": "b", "response": "Yes ", "meta": {"answer": "yes"}}]
+    )
+    assert scored(run, numeric={"gold": "answer"})["numeric"] == [(1, "5"), (None, "")]
+    assert scored(run, exact={"gold": "answer"})["exact"] == [(0, ""), (1, "")]
+    assert scored(run, exact={"gold": "answer", "ignore_case": False})["exact"] == [(0, ""), (0, "")]
+    assert scored(run, exact={})["exact"] == [(None, "no reference")] * 2
+
+
+def test_lengths_patterns_and_log_probability(toy_run: Callable[..., Run]) -> None:
+    run = toy_run([{"prompt": "a", "response": "Don't 你好 stop", "num_tokens": 6, "logprob": -0.5}, {"prompt": "b", "response": ""}])
+    found = scored(run, **parse_scorers(["length", "logprob", r"regex:pattern=(\w+)$,name=last,ignore_case=true"]))
+    assert found["num_chars"] == [(13, ""), (0, "")]
+    assert found["num_words"] == [(4, ""), (0, "")]
+    assert found["num_tokens"] == [(6, ""), (None, "unknown; give model=")]
+    assert found["logprob"] == [(-0.5, ""), (None, "the engine gave none")]
+    assert found["last"] == [(1, "stop"), (0, "")]
+
+
+def test_one_poison_row_leaves_the_others_scored(toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fragile() -> scoring.Scorer:
+        def judge(row: scoring.Candidate) -> scoring.Result:
+            if row.response == "poison":
+                raise RuntimeError("cannot read this")
+            return (float("nan") if row.response == "nan" else 1.0), ""
+
+        return judge
+
+    monkeypatch.setitem(scoring.SCORERS, "fragile", fragile)
+    run = toy_run([{"prompt": str(each), "response": {7: "poison", 8: "nan"}.get(each, "fine")} for each in range(1000)])
+    found = scored(run, fragile={})["fragile"]
+    assert sum(value == 1.0 for value, _ in found) == 998
+    assert found[7] == (None, "RuntimeError: cannot read this")
+    assert found[8] == (None, "not a finite number: nan")
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["numerc"], r"unknown scorer 'numerc': did you mean 'numeric'\?"),
+        (["numeric:rul=strict"], r"scorer numeric: unknown option 'rul': did you mean 'rule'\?"),
+        (["numeric:rule=lax"], "scorer numeric: unknown rule 'lax'"),
+        (["num_chars:model=x"], "scorer num_chars has no options"),
+        (["regex"], "scorer regex needs pattern: --with 'regex:pattern=…'"),
+        (["regex:pattern=("], "is not a regular expression"),
+        (["numeric:strict"], "expected NAME:option=value"),
+        (["numeric", "numeric:rule=strict"], "two scores would be called 'numeric'"),
+        (["numeric:name=../x"], "a score is named by letters"),
+        ([], "give a scorer, as --with numeric; there are numeric, exact"),
+    ],
+)
+def test_bad_scorers_are_one_clear_line(toy_run: Callable[..., Run], texts: list[str], message: str) -> None:
+    run = toy_run([{"prompt": "a", "response": "b"}])
+    with pytest.raises(UserError, match=message) as caught:
+        score(run, ScoreConfig(scorers=parse_scorers(texts)))
+    assert "\n" not in str(caught.value)
+
+
+def test_commas_in_a_pattern_stay_in_it() -> None:
+    assert parse_scorers(["regex:pattern=a{1,2},b,name=x"]) == {"x": {"scorer": "regex", "pattern": "a{1,2},b"}}
+
+
+def test_an_unknown_score_lists_those_there_are(toy_run: Callable[..., Run]) -> None:
+    run = toy_run([{"prompt": "a", "response": "b"}])
+    score(run, ScoreConfig(scorers={"exact": {}}))
+    with pytest.raises(
+        UserError, match=r"no score 'numeric': there are exact, logprob, num_chars, num_tokens, num_words, random; .*--with numeric"
+    ):
+        read_score(run, scoring.load_rows(run), "numeric")
+
+
+def test_rows_newer_than_a_score_count_as_unscored(toy_run: Callable[..., Run], caplog: pytest.LogCaptureFixture) -> None:
+    run = toy_run([{"prompt": "a", "response": "1", "reference": "1"}])
+    score(run, ScoreConfig(scorers={"numeric": {}}))
+    grown = toy_run([{"prompt": "a", "response": "1", "reference": "1"}, {"prompt": "b", "response": "1", "reference": "1"}], name="grown")
+    (run.path / "curate" / "scores").rename(grown.path / "curate" / "scores")
+    assert read_score(grown, scoring.load_rows(grown), "numeric")["value"].to_list() == [1, None]
+    assert "1 of 2 rows are newer than the score numeric" in caplog.text
+
+
+def test_random_depends_on_seed_and_row_alone(toy_run: Callable[..., Run]) -> None:
+    rows = [{"prompt": "p", "response": str(index), "index": index} for index in range(50)]
+    run, turned = toy_run(rows), toy_run(rows[::-1], name="turned")
+    one, two = (sort_columns(each, scoring.load_rows(each), ["random"], 1)[0] for each in (run, turned))
+    assert one == two[::-1]
+    assert one != sort_columns(run, scoring.load_rows(run), ["random"], 2)[0]
+    assert all(0 <= value < 1 for value in one if value is not None)
+
+
+def test_summary_tells_each_sample_and_any(toy_run: Callable[..., Run]) -> None:
+    answers = {"p": ["1", "2"], "q": ["2", "2"]}
+    rows = [{"prompt": p, "response": a, "index": i, "reference": "1"} for p, each in answers.items() for i, a in enumerate(each)]
+    frame = score(toy_run(rows), ScoreConfig(scorers={"numeric": {}}))["numeric"]
+    assert summary("numeric", frame).splitlines() == [
+        "numeric: 4 of 4 rows have a value, mean 25.0%",
+        "  by sample: 0: 50.0%, 1: 0.0%",
+        "  any of a prompt's samples: 50.0%",
+    ]
+
+
+def test_words() -> None:
+    assert count_words("It's a state-of-the-art 3.5 model") == 6
+    assert count_words("我喜欢 Python 编程") == 6
+    assert count_words("") == 0
