@@ -15,11 +15,11 @@ import polars as pl
 from ..core.chat import Chat, load_chat
 from ..core.config import to_mapping
 from ..core.engines.base import Completion, Engine, Request
-from ..core.engines.registry import open_engine
+from ..core.engines.registry import choose, open_engine
 from ..core.errors import TooManyFailures, UserError
 from ..core.example import Decision, Sample
 from ..core.formats import iterate_examples
-from ..core.models import context_length, model_identity, resolve_model
+from ..core.models import context_length, load_settings, model_identity, resolve_model
 from ..core.progress import Progress, duration
 from ..core.run import Run
 from ..core.store import SampleStore, decisive_settings, sample_key, sample_seed
@@ -81,14 +81,11 @@ class Teacher:
     @classmethod
     def find(cls, config: DistillConfig) -> "Teacher":
         """Look the teacher up. Raises UserError when there is none, or its server cannot be reached."""
-        if config.engine.engine == "openai":
+        if choose(config.engine) == "openai":
             engine = open_engine(config.teacher, config.engine, revision=config.revision)
             return cls(config, engine.identity, engine.chat, engine.context_length, engine)
-        from transformers import AutoConfig
-
         model = resolve_model(config.teacher, revision=config.revision)
-        name, arguments = model.pretrained()
-        contexts = [context_length(AutoConfig.from_pretrained(name, **arguments)), config.engine.max_model_len]
+        contexts = [context_length(load_settings(model)), config.engine.max_model_len]
         return cls(config, model_identity(model), load_chat(model), min((each for each in contexts if each), default=None))
 
     @property

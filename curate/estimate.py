@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import polars as pl
+
 from ..core.progress import duration
 from .config import DistillConfig
 from .distill import Wanted, distillation
@@ -78,7 +80,7 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
         stored = work.samples()
         keys = set(stored["key"])
         left = [each for each in missing if each.key not in keys]
-        means = stored.group_by("example_id").mean()["num_tokens"].to_list()
+        means = stored.group_by("example_id", maintain_order=True).agg(pl.col("num_tokens").mean())["num_tokens"].to_list()
         mean = sum(means) / len(means) if means else None
         error = None
         if mean is not None and len(means) > 1:

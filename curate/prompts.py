@@ -106,7 +106,7 @@ def _decide(
         return prompt, rejected("no_user_turn")
     if chat is not None:
         try:
-            ids = tuple(chat.render(prompt.messages, generation_prompt=True, thinking=config.thinking).ids)
+            ids = tuple(chat.prompt(prompt.messages, thinking=config.thinking))
         except UserError as error:
             return prompt, rejected(f"refused_by_template: {' '.join(str(error).split())}")
         if context is not None and len(ids) + config.max_new_tokens > context:

@@ -1,0 +1,485 @@
+"""A distillation keeps what it has, whatever changes, fails or interrupts; every row has its place in the ledger."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from click.testing import CliRunner
+from sftkit.cli import sftkit
+from sftkit.core.config import load_config
+from sftkit.core.engines.base import Completion, Request
+from sftkit.core.errors import TooManyFailures, UserError
+from sftkit.core.example import Decision
+from sftkit.core.run import Run
+from sftkit.core.store import SampleStore
+from sftkit.curate import distill as distill_module
+from sftkit.curate.cache import explain
+from sftkit.curate.config import DistillConfig
+from sftkit.curate.distill import distill
+from sftkit.curate.estimate import estimate
+from sftkit.curate.rows import load_rows
+
+open_real_engine = distill_module.open_engine
+
+
+def prompts(path: Path, count: int, first: int = 0) -> Path:
+    path.write_text("".join(json.dumps({"prompt": f"What is {number} plus {number}?"}) + "\n" for number in range(first, first + count)))
+    return path
+
+
+@pytest.fixture
+def settings(tiny_model: Path) -> Callable[..., DistillConfig]:
+    def make(**changes: Any) -> DistillConfig:
+        engine = {"engine": "transformers", "dtype": "float32", "device": "cpu", **changes.pop("engine", {})}
+        return load_config(DistillConfig, {"teacher": str(tiny_model), "max_new_tokens": 12, "engine": engine, **changes})
+
+    return make
+
+
+class Between:
+    """Stands between a distillation and the real engine: counts what is asked, and breaks what the test wants broken."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[Request] = []
+        self.opened = 0
+        self.fails: Callable[[Request], str | None] = lambda request: None
+        self.interrupt_after: int | None = None
+        monkeypatch.setattr(distill_module, "open_engine", self.open)
+
+    def open(self, *arguments: Any, **keywords: Any) -> "Between":
+        self.opened += 1
+        self.engine = open_real_engine(*arguments, **keywords)
+        self.identity, self.chat, self.context_length = self.engine.identity, self.engine.chat, self.engine.context_length
+        return self
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        failed: list[Completion] = []
+
+        def seen() -> Iterator[Request]:
+            for request in requests:
+                self.asked.append(request)
+                if error := self.fails(request):
+                    failed.append(Completion(key=request.key, finish_reason="error", error=error))
+                else:
+                    yield request
+
+        for number, completion in enumerate(self.engine.generate(seen())):
+            if number == self.interrupt_after:
+                raise KeyboardInterrupt
+            yield completion
+        yield from failed
+
+
+@pytest.fixture
+def between(monkeypatch: pytest.MonkeyPatch) -> Between:
+    return Between(monkeypatch)
+
+
+def stored(run: Path) -> pl.DataFrame:
+    with SampleStore(run / "curate" / "samples.sqlite") as store:
+        return store.frame()
+
+
+def data_set(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "curate" / "dataset.jsonl").read_text().splitlines()]
+
+
+def ledger(run: Path, stage: str) -> pl.DataFrame:
+    return Run.open(run).ledger.read().filter(pl.col("stage") == stage)
+
+
+def test_k_samples_of_each_prompt_and_all_of_them_in_the_ledger(tmp_path: Path, settings: Any) -> None:
+    run = tmp_path / "run"
+    result = distill(prompts(tmp_path / "p.jsonl", 5), run, settings(k=3, system="Be brief."))
+    assert (result.prompts, result.samples, result.new_samples, result.failed, result.over_budget) == (5, 15, 15, {}, 0)
+    samples = stored(run)
+    assert sorted(samples.group_by("example_id").agg("sample_index")["sample_index"].to_list()) == [[0, 1, 2]] * 5
+    assert samples["text"].n_unique() > 10  # three streams of random numbers, not one
+    assert result.tokens == samples["num_tokens"].sum() == result.new_tokens
+    assert result.cut == samples.filter(pl.col("finish_reason") == "length").height
+    assert ledger(run, "prompts")["action"].to_list() == ["kept"] * 5
+    decided = ledger(run, "distill")
+    assert decided["action"].to_list() == ["kept"] * 15
+    rows = data_set(run)
+    assert [each["id"] for each in rows] == [f"{a}/{b}" for a, b in zip(decided["example_id"], decided["sample_index"], strict=True)]
+    texts = dict(zip(zip(samples["example_id"], samples["sample_index"], strict=True), samples["text"], strict=True))
+    system, user, answer = rows[4]["messages"]
+    assert (system["role"], system["content"]) == ("system", "Be brief.")
+    assert (user["role"], user["content"]) == ("user", "What is 1 plus 1?")
+    assert answer == {"role": "assistant", "content": texts[decided["example_id"][4], 1]}
+    assert samples["model"].unique().to_list() == [str(settings().teacher)]
+
+
+def test_the_same_seed_gives_the_same_answers_however_they_are_batched(tmp_path: Path, settings: Any) -> None:
+    path = prompts(tmp_path / "p.jsonl", 12)
+    runs = {"whole": {}, "small": {"batch_tokens": 128}}
+    for name, engine in runs.items():
+        distill(path, tmp_path / name, settings(k=2, engine=engine))
+    assert data_set(tmp_path / "whole") == data_set(tmp_path / "small")
+    distill(path, tmp_path / "other", settings(k=2, seed=1))
+    assert data_set(tmp_path / "whole") != data_set(tmp_path / "other")
+
+
+def test_an_interruption_keeps_what_finished_and_the_same_call_goes_on(tmp_path: Path, settings: Any, between: Between) -> None:
+    path, run, config = prompts(tmp_path / "p.jsonl", 20), tmp_path / "run", settings(k=2, engine={"batch_tokens": 256})
+    distill(path, tmp_path / "whole", config)
+    between.interrupt_after = 13
+    with pytest.raises(KeyboardInterrupt):
+        distill(path, run, config)
+    committed = stored(run)
+    assert committed.height == 13
+    with pytest.raises(UserError, match="the distillation has not finished"):
+        load_rows(Run.open(run))
+    between.interrupt_after, between.asked = None, []
+    result = distill(path, run, config)
+    assert (result.new_samples, result.samples) == (27, 40)
+    assert {each.key for each in between.asked}.isdisjoint(committed["key"])
+    assert stored(run).join(committed, on=committed.columns, how="semi", nulls_equal=True).height == 13  # unchanged to the last column
+    assert data_set(run) == data_set(tmp_path / "whole")  # the same rows in the same order as without the interruption
+
+
+def test_nothing_missing_opens_no_engine_and_leaves_later_stages_alone(tmp_path: Path, settings: Any, between: Between) -> None:
+    path, run = prompts(tmp_path / "p.jsonl", 3), tmp_path / "run"
+    distill(path, run, settings(k=2))
+    opened = Run.open(run)
+    rows = opened.ledger.rows()
+    assert rows is not None
+    opened.ledger.record("filter", rows, [Decision(*row, "filter", "kept") for row in rows])
+    assert between.opened == 1
+    result = distill(path, run, settings(k=2, max_failed=0.5))
+    assert between.opened == 1
+    assert (result.new_samples, result.samples) == (0, 6)
+    assert opened.ledger.stages() == ["prompts", "distill", "filter"]
+    distill(path, run, settings(k=3))
+    assert opened.ledger.stages() == ["prompts", "distill"]  # other rows: what stood on the former ones is void
+
+
+def test_topping_up_generates_only_the_new_samples(tmp_path: Path, settings: Any, between: Between) -> None:
+    path, run = prompts(tmp_path / "p.jsonl", 4), tmp_path / "run"
+    distill(path, run, settings(k=2))
+    before = stored(run)
+    between.asked = []
+    result = distill(path, run, settings(k=5))
+    assert (result.new_samples, result.samples, len(between.asked)) == (12, 20, 12)
+    assert stored(run).filter(pl.col("sample_index") < 2).equals(before)
+    distill(path, tmp_path / "whole", settings(k=5))
+    assert data_set(run) == data_set(tmp_path / "whole")
+    fewer = distill(path, run, settings(k=2))
+    assert (fewer.samples, fewer.new_samples, len(data_set(run)), stored(run).height) == (8, 0, 8, 20)
+
+
+def test_other_settings_are_refused_in_the_same_folder_and_have_other_keys_in_a_new_one(tmp_path: Path, settings: Any) -> None:
+    path, run = prompts(tmp_path / "p.jsonl", 3), tmp_path / "run"
+    distill(path, run, settings())
+    config = (run / "config.yaml").read_text()
+    changes = {"system": "Be brief.", "temperature": 0.5, "top_p": 0.5, "max_new_tokens": 9, "seed": 7}
+    keys = set(stored(run)["key"])
+    for name, value in changes.items():
+        with pytest.raises(UserError, match=rf"this folder holds another run \(distill.{name} was .*, now {value!r}\)"):
+            distill(path, run, settings(**{name: value}))
+        distill(path, tmp_path / name, settings(**{name: value}))
+        others = set(stored(tmp_path / name)["key"])
+        assert len(others) == 3
+        assert others.isdisjoint(keys)
+        keys |= others
+    assert (run / "config.yaml").read_text() == config
+
+
+def copy_with_other_weights(model: Path, to: Path) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, to)
+    weights = load_file(to / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+def test_other_weights_under_the_same_path_leave_no_stale_row(tmp_path: Path, tiny_model: Path, settings: Any) -> None:
+    path, run, teacher = prompts(tmp_path / "p.jsonl", 3), tmp_path / "run", tmp_path / "teacher"
+    shutil.copytree(tiny_model, teacher)
+    distill(path, run, settings(teacher=str(teacher)))
+    keys = set(stored(run)["key"])
+
+    moved = distill(path, run, settings())  # the same weights by another path are the same teacher
+    assert (moved.new_samples, moved.samples) == (0, 3)
+
+    shutil.rmtree(teacher)
+    copy_with_other_weights(tiny_model, teacher)
+    with pytest.raises(UserError, match=r"distill.teacher_identity was 'sha256:.*', now 'sha256:"):
+        distill(path, run, settings(teacher=str(teacher)))
+    assert set(stored(run)["key"]) == keys
+    distill(path, tmp_path / "new", settings(teacher=str(teacher)))
+    assert set(stored(tmp_path / "new")["key"]).isdisjoint(keys)
+
+
+def test_prompts_that_are_not_asked_have_their_reason(tmp_path: Path, settings: Any, caplog: pytest.LogCaptureFixture) -> None:
+    path, run = tmp_path / "p.jsonl", tmp_path / "run"
+    question = {"role": "user", "content": "What is 1 plus 1?"}
+    rows = [
+        {"messages": [question]},
+        {"messages": [{"role": "assistant", "content": "Hello."}]},
+        {"messages": [question, {"role": "assistant", "content": "2"}]},
+        {"messages": [{"role": "system", "content": "Be brief."}, question]},
+        {"prompt": "word " * 700},
+        {"messages": [question]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with caplog.at_level(logging.INFO, logger="sftkit"):
+        result = distill(path, run, settings(system="Be brief."))
+    assert result.prompts == 1
+    assert result.rejected == {"duplicate_prompt": 3, "no_user_turn": 1, "prompt_too_long": 1}
+    decided = ledger(run, "prompts")
+    assert decided["rule"].to_list() == ["", "no_user_turn", "duplicate_prompt", "duplicate_prompt", "prompt_too_long", "duplicate_prompt"]
+    first = decided["example_id"][0]
+    assert decided["witness_id"].to_list() == [None, None, first, first, None, first]
+    assert decided["threshold"][4] == 512
+    assert decided["score"][4] > 512 + 12
+    assert "5 of 6 prompts are not asked: 3 duplicate_prompt, 1 no_user_turn, 1 prompt_too_long" in caplog.text
+    asked = pl.read_parquet(run / "curate" / "prompts.parquet")
+    assert asked["reference"].to_list() == [None, None, "2", None, None, None]
+    assert asked["source"].to_list()[2].endswith("p.jsonl:3")
+
+
+def test_no_prompt_left_is_an_error_that_says_why(tmp_path: Path, settings: Any) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "word " * 700}) + "\n")
+    with pytest.raises(UserError, match="no prompt is left to be asked: 1 prompt_too_long"):
+        distill(path, tmp_path / "run", settings())
+
+
+def test_failures_are_kept_counted_and_tried_again(tmp_path: Path, settings: Any, between: Between) -> None:
+    path, run = prompts(tmp_path / "p.jsonl", 10), tmp_path / "run"
+    between.fails = lambda request: "timed out\nafter 60 s" if "3 plus 3" in request.messages[-1]["content"] else None
+    with pytest.raises(TooManyFailures, match=r"2 of 20 samples failed.*0\.01.*timed out after 60 s; the other 18 are kept") as caught:
+        distill(path, run, settings(k=2))
+    assert caught.value.exit_code == 3
+    decided = ledger(run, "distill")
+    failed = decided.filter(pl.col("action") == "failed")
+    assert failed.select("sample_index", "rule").rows() == [(0, "error: timed out after 60 s"), (1, "error: timed out after 60 s")]
+    assert decided.height == 20
+    assert len(data_set(run)) == stored(run).height == 18
+
+    tolerant = distill(path, run, settings(k=2, max_failed=0.1))
+    assert tolerant.failed == {"timed out after 60 s": 2}
+    with SampleStore(run / "curate" / "samples.sqlite") as store:
+        assert store.failures()["times"].to_list() == [2, 2]
+
+    between.fails, between.asked = lambda request: None, []
+    healed = distill(path, run, settings(k=2))
+    assert (len(between.asked), healed.new_samples, healed.samples, healed.failed) == (2, 2, 20, {})
+    with SampleStore(run / "curate" / "samples.sqlite") as store:
+        assert store.failures().is_empty()
+    distill(path, tmp_path / "whole", settings(k=2))
+    assert data_set(run) == data_set(tmp_path / "whole")
+
+
+def test_a_budget_is_never_exceeded_and_its_leftovers_are_no_failures(tmp_path: Path, settings: Any, between: Between) -> None:
+    path, run = prompts(tmp_path / "p.jsonl", 20), tmp_path / "run"
+    result = distill(path, run, settings(k=2, budget_tokens=200))
+    assert 200 - 12 < result.tokens <= 200
+    assert result.samples + result.over_budget == 40
+    assert result.over_budget > 0
+    left = ledger(run, "distill").filter(pl.col("action") == "failed")
+    assert left["rule"].unique().to_list() == ["budget"]
+    again = distill(path, run, settings(k=2, budget_tokens=200))  # the budget is of the folder, not of each call
+    assert (again.new_samples, again.samples) == (0, result.samples)
+    assert len(between.asked) == result.samples
+    rest = distill(path, run, settings(k=2))
+    assert (rest.samples, rest.new_samples, rest.over_budget) == (40, 40 - result.samples, 0)
+
+
+def test_more_prompts_are_growth_and_other_prompts_are_refused(
+    tmp_path: Path, settings: Any, between: Between, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, run = prompts(tmp_path / "p.jsonl", 4), tmp_path / "run"
+    distill(path, run, settings(limit=2))
+    first = stored(run)
+    between.asked = []
+    with caplog.at_level(logging.INFO, logger="sftkit"):
+        grown = distill(path, run, settings())
+    assert "2 prompts more than last time" in caplog.text
+    assert (grown.samples, len(between.asked)) == (4, 2)
+    assert stored(run).join(first, on="key", how="semi").equals(first)
+
+    moved = prompts(tmp_path / "the same elsewhere.jsonl", 4)
+    assert distill(moved, run, settings()).new_samples == 0
+    for other in (prompts(tmp_path / "fewer.jsonl", 3), prompts(tmp_path / "other.jsonl", 4, first=1)):
+        with pytest.raises(UserError, match=rf"holds other prompts: 1 of its 4 are not in .*{other.name}.*What is . plus .\?"):
+            distill(other, run, settings())
+    limited = distill(path, run, settings(limit=3))  # a limit is a wish for fewer
+    assert (limited.samples, limited.new_samples, len(data_set(run)), stored(run).height) == (3, 0, 3, 4)
+
+
+def test_a_prompt_that_has_samples_stays_when_the_same_one_comes_before_it(tmp_path: Path, settings: Any, between: Between) -> None:
+    path, run = tmp_path / "p.jsonl", tmp_path / "run"
+    question = {"role": "user", "content": "What is 1 plus 1?"}
+    path.write_text(json.dumps({"messages": [question]}) + "\n")
+    distill(path, run, settings())
+    path.write_text(json.dumps({"messages": [question, {"role": "assistant", "content": "2"}]}) + "\n" + path.read_text())
+    result = distill(path, run, settings())
+    assert (result.new_samples, result.samples, len(between.asked)) == (0, 1, 1)
+    assert ledger(run, "prompts")["rule"].to_list() == ["duplicate_prompt", ""]
+    assert len(data_set(run)) == 1
+
+
+def test_settings_that_make_no_sense_are_refused(settings: Any) -> None:
+    for changes, message in [
+        ({"temperature": 0, "k": 2}, "k is 2 at temperature 0: all samples of a prompt would be the same"),
+        ({"temperature": -1}, "temperature: expected 0 .greedy. or more, found -1"),
+        ({"top_p": 0}, "top_p: expected a share above 0 and up to 1, found 0"),
+        ({"k": 0}, "k: expected 1 or more, found 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected 1 or more, found 0"),
+        ({"max_failed": 1.5}, "max_failed: expected a share between 0 and 1"),
+        ({"budget_tokens": 3}, "budget_tokens: expected 12 or more .one answer can take max_new_tokens., found 3"),
+        ({"teecher": "x"}, "did you mean 'teacher'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            settings(**changes)
+    assert settings(temperature=0, k=1).k == 1
+
+
+class Server:
+    """An engine that renders for itself, as a server does: it takes messages and has no chat."""
+
+    identity, chat, context_length = "openai:teacher", None, None
+
+    def __init__(self) -> None:
+        self.asked: list[Request] = []
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        for request in requests:
+            self.asked.append(request)
+            assert request.prompt_ids == ()
+            yield Completion(key=request.key, text=f"{len(request.messages)} {request.seed}", num_tokens=2)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_server_is_sent_messages_and_keyed_by_them(tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server()
+    monkeypatch.setattr(distill_module, "open_engine", lambda *arguments, **keywords: server)
+    path = prompts(tmp_path / "p.jsonl", 3)
+    asked = {"teacher": "m", "engine": {"engine": "openai", "base_url": "http://localhost:1/v1"}}
+    distill(path, tmp_path / "run", settings(k=2, system="Be brief.", **asked))
+    assert [each.messages[0] for each in server.asked] == [{"role": "system", "content": "Be brief."}] * 6
+    assert len({each.seed for each in server.asked}) == len({each.key for each in server.asked}) == 6
+    assert distill(path, tmp_path / "run", settings(k=2, system="Be brief.", **asked)).new_samples == 0
+    distill(path, tmp_path / "other", settings(k=2, **asked))
+    assert set(stored(tmp_path / "run")["key"]).isdisjoint(stored(tmp_path / "other")["key"])
+    with pytest.raises(UserError, match="thinking: a server renders for itself"):
+        distill(path, tmp_path / "thinking", settings(thinking=True, **asked))
+
+
+def test_an_engine_that_swallows_a_request_fails_it_by_name(tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forgetful(Server):
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            yield from list(super().generate(requests))[1:]
+
+    monkeypatch.setattr(distill_module, "open_engine", lambda *arguments, **keywords: Forgetful())
+    asked = {"teacher": "m", "engine": {"engine": "openai", "base_url": "http://localhost:1/v1"}}
+    with pytest.raises(TooManyFailures, match=r"1 of 3 samples failed.*the engine gave no answer"):
+        distill(prompts(tmp_path / "p.jsonl", 3), tmp_path / "run", settings(**asked))
+    assert stored(tmp_path / "run").height == 2
+
+
+def test_a_dry_run_probes_sixteen_prompts_and_wastes_nothing(tmp_path: Path, settings: Any, between: Between) -> None:
+    path, run = prompts(tmp_path / "p.jsonl", 64), tmp_path / "run"
+    found = estimate(path, run, settings(k=2))
+    assert (found.wanted, found.stored, found.probed, found.remaining, found.measured) == (128, 0, 16, 112, 16)
+    numbers = [int(each.messages[-1]["content"].split()[2]) for each in between.asked]
+    assert numbers == list(range(0, 64, 4))
+    tokens = stored(run)["num_tokens"]
+    assert found.new_tokens == pytest.approx(tokens.mean() * 112)
+    assert found.standard_error == pytest.approx(tokens.std() / 4 * 112)
+    assert found.seconds == pytest.approx(found.new_tokens / found.tokens_per_second)
+    assert found.prompt_tokens == pytest.approx(len(between.asked[8].prompt_ids) * 112, rel=0.05)
+    assert found.cut_share == (stored(run)["finish_reason"] == "length").mean()
+    assert len(found.examples) == 3
+    assert found.examples[0][0] == "What is 0 plus 0?"
+
+    between.asked = []
+    result = distill(path, run, settings(k=2))
+    assert (len(between.asked), result.samples, result.new_samples) == (112, 128, 112)
+    distill(path, tmp_path / "whole", settings(k=2))
+    assert data_set(run) == data_set(tmp_path / "whole")
+    after = estimate(path, run, settings(k=2))
+    assert (after.stored, after.probed, after.remaining, after.tokens_per_second) == (128, 0, 0, None)
+    assert "to come: 0 samples" in after.summary()
+
+
+def test_cache_explain_names_the_fields_that_differ(tmp_path: Path, tiny_model: Path, settings: Any) -> None:
+    path, run = prompts(tmp_path / "p.jsonl", 3), tmp_path / "run"
+    distill(path, run, settings(k=2))
+    (same,) = explain(run, {})
+    assert (same.differs, same.samples) == ({}, 6)
+    (warmer,) = explain(run, {"temperature": 1.0, "system": "Be brief."})
+    assert warmer.differs == {"temperature": (0.8, 1.0), "system": (None, "Be brief.")}
+    teacher = copy_with_other_weights(tiny_model, tmp_path / "teacher")
+    (other,) = explain(run, {"teacher": str(teacher)})
+    assert list(other.differs) == ["model"]
+    shutil.copytree(tiny_model, tmp_path / "edited")
+    for file in ("chat_template.jinja", "tokenizer_config.json"):
+        if (tmp_path / "edited" / file).exists():
+            text = (tmp_path / "edited" / file).read_text()
+            (tmp_path / "edited" / file).write_text(text.replace("assistant", "helper"))
+    (edited,) = explain(run, {"teacher": str(tmp_path / "edited")})
+    assert "template" in edited.differs
+    with pytest.raises(UserError, match="is not a run of sftkit"):
+        explain(tmp_path, {})
+
+
+def test_the_commands_say_what_happened(tmp_path: Path, tiny_model: Path) -> None:
+    path, run = prompts(tmp_path / "p.jsonl", 20), tmp_path / "run"
+    base = [
+        "curate",
+        "distill",
+        str(path),
+        "-o",
+        str(run),
+        "--teacher",
+        str(tiny_model),
+        "--max-new-tokens",
+        "12",
+        "--engine",
+        "transformers",
+    ]
+
+    def call(*arguments: str) -> str:
+        result = CliRunner().invoke(sftkit, list(arguments), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    dry = call(*base, "-k", "2", "--dry-run")
+    assert "40 samples wanted, 0 were there, 16 probed now and kept" in dry
+    assert "to come: 24 samples" in dry
+    assert "standard error" in dry
+    assert dry.count("prompt: What is") == 3
+    done = call(*base, "-k", "2")
+    assert "40 of 40 samples of 20 prompts" in done
+    assert "new: 24 samples" in done
+    assert "cut at the longest length" in done
+    assert str(run / "curate" / "dataset.jsonl") in done
+    assert "new: none, everything that was asked for is there" in call(*base, "-k", "2")
+    assert "40 samples of" in (told := call("curate", "cache", "explain", str(run), "--temperature", "1.0"))
+    assert "temperature: stored 0.8, asked 1.0" in told
+    assert "nothing differs" in call("curate", "cache", "explain", str(run))
+
+
+def test_a_config_file_speaks_below_the_options(tmp_path: Path, tiny_model: Path) -> None:
+    config = tmp_path / "distill.yaml"
+    config.write_text(f"teacher: {tiny_model}\nk: 3\nmax_new_tokens: 9\nengine:\n  dtype: float32\n")
+    arguments = ["curate", "distill", str(prompts(tmp_path / "p.jsonl", 2)), "-o", str(tmp_path / "run"), "--config", str(config)]
+    result = CliRunner().invoke(sftkit, [*arguments, "-k", "2", "--engine", "transformers"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    section = Run.open(tmp_path / "run").config()["distill"]
+    assert (section["k"], section["max_new_tokens"]) == (2, 9)
+    assert (section["engine"]["engine"], section["engine"]["dtype"]) == ("transformers", "float32")
