@@ -1,0 +1,306 @@
+"""The formats of the field, read without being told: messages, ShareGPT, Alpaca, prompts with or without answers, text, preferences.
+
+A row becomes a conversation; whatever column is not part of it goes to `meta` unchanged. The format is found row by row,
+from the columns that are there and not null.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError, unknown_name
+from .example import ROLES, Example, Message, content_id
+from .sources import Row, iterate_rows, parse_json
+
+ROLE_NAMES = {
+    **{role: role for role in ROLES},
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "ai", "bot", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("observation", "function", "function_response", "tool_response", "ipython"), "tool"),
+    "developer": "system",
+}
+CONVERSATIONS = ("messages", "conversations", "conversation")
+SYSTEMS = ("system", "system_prompt")
+PROMPTS = ("prompt", "question", "query", "problem", "input", "text")  # the first that is there is taken
+INPUTS = ("input", "context")
+ANSWERS = ("completion", "response", "output", "solution", "answer")  # likewise
+OWN = {"id", "example_id", "sample_index", "messages", "source", "meta", "extra"}  # columns of the files that sftkit writes
+EXPECTED = (
+    "messages or conversations; instruction, input, output; prompt or question, with or without completion, response or answer; "
+    "text; chosen and rejected"
+)
+
+
+def read_examples(source: str | Path, *, format: str | None = None, revision: str | None = None, split: str = "train") -> list[Example]:
+    """Return all rows of a source as examples, in order: see `iterate_examples`."""
+    return list(iterate_examples(source, format=format, revision=revision, split=split))
+
+
+def iterate_examples(
+    source: str | Path, *, format: str | None = None, revision: str | None = None, split: str = "train"
+) -> Iterator[Example]:
+    """Yield the rows of a file, a folder, a run, standard input (`-`) or a Hub data set (ORG/NAME[:SUBSET]) as examples.
+
+    `format` (a name in FORMATS) reads the rows as that and nothing else. Raises UserError, naming file and row, for a
+    source without rows and for a row that is none of the formats or lacks a text where there must be one.
+    """
+    if format is not None and format not in FORMATS:
+        raise unknown_name("format", format, FORMATS)
+    found: dict[frozenset[str], str] = {}
+    used: dict[str, int] = {}
+    for place, row in iterate_rows(source, revision=revision, split=split):
+        if format is None and _is_own(row):
+            yield _own_example(row, place, used)
+            continue
+        columns = frozenset(name for name, value in row.items() if value is not None)
+        name = format or found.get(columns)
+        if name is None:
+            name = found[columns] = detect_format(columns, place)
+        meta = dict(row)
+        messages = _with_system(meta, FORMATS[name](meta, place))
+        yield Example(_unused(content_id(messages), used), messages, place, meta)
+
+
+def detect_format(columns: frozenset[str] | set[str], place: str = "") -> str:
+    """Return the name of the format that a row with these columns (the null ones left out) is in."""
+    if {"chosen", "rejected"} <= columns:
+        return "preference"
+    if columns.intersection(CONVERSATIONS):
+        return "messages"
+    if "instruction" in columns:
+        return "alpaca"
+    if columns.intersection(PROMPTS):
+        return "text" if not columns.intersection((*PROMPTS[:-1], *ANSWERS)) else "prompt"
+    raise UserError(f"{place}: found the columns {', '.join(sorted(columns)) or '(none)'}; expected {EXPECTED}")
+
+
+def split_prompt(example: Example) -> tuple[list[Message], str | None]:
+    """Return the messages up to the last user turn, and the text of the final answer; None where the conversation has none."""
+    messages = example.messages
+    answer = messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else None
+    turns = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    end = turns[-1] + 1 if turns else len(messages) - (answer is not None)
+    return messages[:end], answer
+
+
+def _unused(wanted: str, used: dict[str, int]) -> str:
+    """Return an id that no row before has: `wanted`, or it with ~2, ~3, …; `used` counts how often each was asked for."""
+    name = wanted
+    while name in used:
+        used[wanted] += 1
+        name = f"{wanted}~{used[wanted]}"
+    used[name] = 1
+    return name
+
+
+def _is_own(row: Row) -> bool:
+    return {"id", "messages", "source", "meta"} <= row.keys() <= OWN
+
+
+def _own_example(row: Row, place: str, used: dict[str, int]) -> Example:
+    """Read a row that sftkit wrote. Its id counts if it is one of these messages; that of a sample (ID/INDEX) goes to meta."""
+    messages = _conversation({"messages": row.get("extra") or row["messages"]}, place)
+    meta = row["meta"]
+    if isinstance(meta, str):
+        meta = _from_json(meta, place, "meta") if meta else {}
+    if not isinstance(meta, dict | None):
+        raise UserError(f"{place}: meta must be an object, found {str(meta)[:40]!r}")
+    known, given = content_id(messages), str(row["id"])
+    if given != known and not given.startswith(f"{known}~"):
+        return Example(_unused(known, used), messages, row["source"] or place, {**(meta or {}), "id": given})
+    return Example(_unused(given, used), messages, row["source"] or place, meta or {})
+
+
+def _from_json(text: str, place: str, column: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{place}: {column} is a text that is no JSON ({error}); expected a list of {{role, content}}") from None
+
+
+def _text(value: Any, place: str, what: str) -> str:
+    """Return a text, or the joined texts of a list of text parts."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        return "".join(_part(part, place, what) for part in value)
+    found = "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+    raise UserError(f"{place}: {what} is {found}; expected a text")
+
+
+def _part(part: Row, place: str, what: str) -> str:
+    kind = part.get("type", "text")
+    text = part["value"] if isinstance(part.get("value"), str) else part.get("text")
+    if kind in ("text", "input_text", "output_text", "tool_call") and isinstance(text, str):
+        return text
+    raise UserError(f"{place}: {what} has a part of type {kind!r}; only texts are read: take out rows with images, sound or files")
+
+
+def _message(turn: Any, place: str) -> Message:
+    if not isinstance(turn, dict):
+        raise UserError(f"{place} is {type(turn).__name__} {str(turn)[:40]!r}; expected an object with role and content")
+    role = turn.get("role", turn.get("from"))
+    name = ROLE_NAMES.get(str(role).lower())
+    if name is None:
+        raise unknown_name("role", role, ROLE_NAMES, place)
+    rest = {key: value for key, value in turn.items() if value is not None and key not in ("role", "from", "content", "value")}
+    content = turn.get("content", turn.get("value"))
+    if isinstance(content, list) and name == "assistant":
+        thoughts = [part for part in content if isinstance(part, dict) and part.get("type") in ("reasoning", "thinking")]
+        if thoughts:
+            content = [part for part in content if part not in thoughts]
+            texts = [part.get("value", part.get("text", part.get("thinking"))) for part in thoughts]
+            rest.setdefault("reasoning_content", "".join(_text(text, place, "the reasoning") for text in texts))
+    if not content and name == "assistant" and turn.get("tool_calls"):
+        content = ""
+    return {"role": name, "content": _text(content, place, "the content"), **rest}
+
+
+def _turns(value: Any, place: str, column: str) -> list[Message]:
+    """Return a conversation: a list of messages, one message, or either as JSON text."""
+    if isinstance(value, str):
+        value = _from_json(value, place, column)
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise UserError(f"{place}: {column} is {type(value).__name__} {str(value)[:40]!r}; expected a list of {{role, content}}")
+    if not value:
+        raise UserError(f"{place}: {column} is empty; expected at least one message, or take the row out")
+    return [_message(turn, f"{place}: {column}[{number}]") for number, turn in enumerate(value)]
+
+
+def _with_system(meta: Row, messages: list[Message]) -> list[Message]:
+    name = next((name for name in SYSTEMS if isinstance(meta.get(name), str) and meta[name].strip()), None)
+    if name is None or any(message["role"] == "system" for message in messages):
+        return messages
+    return [{"role": "system", "content": meta.pop(name)}, *messages]
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _take(meta: Row, names: tuple[str, ...]) -> tuple[str, Any] | None:
+    """Take the first of the columns that is there out of a row, one that is not null before one that is."""
+    present = [name for name in names if name in meta]
+    name = next((name for name in present if meta[name] is not None), present[0] if present else None)
+    return None if name is None else (name, meta.pop(name))
+
+
+def _lacks(meta: Row, place: str, names: tuple[str, ...]) -> UserError:
+    return UserError(f"{place}: found the columns {', '.join(meta)}; expected {' or '.join(names)}")
+
+
+# Each reader takes the columns that it uses out of the row; what it leaves is the example's meta.
+
+
+def _conversation(meta: Row, place: str) -> list[Message]:
+    taken = _take(meta, CONVERSATIONS)
+    if taken is None:
+        raise _lacks(meta, place, CONVERSATIONS)
+    return _turns(taken[1], place, taken[0])
+
+
+def _question(meta: Row, place: str) -> list[Message]:
+    taken = _take(meta, PROMPTS)
+    if taken is None:
+        raise _lacks(meta, place, PROMPTS)
+    name, value = taken
+    messages = _turns(value, place, name) if isinstance(value, list) else [_user(_text(value, place, name))]
+    return [*messages, *_answer(meta, place)]
+
+
+def _answer(meta: Row, place: str) -> list[Message]:
+    """Take the answer out of a row: none, a text, messages, or a ranked list of texts whose first is the answer."""
+    taken = _take(meta, ANSWERS)
+    if taken is None:
+        return []
+    name, value = taken
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        meta[f"other_{name}s"] = value[1:]
+        value = value[0]
+    if isinstance(value, list) and value and isinstance(value[0], dict) and ("role" in value[0] or "from" in value[0]):
+        return _turns(value, place, name)
+    if value is None:
+        raise UserError(f"{place}: {name} is null; give its text, or leave the column away where there is only a prompt")
+    return [_assistant(_text(value, place, name))]
+
+
+def _instruction(meta: Row, place: str, *, answered: bool = True) -> list[Message]:
+    """Read Alpaca columns, with LLaMA-Factory's `history` of pairs and Self-Instruct's `instances`, whose first is taken."""
+    if "instruction" not in meta:
+        raise _lacks(meta, place, ("instruction",))
+    instruction = _text(meta.pop("instruction"), place, "instruction")
+    instances = meta.get("instances")
+    if isinstance(instances, list) and instances and isinstance(instances[0], dict) and not {*INPUTS, *ANSWERS} & meta.keys():
+        meta.pop("instances")
+        meta.update({name: instances[0][name] for name in ("input", "output") if instances[0].get(name) is not None})
+        if len(instances) > 1:
+            meta["other_instances"] = instances[1:]
+    taken = _take(meta, INPUTS)
+    given = _text(taken[1], place, taken[0]) if taken and taken[1] is not None else ""
+    messages = _history(meta.pop("history", None), place)
+    messages.append(_user(f"{instruction}\n\n{given}" if given.strip() else instruction))
+    return [*messages, *(_answer(meta, place) if answered else [])]
+
+
+def _history(pairs: Any, place: str) -> list[Message]:
+    if isinstance(pairs, str):
+        pairs = _from_json(pairs, place, "history") if pairs else []
+    if not isinstance(pairs, list | None) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs or []):
+        raise UserError(f"{place}: history is {str(pairs)[:40]!r}; expected a list of [user, assistant] pairs")
+    messages = []
+    for asked, answered in pairs or []:
+        messages += [_user(_text(asked, place, "history")), _assistant(_text(answered, place, "history"))]
+    return messages
+
+
+def _plain(meta: Row, place: str) -> list[Message]:
+    if "text" not in meta:
+        raise _lacks(meta, place, ("text",))
+    return [_user(_text(meta.pop("text"), place, "text"))]
+
+
+def _preference(meta: Row, place: str) -> list[Message]:
+    """Read prompt + chosen as the conversation; the rejected answer's messages are meta["rejected"].
+
+    Where chosen and rejected are whole conversations, what they begin with in common is the prompt.
+    """
+    if not {"chosen", "rejected"} <= meta.keys():
+        raise _lacks(meta, place, ("chosen and rejected",))
+    chosen, rejected = (_candidate(meta.pop(name), place, name) for name in ("chosen", "rejected"))
+    if chosen[0]["role"] != "assistant":
+        most = min(len(chosen), len(rejected)) - 1  # the last message is never part of the prompt
+        same = next((n for n in range(most) if chosen[n] != rejected[n]), most)
+        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+    elif any(meta.get(name) is not None for name in CONVERSATIONS):
+        prompt = _conversation(meta, place)
+    elif meta.get("instruction") is not None:
+        prompt = _instruction(meta, place, answered=False)
+    else:
+        taken = _take(meta, PROMPTS)
+        if taken is None:
+            raise UserError(f"{place}: chosen is an answer without its prompt; expected also {', '.join((*PROMPTS, *CONVERSATIONS))}")
+        prompt = _turns(taken[1], place, taken[0]) if isinstance(taken[1], list) else [_user(_text(taken[1], place, taken[0]))]
+    meta["rejected"] = rejected
+    return [*prompt, *chosen]
+
+
+def _candidate(value: Any, place: str, name: str) -> list[Message]:
+    if isinstance(value, str):
+        return [_assistant(value)]
+    return _turns(value, place, name)
+
+
+FORMATS: dict[str, Callable[[Row, str], list[Message]]] = {
+    "messages": _conversation,
+    "sharegpt": _conversation,
+    "alpaca": _instruction,
+    "prompt": _question,
+    "text": _plain,
+    "preference": _preference,
+}

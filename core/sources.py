@@ -1,0 +1,352 @@
+"""Where rows come from: files, folders, standard input, data sets of the Hub. Each row comes with its place, as file:row."""
+
+import csv
+import difflib
+import gzip
+import io
+import itertools
+import json
+import logging
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from .errors import UserError
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
+ROW_COLUMNS = (  # an object with one of these is a row, not a wrapping around rows
+    *("messages", "conversations", "conversation", "chosen", "instruction"),
+    *("prompt", "question", "query", "problem", "input", "text"),
+)
+GZIP = b"\x1f\x8b"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+ROWS_AT_A_TIME = 10_000
+
+
+def iterate_rows(source: str | Path, *, revision: str | None = None, split: str = "train") -> Iterator[tuple[str, Row]]:
+    """Yield (place, row) from a file, a folder of files, a run folder, `-` (standard input) or a data set of the Hub.
+
+    A line of plain text is the row {"text": line}. Raises UserError, with file and row, for what cannot be read.
+    """
+    if str(source) == "-":
+        yield from _some(_standard_input(), "stdin")
+        return
+    path = Path(source).expanduser()
+    if path.is_dir():
+        yield from _folder(path)
+    elif path.exists():
+        yield from _file(path)
+    elif HUB_ID.fullmatch(str(source)) and kind_of(path) is None and not path.parent.exists():
+        yield from _some(_hub(str(source), revision, split), str(source))
+    else:
+        raise _missing(path)
+
+
+def kind_of(path: Path) -> str | None:
+    """Return what kind of file a name stands for (`.jsonl` for `a.jsonl.gz`), or None for a name that tells none."""
+    name = path.name.lower().removesuffix(".gz")
+    return next((kind for kind in KINDS if name.endswith(kind)), None)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON; NaN and infinities, which are no JSON, become None. Raises ValueError in one short line."""
+    try:
+        return json.loads(text, parse_constant=lambda _: None)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise ValueError(f"{error.msg} at {where}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def mend_text(value: Any) -> Any:
+    """Replace each half of a surrogate pair, which no file and no tokenizer takes, by U+FFFD, at any depth."""
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, list):
+        return [mend_text(each) for each in value]
+    if isinstance(value, dict):
+        return {mend_text(key): mend_text(each) for key, each in value.items()}
+    return value
+
+
+def _missing(path: Path) -> UserError:
+    if not path.parent.is_dir():
+        return UserError(f"{path}: no such file, nor a folder {path.parent}; a data set of the Hub is named ORGANISATION/NAME")
+    names = [each.name for each in path.parent.iterdir()]
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return UserError(f"{path}: no such file or folder{f'; did you mean {path.parent / near[0]}?' if near else ''}")
+
+
+def _folder(folder: Path) -> Iterator[tuple[str, Row]]:
+    if (folder / "config.yaml").exists() and ((folder / "curate").is_dir() or (folder / "ledger.parquet").exists()):
+        made = folder / "curate" / "dataset.jsonl"
+        if not made.exists():
+            raise UserError(f"{folder}: this run has no data set yet (no curate/dataset.jsonl); finish its curation")
+        yield from _file(made)
+        return
+    if (folder / "state.json").exists() and any(folder.glob("*.arrow")):
+        yield from _some(_saved_by_datasets(folder), str(folder))
+        return
+    hidden = (each for each in folder.rglob("*") if not any(part.startswith(".") for part in each.relative_to(folder).parts))
+    files = sorted(each for each in hidden if each.is_file() and kind_of(each))
+    tables = [each for each in files if kind_of(each) != ".txt"]
+    if not files:
+        raise UserError(f"{folder}: holds no data file ({', '.join(KINDS)}, each also as .gz)")
+    if tables and len(tables) < len(files):
+        log.info("%s: its .txt files are not read, as there are files with columns", folder)
+    for file in tables or files:
+        yield from _file(file)
+
+
+def _file(path: Path) -> Iterator[tuple[str, Row]]:
+    kind = kind_of(path)
+    if kind is None:
+        raise UserError(f"{path}: not a kind of file that is read here; give {', '.join(KINDS)}, each also as .gz")
+    yield from _some(_parsed(path, kind), str(path))
+
+
+def _some(rows: Iterable[tuple[str, Row]], name: str) -> Iterator[tuple[str, Row]]:
+    found = False
+    for row in rows:
+        found = True
+        yield row
+    if not found:
+        raise UserError(f"{name}: is empty; expected at least one row")
+
+
+def _parsed(path: Path, kind: str) -> Iterator[tuple[str, Row]]:
+    with _reading(path) as file:
+        if kind == ".parquet":
+            yield from _parquet(path, file)
+        elif kind in (".csv", ".tsv"):
+            yield from _table(path, file, "\t" if kind == ".tsv" else None)
+        elif kind == ".txt":
+            yield from _plain_lines(file, str(path))
+        else:
+            yield from _json(file, str(path))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file, unpacked where its first bytes say gzip, and turn what can go wrong on the way into one line."""
+    try:
+        with open(path, "rb") as raw:
+            packed = raw.read(2) == GZIP
+            raw.seek(0)
+            if packed:
+                with gzip.open(raw) as file:
+                    yield file  # type: ignore[misc]
+            else:
+                yield raw
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: damaged or cut short ({error}); fetch it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _lines(file: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
+    """Yield (number, line) of the lines that are not blank, without their ends; numbers count from 1."""
+    for number, line in enumerate(file, start=1):
+        if number == 1:
+            line = line.removeprefix(BYTE_ORDER_MARK)
+        try:
+            text = line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise _not_utf8(f"{name}:{number}", error) from None
+        if text and not text.isspace():
+            yield number, text
+
+
+def _not_utf8(place: str, error: UnicodeDecodeError) -> UserError:
+    return UserError(f"{place}: not UTF-8 text (byte 0x{error.object[error.start]:02x}); save the file as UTF-8 if it is text")
+
+
+def _plain_lines(file: Iterable[bytes], name: str) -> Iterator[tuple[str, Row]]:
+    for number, line in _lines(file, name):
+        yield f"{name}:{number}", {"text": line}
+
+
+def _json(file: IO[bytes], name: str) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of JSON or JSON lines: which of the two it is stands in the content, whatever the file is called."""
+    lines = _lines(file, name)
+    first, second = next(lines, None), next(lines, None)
+    if first is None:
+        return
+    number, text = first
+    try:
+        alone = isinstance(parse_json(text), dict) and second is not None
+    except ValueError:
+        alone = not text.lstrip().startswith("[") and text.strip() != "{" and kind_of(Path(name)) != ".json"
+    rest = lines if second is None else itertools.chain([second], lines)
+    if alone:
+        for number, line in itertools.chain([first], rest):
+            yield _json_line(line, f"{name}:{number}")
+    else:
+        yield from _json_document("\n" * (number - 1) + "\n".join([text, *_with_blank(rest, number)]), name)
+
+
+def _with_blank(lines: Iterable[tuple[int, str]], before: int) -> Iterator[str]:
+    """Return the lines with the blank ones between them, so that a fault keeps its line number."""
+    for number, line in lines:
+        yield from [""] * (number - before - 1)
+        yield line
+        before = number
+
+
+def _json_line(line: str, place: str) -> tuple[str, Row]:
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise UserError(f'{place}: not valid JSON ({error}); expected one object a line, as {{"messages": [...]}}') from None
+    return place, _row(row, place, mend="\\ud" in line.lower())
+
+
+def _json_document(text: str, name: str) -> Iterator[tuple[str, Row]]:
+    try:
+        content = parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{name}: not valid JSON ({error}); expected a list of objects, or one object a line") from None
+    rows = _only_list(content, name) if isinstance(content, dict) else content
+    if not isinstance(rows, list):
+        raise UserError(f"{name}: expected a list of objects, found {_kind(rows)}")
+    mend = "\\ud" in text.lower()
+    for number, row in enumerate(rows, start=1):
+        place = f"{name}:{number}"
+        yield place, _row(row, place, mend=mend)
+
+
+def _only_list(content: Row, name: str) -> list[Any]:
+    """Return the rows of a JSON object: its one list of objects, or the object itself where it is a row."""
+    lists = {key: each for key, each in content.items() if isinstance(each, list) and each and all(isinstance(one, dict) for one in each)}
+    if not lists or set(content) & set(ROW_COLUMNS):
+        return [content]
+    if len(lists) > 1:
+        raise UserError(f"{name}: has {len(lists)} lists ({', '.join(lists)}); expected a list of rows, or an object with one such list")
+    return next(iter(lists.values()))
+
+
+def _row(row: Any, place: str, *, mend: bool) -> Row:
+    if isinstance(row, str):
+        row = {"text": row}
+    if not isinstance(row, dict):
+        raise UserError(f'{place}: expected an object, as {{"messages": [...]}}, found {_kind(row)}')
+    if mend and (mended := mend_text(row)) != row:
+        log.warning("%s: half a surrogate pair became U+FFFD", place)
+        return mended
+    return row
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", dict: "an object", str: "a text", bool: "true or false", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _table(path: Path, file: IO[bytes], delimiter: str | None) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a CSV file. A row's number is that of its first line, as an editor counts."""
+    csv.field_size_limit(sys.maxsize)  # the module's own limit of 131,072 characters is shorter than a long conversation
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    line = 0
+    try:
+        head = text.readline()
+        comma = delimiter or (";" if ";" in head and "," not in head else ",")
+        names = next(csv.reader([head], delimiter=comma, strict=True), [])
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated or any(not name.strip() for name in names):
+            raise UserError(f"{path}:1: each column needs a name of its own; found {', '.join(map(repr, names))}")
+        line = 2
+        reader = csv.reader(text, delimiter=comma, strict=True)
+        for cells in reader:
+            if cells and len(cells) != len(names):
+                raise UserError(
+                    f"{path}:{line}: has {len(cells)} cells, the first line names {len(names)}; quote cells that hold {comma!r}"
+                )
+            if cells:
+                yield f"{path}:{line}", dict(zip(names, cells, strict=True))
+            line = reader.line_num + 2
+    except csv.Error as error:
+        raise UserError(f"{path}:{max(line, 1)}: not valid CSV ({error}); check its quotes") from None
+    except UnicodeDecodeError as error:
+        raise _not_utf8(f"{path}:{max(line, 1)}", error) from None
+    finally:
+        text.detach()
+
+
+def _parquet(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
+    import polars as pl
+
+    try:
+        frame = pl.read_parquet(path if not isinstance(file, gzip.GzipFile) else file.read())
+    except pl.exceptions.PolarsError as error:
+        raise UserError(f"{path}: not a Parquet file that can be read ({' '.join(str(error).split())[:120]})") from None
+    number = 0
+    for part in frame.iter_slices(ROWS_AT_A_TIME):
+        for row in part.iter_rows(named=True):
+            number += 1
+            yield f"{path}:{number}", {name: plain(value) for name, value in row.items()}
+
+
+def plain(value: Any) -> Any:
+    """Return a cell as JSON has it: NaN is None, a date its ISO text, bytes base64."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if isinstance(value, bytes):
+        import base64
+
+        return base64.b64encode(value).decode()
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def _standard_input() -> Iterator[tuple[str, Row]]:
+    if sys.stdin.isatty():
+        log.info("reading rows from this terminal; Ctrl-D ends them")
+    content = sys.stdin.buffer.read()
+    if content.startswith(GZIP):
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"stdin: damaged or cut short ({error})") from None
+    start = content.removeprefix(BYTE_ORDER_MARK).lstrip()[:1]
+    read = _json if start in (b"{", b"[") else _plain_lines
+    yield from read(io.BytesIO(content), "stdin")
+
+
+def _hub(name: str, revision: str | None, split: str) -> Iterator[tuple[str, Row]]:
+    import datasets
+
+    path, _, subset = name.partition(":")
+    try:
+        rows = datasets.load_dataset(path, subset or None, split=split, revision=revision)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{name}: no such file, and not to be had as a data set of the Hub ({reason[:240]}); check the name, "
+            "`NAME:SUBSET`, the split and the network, or give a file"
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}:{number}", {key: plain(value) for key, value in row.items()}
+
+
+def _saved_by_datasets(folder: Path) -> Iterator[tuple[str, Row]]:
+    import datasets
+
+    try:
+        rows = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{folder}: saved by the datasets library, but cannot be read ({' '.join(str(error).split())[:200]})") from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{folder}:{number}", {key: plain(value) for key, value in row.items()}
