@@ -14,6 +14,7 @@ from typing import Any
 from .catalogue import CATALOGUE, cache_dir, cached
 from .errors import UserError, unknown_name
 from .files import read_json, write_json
+from .gguf import check_gguf, load_unpacked
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +66,7 @@ def resolve_model(name: str | Path, *, revision: str | None = None) -> ModelRef:
 
 def _on_disk(path: Path) -> Path:
     if path.is_file():
-        with open(path, "rb") as file:
-            if file.read(4) != b"GGUF":
-                raise UserError(f"{path}: is not a GGUF file (it does not begin with GGUF); give a model folder or a .gguf file")
+        check_gguf(path)
         return path
     for inner in (path / "train" / "final", path / "final"):
         if (inner / "config.json").exists():
@@ -175,37 +174,16 @@ def load_model(ref: ModelRef, *, dtype: str = "auto", device: str | None = None)
     from transformers import AutoModelForCausalLM
 
     name, arguments = ref.pretrained()
-    gguf = "gguf_file" in arguments
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-    if gguf:
-        wanted = torch.bfloat16 if dtype == "auto" else wanted
-        arguments |= unpacked()
     with _hub_errors(ref):
         try:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **arguments)
+            if ref.path is not None and ref.path.is_file():
+                model = load_unpacked(ref.path, torch.bfloat16 if dtype == "auto" else wanted)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **arguments)
         except (ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
             raise UserError(f"{ref.name}: cannot be loaded: {_one_line(error)}") from error
-    if gguf:
-        forget_quantization(model)
     return (model.to(device) if device else model).eval()
-
-
-def unpacked() -> dict[str, Any]:
-    """Return the arguments that make transformers unpack a GGUF file: newer versions keep its weights packed unless told."""
-    try:
-        from transformers import GgufConfig
-    except ImportError:
-        return {}
-    return {"quantization_config": GgufConfig(dequantize=True)}
-
-
-def forget_quantization(model: Any) -> None:
-    """Let transformers save a model that came from a GGUF file: its weights are plain now."""
-    model.hf_quantizer = None
-    model.is_quantized = False
-    for attribute in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, attribute):
-            delattr(model.config, attribute)
 
 
 def context_length(settings: Any) -> int | None:
