@@ -7,7 +7,6 @@ from typing import Any
 
 import polars as pl
 import pytest
-
 from sftkit.core.example import Decision, content_id
 from sftkit.core.run import Run
 from sftkit.curate.rows import STORED, record

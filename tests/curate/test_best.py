@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import pytest
-
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate.best import best

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate import dedup as deduplicate
@@ -177,9 +176,9 @@ def test_dedup_exact_on_pairs_or_prompts_in_the_order_of_a_score(toy_run: Callab
     dedup(run, DedupConfig(semantic=None))
     assert rejections(run, "dedup_exact") == {"b": ("exact_duplicate", None, None, "a")}
     dedup(run, DedupConfig(semantic=None, on="prompt"))
-    assert rejections(run, "dedup_exact") == {name: ("exact_duplicate", None, None, "a") for name in "bc"}
+    assert rejections(run, "dedup_exact") == dict.fromkeys("bc", ("exact_duplicate", None, None, "a"))
     dedup(run, DedupConfig(semantic=None, on="prompt", by=("num_chars",)))
-    assert rejections(run, "dedup_exact") == {name: ("exact_duplicate", None, None, "c") for name in "ab"}
+    assert rejections(run, "dedup_exact") == dict.fromkeys("ab", ("exact_duplicate", None, None, "c"))
     assert row_ids(load_rows(run)) == ["c", "d"]
 
 

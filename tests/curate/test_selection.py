@@ -5,7 +5,6 @@ from collections.abc import Callable
 import numpy as np
 import polars as pl
 import pytest
-
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate import selection
@@ -130,7 +129,7 @@ def test_a_token_budget_is_a_prefix_too(placed: Callable[..., Run]) -> None:
 
 
 def test_a_token_budget_needs_counts(placed: Callable[..., Run]) -> None:
-    with pytest.raises(UserError, match="2 of 2 rows have no token count.*num_tokens:model=MODEL"):
+    with pytest.raises(UserError, match=r"2 of 2 rows have no token count.*num_tokens:model=MODEL"):
         select(placed(0, 100), SelectConfig(budget_tokens=9))
 
 

@@ -3,7 +3,6 @@
 from fractions import Fraction
 
 import pytest
-
 from sftkit.curate.verify import canonical, extract_number
 
 MARKED = [
