@@ -1,0 +1,96 @@
+"""The settings of a training run, and the named recipes that change some of them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.config import setting
+from ..core.errors import UserError, unknown_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is fine-tuned. The loss is -log P(answer | prompt), averaged over the assistant's tokens of a step."""
+
+    epochs: float = setting(1.0, "Passes over the data.")
+    learning_rate: float | None = setting(None, "Highest learning rate; 2e-5, with LoRA 2e-4, when not given.")
+    batch_size: int = setting(8, "Rows in one forward pass.")
+    gradient_accumulation: int = setting(1, "Forward passes in one step of the optimizer.")
+    schedule: str = setting("cosine", "How the learning rate falls.", choices=("cosine", "linear", "constant"))
+    warmup: float = setting(0.05, "Share of the steps in which the learning rate rises.")
+    weight_decay: float = setting(0.0, "Weight decay of AdamW.")
+    max_grad_norm: float = setting(1.0, "Longest gradient; a longer one is scaled down.")
+    max_length: int | None = setting(None, "Longest row in tokens; the model's context when not given. An answer is never cut.")
+    overlong: str = setting("drop", "What happens to longer rows: drop (each is recorded) or raise.", choices=("drop", "raise"))
+    train_on: str = setting("all", "Which answers of a conversation are trained on.", choices=("all", "last"))
+    validation: float = setting(0.05, "Share of the rows that are not trained on and give eval_loss; 0 for none.")
+    limit: int | None = setting(None, "Only the first rows.")
+    seed: int = setting(0, "Decides the order of the rows and the start of LoRA's weights.")
+    dtype: str = setting("auto", "Number format: auto is float32 weights, computed in bfloat16 where the processor can.",
+                         choices=("auto", "float32", "bfloat16"))  # fmt: skip
+    gradient_checkpointing: bool = setting(False, "Compute activations twice to save memory; a fifth slower.")
+    lora: bool = setting(False, "Train a low-rank adapter; the final model has it merged in.")
+    qlora: bool = setting(False, "LoRA on a base in 4 bits; needs a GPU and bitsandbytes.")
+    lora_rank: int = setting(16, "Rank of the adapter.")
+    lora_alpha: int = setting(32, "Scale of the adapter, times 1/rank.")
+    lora_dropout: float = setting(0.0, "Dropout in the adapter.")
+    init: str | None = setting(None, "Change the start model first: prune:10-15 takes decoder layers 10 to 15 out (counted from 0).")
+    logging_steps: int = setting(5, "Steps between lines of metrics.jsonl.")
+    eval_steps: int | None = setting(None, "Steps between evaluations on the validation rows; at the end of each epoch when not given.")
+    save_steps: int = setting(100, "Steps between checkpoints.")
+
+    def __post_init__(self) -> None:
+        least = {
+            "batch_size": 1,
+            "gradient_accumulation": 1,
+            "logging_steps": 1,
+            "save_steps": 1,
+            "lora_rank": 1,
+            "limit": 1,
+            "max_length": 2,
+        }
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise UserError(f"{name}: expected {lowest} or more, found {value}")
+        if not self.epochs > 0:
+            raise UserError(f"epochs: expected more than 0, found {self.epochs:g}")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise UserError(f"learning_rate: expected more than 0, as 2e-5, found {self.learning_rate:g}")
+        for name in ("validation", "warmup", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}: expected a share from 0 to below 1, found {getattr(self, name):g}")
+
+    @property
+    def adapter(self) -> bool:
+        """Say whether an adapter is trained instead of the whole model."""
+        return self.lora or self.qlora
+
+    @property
+    def rate(self) -> float:
+        """Return the highest learning rate."""
+        return self.learning_rate if self.learning_rate is not None else (2e-4 if self.adapter else 2e-5)
+
+
+CLASSIC: dict[str, Any] = {  # the recipe of the course notebook that sftkit began as
+    "learning_rate": 8e-5,
+    "epochs": 1.0,
+    "batch_size": 1,
+    "gradient_accumulation": 8,
+    "schedule": "linear",
+    "warmup": 0.0,
+    "gradient_checkpointing": False,
+    "logging_steps": 2,
+}
+CLASSIC_LIMIT = 100  # rows, on a machine without a GPU: more would take an hour
+
+RECIPES = {"classic": CLASSIC}
+
+
+def recipe_settings(name: str, *, gpu: bool) -> dict[str, Any]:
+    """Return the settings of a named recipe. Raises UserError for an unknown name."""
+    if name not in RECIPES:
+        raise unknown_name("recipe", name, RECIPES)
+    settings = dict(RECIPES[name])
+    if name == "classic" and not gpu:
+        settings["limit"] = CLASSIC_LIMIT
+    return settings
