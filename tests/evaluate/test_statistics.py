@@ -1,0 +1,228 @@
+"""The intervals cover what they should, the tests err as often as they may, and all agree with known values and oracles."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from sftkit.evaluate.statistics import (
+    Interval,
+    bootstrap_mean,
+    bootstrap_ratio,
+    bootstrap_ratio_difference,
+    cluster_sums,
+    holm,
+    mcnemar,
+    minimum_detectable_difference,
+    paired_difference,
+    sign_flip,
+    wilson,
+)
+
+
+@pytest.mark.parametrize("n", [1, 3, 20, 541])
+def test_wilson_is_scipys(n: int) -> None:
+    for successes in {0, 1, n // 3, n - 1, n}:
+        theirs = stats.binomtest(successes, n).proportion_ci(method="wilson")
+        ours = wilson(successes, n)
+        assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert wilson(0, n).low == 0.0
+    assert wilson(n, n).high == 1.0
+
+
+def test_wilson_covers() -> None:
+    """No simulation: the coverage at a proportion is a sum over the binomial distribution."""
+    n = 50
+    intervals = [wilson(successes, n) for successes in range(n + 1)]
+    coverages = []
+    for share in np.linspace(0.02, 0.98, 97):
+        covered = [not each.excludes(share) for each in intervals]
+        coverages.append(stats.binom.pmf(range(n + 1), n, share)[covered].sum())
+    assert np.mean(coverages) == pytest.approx(0.95, abs=0.01)
+    assert min(coverages) > 0.88
+
+
+def test_mcnemar_is_the_exact_binomial_test() -> None:
+    for first, second in itertools.product(range(12), repeat=2):
+        expected = stats.binomtest(first, first + second, 0.5).pvalue if first + second else 1.0
+        assert mcnemar(first, second) == pytest.approx(expected), (first, second)
+    assert mcnemar(1, 7) == pytest.approx(0.0703125)  # airway hyper-responsiveness, Bentur et al. 2009
+    assert mcnemar(0, 5) > 0.05 > mcnemar(0, 6)  # fewer than six pairs can show nothing
+
+
+def pairs(n: int, first: float, second: float) -> list[tuple[int, int, float]]:
+    """Return every (only_first, only_second) of n pairs with its probability."""
+    table = stats.multinomial(n, [first, second, 1 - first - second])
+    return [(a, b, float(table.pmf([a, b, n - a - b]))) for a in range(n + 1) for b in range(n + 1 - a)]
+
+
+@pytest.mark.parametrize("discordant", [0.05, 0.2, 0.5, 1.0])
+def test_mcnemar_is_wrong_in_at_most_one_of_twenty(discordant: float) -> None:
+    wrong = sum(p for a, b, p in pairs(40, discordant / 2, discordant / 2) if mcnemar(a, b) <= 0.05)
+    assert wrong <= 0.05
+
+
+def test_the_paired_difference_has_the_published_values() -> None:
+    ours = paired_difference(4, 26, 48)  # statpsych's ci.prop.ps(.05, 12, 4, 26, 6)
+    assert (ours.low, ours.high) == pytest.approx((0.2548067, 0.6251933), abs=1e-7)
+    ours = paired_difference(1, 7, 21)  # Fagerland, Lydersen and Laake 2014, table V
+    assert (ours.low, ours.high) == pytest.approx((0.013, 0.508), abs=5e-4)
+    other = paired_difference(26, 4, 48)
+    assert (other.low, other.high) == pytest.approx((-0.6251933, -0.2548067), abs=1e-7)
+    assert paired_difference(0, 2, 2).high == 1.0
+    with pytest.raises(ValueError, match="3 \\+ 2 of 4"):
+        paired_difference(3, 2, 4)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0.1, 0.1), (0.05, 0.25), (0.0, 0.3), (0.3, 0.6)])
+def test_the_paired_difference_covers(first: float, second: float) -> None:
+    covered = sum(p for a, b, p in pairs(40, first, second) if not paired_difference(a, b, 40).excludes(second - first))
+    assert 0.93 <= covered <= 0.985
+
+
+def test_the_minimum_detectable_difference_solves_its_equation_and_is_found_that_often() -> None:
+    for n, points in ((1319, 2.4), (541, 3.8), (164, 6.8)):  # at a power of one half it is the half-width of the interval
+        assert 100 * (minimum_detectable_difference(n, 0.2, power=0.5) or 0) == pytest.approx(points, abs=0.05)
+    for n, share, power in ((100, 0.2, 0.8), (1319, 0.2, 0.9), (60, 1.0, 0.8)):
+        found = minimum_detectable_difference(n, share, power=power)
+        assert found is not None
+        right = stats.norm.ppf(0.975) * math.sqrt(share) + stats.norm.ppf(power) * math.sqrt(share - found**2)
+        assert math.sqrt(n) * found == pytest.approx(right)
+    assert minimum_detectable_difference(3, 0.2) is None
+    assert minimum_detectable_difference(20, 0.2) is None
+    assert minimum_detectable_difference(100, 0.0) is None
+    difference = minimum_detectable_difference(150, 0.3)
+    assert difference is not None
+    power = sum(p for a, b, p in pairs(150, 0.15 - difference / 2, 0.15 + difference / 2) if mcnemar(a, b) <= 0.05)
+    assert power == pytest.approx(0.8, abs=0.07)  # the exact test is a little more careful than the formula
+
+
+def test_the_bootstrap_is_the_distribution_over_all_resamples() -> None:
+    """Three clusters have 27 resamples; the interval's ends are quantiles of theirs."""
+    numerators, denominators = np.array([1.0, 4.0, 9.0]), np.array([2.0, 3.0, 5.0])
+    every = sorted(numerators[list(each)].sum() / denominators[list(each)].sum() for each in itertools.product(range(3), repeat=3))
+    tail = stats.norm.cdf(math.sqrt(3 / 2) * stats.t.ppf(0.1, 2))
+    found = bootstrap_ratio(numerators, denominators, level=0.8, resamples=40_000)
+    assert found.value == 14 / 10
+    assert found.interval is not None
+    expected = np.quantile(every, [tail, 1 - tail], method="inverted_cdf")
+    assert (found.interval.low, found.interval.high) == pytest.approx(tuple(expected))
+
+
+def test_the_bootstrap_agrees_with_scipys_where_the_expansion_is_nothing() -> None:
+    generator = np.random.default_rng(1)
+    tokens = generator.integers(5, 200, 2000).astype(float)
+    nats = tokens * generator.normal(1.5, 0.3, 2000)
+    theirs = stats.bootstrap(
+        (nats, tokens),
+        lambda a, b, axis: a.sum(axis=axis) / b.sum(axis=axis),
+        paired=True, vectorized=True, method="percentile", n_resamples=4000, rng=generator,
+    ).confidence_interval  # fmt: skip
+    ours = bootstrap_ratio(nats, tokens, resamples=4000).interval
+    assert ours is not None
+    width = theirs.high - theirs.low
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.08 * width)
+
+
+def test_the_bootstrap_of_a_mean_is_as_wide_as_students() -> None:
+    generator = np.random.default_rng(2)
+    ratios = []
+    for seed in range(200):
+        values = generator.normal(size=8)
+        interval = bootstrap_mean(values, resamples=2000, seed=seed).interval
+        assert interval is not None
+        low, high = stats.t.interval(0.95, 7, values.mean(), stats.sem(values))
+        ratios.append((interval.high - interval.low) / (high - low))
+    assert np.mean(ratios) == pytest.approx(1.0, abs=0.05)
+
+
+def test_the_bootstrap_depends_on_its_seed_alone() -> None:
+    values = np.random.default_rng(3).normal(size=30)
+    assert bootstrap_mean(values, seed=4) == bootstrap_mean(values, seed=4)
+    assert bootstrap_mean(values, seed=4) != bootstrap_mean(values, seed=5)
+
+
+def test_copies_in_a_cluster_tell_nothing_new() -> None:
+    generator = np.random.default_rng(6)
+    nats, tokens = generator.gamma(2, 20, 40), generator.integers(5, 80, 40)
+    once = bootstrap_ratio(nats, tokens)
+    names = [f"prompt {number}" for number in range(40) for _ in range(7)]
+    clustered = bootstrap_ratio(np.repeat(nats, 7), np.repeat(tokens, 7), clusters=names)
+    assert once.interval is not None
+    assert clustered.interval is not None
+    assert (clustered.value, clustered.interval.low, clustered.interval.high) == pytest.approx(
+        (once.value, once.interval.low, once.interval.high)
+    )
+    naive = bootstrap_ratio(np.repeat(nats, 7), np.repeat(tokens, 7)).interval
+    assert naive is not None
+    assert naive.high - naive.low < 0.5 * (once.interval.high - once.interval.low)  # what ignoring the prompts would claim
+
+
+def test_cluster_sums_keep_the_order_of_first_sight_and_refuse_a_wrong_length() -> None:
+    sums = cluster_sums([[1, 2, 3, 4], [10, 20, 30, 40]], ["b", "a", "b", "c"])
+    assert sums.tolist() == [[4, 40], [2, 20], [4, 40]]
+    with pytest.raises(ValueError, match="4 rows, found 3"):
+        cluster_sums([[1, 2, 3, 4]], ["a", "b", "c"])
+
+
+def test_one_cluster_has_no_interval() -> None:
+    found = bootstrap_ratio([1, 2, 3], [1, 1, 2], clusters=["a", "a", "a"])
+    assert (found.value, found.interval) == (1.5, None)
+
+
+def test_the_paired_ratio_difference_covers_and_is_narrower_than_an_unpaired_one() -> None:
+    """Answers of very different lengths, two to a prompt, hard ones hard for both models; the truth is a difference of 0.1."""
+    generator = np.random.default_rng(7)
+    covered, widths, unpaired = 0, [], []
+    repetitions = 400
+    for seed in range(repetitions):
+        tokens = np.exp(generator.normal(4, 0.7, 60)).round() + 5
+        prompts = np.repeat(np.arange(30), 2)
+        hard = 2 + generator.gamma(4, 0.2, 30)[prompts]
+        first = tokens * (hard + generator.normal(0, 0.1, 60))
+        second = tokens * (hard - 0.1 + generator.normal(0, 0.15, 30)[prompts])
+        found = bootstrap_ratio_difference((first, tokens), (second, tokens), clusters=prompts.tolist(), resamples=1000, seed=seed)
+        assert found.interval is not None
+        covered += not found.interval.excludes(-0.1)
+        widths.append(found.interval.high - found.interval.low)
+        each = [bootstrap_ratio(nats, tokens, clusters=prompts.tolist(), resamples=500).interval for nats in (first, second)]
+        unpaired.append(math.hypot(*(one.high - one.low for one in each if one)))
+    assert covered / repetitions == pytest.approx(0.95, abs=0.025)
+    assert np.mean(widths) < 0.5 * np.mean(unpaired)
+
+
+def test_sign_flips_are_scipys_permutations_of_pairs() -> None:
+    generator = np.random.default_rng(8)
+    for n in (4, 9, 12):
+        values = generator.normal(0.5, 1, n)
+        theirs = stats.permutation_test((values,), lambda x, axis: np.sum(x, axis=axis), permutation_type="samples", n_resamples=np.inf)
+        assert sign_flip(values) == pytest.approx(theirs.pvalue)
+    values = generator.normal(0.25, 1, 60)
+    theirs = stats.permutation_test((values,), lambda x, axis: np.sum(x, axis=axis), permutation_type="samples", n_resamples=20_000, rng=9)
+    assert sign_flip(values) == pytest.approx(theirs.pvalue, abs=0.015)
+
+
+def test_sign_flips_know_ties_and_zeros() -> None:
+    assert sign_flip([0.0, 0.0]) == 1.0
+    assert sign_flip([0.1] * 6) == 2 / 64
+    assert sign_flip([0.1, 0.2, 0.3, -0.1, 0.0, 0.0]) == sign_flip([0.1, 0.2, 0.3, -0.1])
+    assert sign_flip(np.full(400, 3.0)) == 1 / 10_001  # never zero
+
+
+def test_sign_flips_are_wrong_in_one_of_twenty() -> None:
+    generator = np.random.default_rng(10)
+    wrong = np.mean([sign_flip(generator.standard_t(3, 25), resamples=400, seed=seed) <= 0.05 for seed in range(1000)])
+    assert wrong == pytest.approx(0.05, abs=0.02)
+
+
+def test_holm_has_the_values_of_r() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # p.adjust(…, "holm")
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_an_interval_holds_its_ends() -> None:
+    interval = Interval(-0.2, 0.0)
+    assert not interval.excludes(0.0)
+    assert interval.excludes(1e-9)
