@@ -1,7 +1,6 @@
 """Show rows of a run or a data file in the terminal, and why a row stayed or left."""
 
 import json
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +18,7 @@ from ..core.errors import UserError
 from ..core.example import Message, row_id
 from ..core.formats import iterate_examples
 from ..core.run import Run
+from ..core.text import shortened, visible
 from .rows import keys, load_rows, message_text
 from .score import known_scores, read_score
 
@@ -78,22 +78,6 @@ def why(run: Run, wanted: str, *, console: Console | None = None) -> None:
     example_id = decisions["example_id"][0]
     console.print(Text(f"{example_id}: {shortened(texts.get(example_id, ''), 200)}"))
     console.print(table)
-
-
-def visible(text: str) -> str:
-    """Return a text whose control characters (escape sequences, returns, marks that turn the direction) are written out."""
-    return "".join(
-        f"\\x{ord(letter):02x}" if unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\n\t"
-        else f"\\u{ord(letter):04x}" if letter in "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029"
-        else letter
-        for letter in text
-    )  # fmt: skip
-
-
-def shortened(text: str, length: int = 60) -> str:
-    """Return the beginning of a text on one line, with control characters written out."""
-    line = visible(" ".join(text.split()))
-    return line if len(line) <= length else line[: length - 1] + "…"
 
 
 def is_run(source: str | Path) -> bool:
