@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import sys
 import types
 import typing
@@ -71,7 +72,8 @@ def run_command_line(command: click.Command) -> None:
 
 
 def start_talking() -> None:
-    """Send sftkit's own log lines to stderr, as plain sentences."""
+    """Send sftkit's own log lines to stderr, as plain sentences; of transformers only errors are heard, unless the user says otherwise."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("sftkit")

@@ -172,6 +172,9 @@ def load_model(ref: ModelRef, *, dtype: str = "auto", device: str | None = None)
     import safetensors
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # loading takes seconds; core.progress talks where it takes longer
 
     name, arguments = ref.pretrained()
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)

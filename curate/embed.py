@@ -16,6 +16,7 @@ import polars as pl
 from ..core.config import to_mapping
 from ..core.errors import UserError
 from ..core.files import write_atomically
+from ..core.hardware import half_precision, pick_device
 from ..core.models import model_identity, resolve_model
 from ..core.progress import Progress
 from ..core.run import Run
@@ -113,8 +114,8 @@ def _embed(fresh: dict[str, str], store: EmbeddingStore, reference: Any, dtype: 
     with ExitStack() as stack:
         progress = stack.enter_context(Progress("embed", total=len(fresh), unit="texts"))
         stack.callback(lambda: store.save() if store.places else None)  # what is done stays done when this is interrupted
-        if dtype == "bfloat16":
-            stack.enter_context(torch.autocast(device, torch.bfloat16))
+        if dtype != "float32":
+            stack.enter_context(torch.autocast(device, getattr(torch, dtype)))
         for batch in batches:
             vectors = embedder.encode(
                 [fresh[name] for name in batch], batch_size=len(batch), show_progress_bar=False, convert_to_numpy=True
@@ -139,13 +140,12 @@ def length_batches(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def _load(reference: Any, config: EmbedConfig) -> tuple[Any, str]:
-    import torch
     import transformers
     from sentence_transformers import SentenceTransformer
 
     transformers.utils.logging.disable_progress_bar()
     name, arguments = reference.pretrained()
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(config.device)
     try:
         embedder = SentenceTransformer(name, device=device, revision=arguments.get("revision"))
     except (OSError, ValueError, KeyError) as error:
@@ -171,11 +171,5 @@ def _num_tokens(texts: list[str], embedder: Any) -> list[int]:
 def _resolve_dtype(config: EmbedConfig) -> str:
     if config.dtype != "auto":
         return config.dtype
-    if config.device is None or config.device.startswith("cuda"):
-        import torch
-
-        if torch.cuda.is_available():
-            return "bfloat16"
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+    fast = half_precision(pick_device(config.device))
+    return "float32" if fast is None else str(fast).removeprefix("torch.")

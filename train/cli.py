@@ -1,10 +1,72 @@
 """The commands of `sftkit train`."""
 
+from pathlib import Path
+from typing import Any
+
 import click
 
-from ..core.cli import Commands
+from ..core.cli import Commands, config_option, given
+from ..core.config import load_config, read_yaml
+from .config import RECIPES, TrainConfig, recipe_settings
 
 
 @click.group(cls=Commands)
 def train() -> None:
     """Fine-tune a model, and look at what it is trained on."""
+
+
+@train.command()
+@click.argument("data")
+@click.option("--model", required=True, help="The model to begin with: a folder, a Hub id, a .gguf file, a run, a catalogue name.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Run folder, made if needed; the same one goes on.")
+@click.option("--recipe", type=click.Choice(list(RECIPES)), help="A named set of settings; options and --config win over it.")
+@config_option(TrainConfig, "lora")
+@config_option(TrainConfig, "qlora")
+@config_option(TrainConfig, "epochs")
+@config_option(TrainConfig, "learning_rate")
+@config_option(TrainConfig, "batch_size")
+@config_option(TrainConfig, "gradient_accumulation")
+@config_option(TrainConfig, "max_length")
+@config_option(TrainConfig, "limit")
+@config_option(TrainConfig, "init")
+@click.option("--config", "settings", type=click.Path(path_type=Path), help="YAML file with all settings; options win over it.")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+def sft(data: str, model: str, out: Path, recipe: str | None, settings: Path | None, revision: str | None, **options: Any) -> None:
+    """Fine-tune MODEL on DATA, a run or a data file: the loss is on the assistant's tokens only.
+
+    Stopped at any time, the same command goes on from the last checkpoint. The final model is in RUN/train/final.
+
+    \b
+    sftkit train sft runs/a --model smollm2-135m-instruct -o runs/b
+    sftkit train sft chats.jsonl --model org/name -o runs/c --lora --epochs 3
+    sftkit train sft chats.jsonl --model org/name -o runs/d --recipe classic       lr 8e-5, 1 epoch, batch 1 x 8
+    """
+    from ..core.hardware import pick_device
+    from .sft import train as run_training
+
+    chosen = {**(recipe_settings(recipe, gpu=pick_device() != "cpu") if recipe else {}), **(read_yaml(settings) if settings else {})}
+    config = load_config(TrainConfig, {**chosen, **given(options)}, str(settings or ""))
+    if recipe and config.limit is not None and "limit" not in given(options):
+        click.echo(f"recipe {recipe}: only the first {config.limit} rows, as this machine has no GPU; --limit says otherwise", err=True)
+    click.echo(run_training(data, model, out, config, revision=revision).summary())
+
+
+@train.command()
+@click.argument("data")
+@click.option("--model", required=True, help="The model whose tokenizer and template are used.")
+@click.option("-n", "--rows", default=3, show_default=True, help="Rows to show.")
+@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write this HTML file too.")
+@config_option(TrainConfig, "train_on")
+@config_option(TrainConfig, "max_length")
+@config_option(TrainConfig, "limit")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+def preview(data: str, model: str, rows: int, html_path: Path | None, revision: str | None, **options: Any) -> None:
+    """Show which tokens of DATA are trained on, and the report over all its rows. Nothing is trained.
+
+    \b
+    sftkit train preview runs/a --model smollm2-135m-instruct
+    sftkit train preview chats.jsonl --model org/name -n 10 --html preview.html --train-on last
+    """
+    from .preview import preview as show
+
+    show(data, model, load_config(TrainConfig, given(options)), limit=rows, html_path=html_path, revision=revision)

@@ -36,14 +36,13 @@ class TrainConfig:
     init: str | None = setting(None, "Change the start model first: prune:10-15 takes decoder layers 10 to 15 out (counted from 0).")
     logging_steps: int = setting(5, "Steps between lines of metrics.jsonl.")
     eval_steps: int | None = setting(None, "Steps between evaluations on the validation rows; at the end of each epoch when not given.")
-    save_steps: int = setting(100, "Steps between checkpoints.")
+    save_minutes: float = setting(5.0, "Minutes between checkpoints, which a stopped run goes on from.")
 
     def __post_init__(self) -> None:
         least = {
             "batch_size": 1,
             "gradient_accumulation": 1,
             "logging_steps": 1,
-            "save_steps": 1,
             "lora_rank": 1,
             "limit": 1,
             "max_length": 2,
@@ -52,6 +51,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise UserError(f"{name}: expected {lowest} or more, found {value}")
+        if not self.save_minutes > 0:
+            raise UserError(f"save_minutes: expected more than 0, found {self.save_minutes:g}")
         if not self.epochs > 0:
             raise UserError(f"epochs: expected more than 0, found {self.epochs:g}")
         if self.learning_rate is not None and not self.learning_rate > 0:

@@ -77,8 +77,10 @@ def key_of(example: Example) -> RowKey:
     return example.id, None
 
 
-def prepare(examples: Sequence[Example], chat: Chat, config: TrainConfig, *, context: int | None, ledger: Path) -> TrainingData:
-    """Render all rows, decide which are trained on, and record a decision for each.
+def prepare(
+    examples: Sequence[Example], chat: Chat, config: TrainConfig, *, context: int | None, ledger: Path | None = None
+) -> TrainingData:
+    """Render all rows, decide which are trained on, and record a decision for each in `ledger`, a file.
 
     Rules: `no_assistant_turn`, `empty_answer`, `refused_by_template`, `over_max_length`, `no_end_of_turn`, `over_limit`.
     Raises UserError when nothing is left, or too few answers end with a token that ends them.
@@ -106,7 +108,8 @@ def prepare(examples: Sequence[Example], chat: Chat, config: TrainConfig, *, con
         else:
             rows.append(row)
             decisions.append(Decision(*key, STAGE, "kept"))
-    Ledger(ledger).record(STAGE, [key_of(each) for each in examples], decisions)
+    if ledger:
+        Ledger(ledger).record(STAGE, [key_of(each) for each in examples], decisions)
     rejected = Counter(each.rule for each in decisions if each.action == "rejected")
     told = ", ".join(f"{rule} {count:,}" for rule, count in rejected.most_common())
     if not rows:

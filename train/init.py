@@ -48,7 +48,7 @@ def prune_layers(model: Any, layers: set[int]) -> None:
     for number, layer in enumerate(kept):
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = number  # the place of its keys and values in the cache
+                module.layer_idx = number  # type: ignore[assignment]  # the place of its keys and values in the cache
     for key, value in list(vars(config).items()):
         if isinstance(value, (list, tuple)) and len(value) == count:  # one entry a layer, as layer_types
             setattr(config, key, type(value)(each for number, each in enumerate(value) if number not in layers))

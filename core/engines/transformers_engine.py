@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from ..chat import Chat, load_chat
-from ..errors import UserError
+from ..hardware import half_precision, pick_device
 from ..models import context_length, load_model, model_identity, resolve_model
 from .base import Completion, EngineConfig, Request, ScoreRequest, TokenLogprobs
 
@@ -268,17 +268,9 @@ def open(model: str, config: EngineConfig, *, revision: str | None = None) -> Tr
     """Load a model for this engine. Raises UserError for a model or device that is not there."""
     ref = resolve_model(model, revision=revision)
     chat = load_chat(ref)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {device}: this machine has no usable GPU; leave --device out, or give cpu")
+    device = pick_device(config.device)
     loaded = load_model(ref, dtype=config.dtype)
-    if config.dtype == "auto" and loaded.dtype != (fast := _fast_dtype(loaded.dtype, device)):
-        loaded = loaded.to(fast)
+    if config.dtype == "auto" and loaded.dtype != torch.float32:
+        loaded = loaded.to(half_precision(device) or torch.float32)
     return TransformersEngine(loaded.to(device), chat, identity=model_identity(ref), batch_tokens=config.batch_tokens)
 
-
-def _fast_dtype(own: torch.dtype, device: str) -> torch.dtype:
-    """Return the number format to compute in: half precision where the processor computes in it, else float32."""
-    if device == "cpu" and not torch.cpu._is_avx512_bf16_supported():
-        return torch.float32
-    return torch.bfloat16 if own == torch.float16 and device == "cpu" else own

@@ -1,0 +1,30 @@
+"""What this machine computes with: which device, and which number format is fast there."""
+
+from typing import Any
+
+from .errors import UserError
+
+
+def pick_device(wanted: str | None = None) -> str:
+    """Return the device to compute on: the one that is wanted, else a GPU where there is one, else the CPU.
+
+    Raises UserError for a GPU that is not there.
+    """
+    import torch
+
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {wanted}: this machine has no usable GPU; leave --device out, or give cpu")
+    return wanted
+
+
+def half_precision(device: str) -> Any:
+    """Return the 16-bit torch dtype that a device multiplies by itself: bfloat16, float16 on older GPUs, None on older CPUs."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        return None
+    return torch.bfloat16

@@ -1,0 +1,89 @@
+"""The final model: saved whole or not at all, with its template and stop ids, then loaded again and held against what was trained."""
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.chat import Chat, load_chat
+from ..core.errors import UserError
+from ..core.files import write_json
+from ..core.models import ModelRef, load_model, resolve_model
+from .data import Row
+
+log = logging.getLogger(__name__)
+
+CHECKED_ROWS = 8
+TOLERANCE = 0.02  # of the loss: rounding the weights to bfloat16 moves it by less
+
+
+def save_final(
+    model: Any, start: ModelRef, chat: Chat, rows: Sequence[Row], room: Path, *, dtype: torch.dtype, facts: dict[str, Any]
+) -> None:
+    """Save a trained model to `room/final` in the number format of the model it began as, an adapter to `room/adapter` too.
+
+    The adapter is merged, into the unpacked base where that was trained in 4 bits. `facts` go to sftkit.json beside the model.
+    Raises UserError when the saved model does not compute what the trained one did on a few of `rows`.
+    """
+    checked = sorted(rows, key=lambda row: len(row.ids))[:CHECKED_ROWS]
+    trained = answer_loss(model, checked)
+    final, scratch = room / "final", room / ".final.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    whole = _merged(model, start, room / "adapter") if hasattr(model, "merge_and_unload") else model
+    whole = whole.to(dtype)
+    chat.configure(whole)
+    whole.save_pretrained(scratch)
+    chat.save(scratch)
+    write_json(scratch / "sftkit.json", facts)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(scratch, final)
+    check_saved(final, chat, checked, trained)
+
+
+def _merged(model: Any, start: ModelRef, adapter: Path) -> Any:
+    model.save_pretrained(adapter)
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model.get_base_model(), "is_loaded_in_4bit", False):
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(load_model(start, dtype="float32"), adapter)
+    return model.float().merge_and_unload()  # in float32: a product of small matrices loses most of itself in 16 bits
+
+
+def check_saved(folder: Path, chat: Chat, rows: Sequence[Row], trained: float) -> None:
+    """Load a saved model as a stranger would; raise UserError unless it renders, stops and computes as the trained one did."""
+    ref = resolve_model(folder)
+    saved = load_chat(ref)
+    if saved.fingerprint() != chat.fingerprint():
+        raise UserError(
+            f"{folder}: the saved tokenizer renders or stops otherwise than the one that was trained with (stop ids {saved.stop_ids},"
+            f" trained with {chat.stop_ids}); the chat template was not saved whole"
+        )
+    loss = answer_loss(load_model(ref), rows)
+    if not abs(loss - trained) <= TOLERANCE * max(trained, 1.0):
+        raise UserError(
+            f"{folder}: the saved model has a loss of {loss:.4f} on {len(rows)} rows, the trained one had {trained:.4f}: it was not saved"
+            " whole; the checkpoints are still there"
+        )
+    log.info("saved: %s; loaded again, its loss on %d rows is %.4f (trained: %.4f)", folder, len(rows), loss, trained)
+
+
+@torch.no_grad()
+def answer_loss(model: Any, rows: Sequence[Row]) -> float:
+    """Return -log P(answer | prompt) per token over rows, in nats, in eval mode."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([row.ids], device=device)
+        labels = torch.tensor(row.labels[1:], device=device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
+        count += sum(label != -100 for label in row.labels[1:])
+    model.train(training)
+    return total / count if count else math.nan

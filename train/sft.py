@@ -1,0 +1,204 @@
+"""Fine-tune a model on a data set: what is trained on is known before the first step, and the run goes on after any stop."""
+
+import json
+import logging
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.chat import Chat, load_chat
+from ..core.config import to_mapping
+from ..core.errors import UserError, missing_package
+from ..core.files import read_json, write_json
+from ..core.formats import read_examples
+from ..core.hardware import half_precision, pick_device
+from ..core.models import ModelRef, context_length, load_model, load_settings, model_identity, resolve_model
+from ..core.progress import duration
+from ..core.run import Run, is_done, mark_done
+from .config import TrainConfig
+from .data import TrainingData, fingerprint, prepare
+from .init import make_start
+
+log = logging.getLogger(__name__)
+
+FREE = ("data", "model", "revision", "logging_steps", "save_minutes")  # settings that do not decide what the model becomes
+PREVIEW_ROWS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a training run made. Losses are -log P(answer | prompt) per token, in nats."""
+
+    run: Path
+    model: Path  # the final model
+    rows: int
+    steps: int
+    tokens: int  # that went through the model, prompts included
+    seconds: float  # of the steps, in all calls
+    first_loss: float
+    last_loss: float
+    validation: tuple[float, ...] | None  # loss on the validation rows before and after
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Return the rate of the training steps."""
+        return self.tokens / self.seconds if self.seconds else math.nan
+
+    def summary(self) -> str:
+        """Write it for people."""
+        rate = f"{self.tokens:,} tokens in {duration(self.seconds)} ({self.tokens_per_second:,.0f} tokens/s)"
+        lines = [f"{self.run}: {self.rows:,} rows, {self.steps:,} steps, {rate}"]
+        lines.append(f"training loss: {self.first_loss:.3f} at the first logged step, {self.last_loss:.3f} at the last")
+        if self.validation:
+            lines.append(f"validation loss: {self.validation[0]:.3f} before, {self.validation[1]:.3f} after")
+        return "\n".join([*lines, f"model: {self.model}"])
+
+
+def train(data: str | Path, model: str, out: Path, config: TrainConfig, *, revision: str | None = None) -> TrainResult:
+    """Fine-tune `model` on the rows of `data` into the run folder `out`; a run that was stopped goes on from its last checkpoint.
+
+    Writes train/plan.json and preview.html before the first step, metrics.jsonl and checkpoints during it, and final/,
+    results.json and done.json at the end. Raises UserError for rows or models that cannot be trained, and for a folder that
+    holds another run.
+    """
+    ref = resolve_model(model, revision=revision)
+    device = _check_device(config)
+    examples = read_examples(data)
+    chat = load_chat(ref)
+    with Run.create(out) as run:
+        room = run.room("train")
+        prepared = prepare(examples, chat, config, context=context_length(load_settings(ref)), ledger=room / "ledger.parquet")
+        marks = {"identity": model_identity(ref), "template": chat.fingerprint(), "rows": fingerprint(prepared.train + prepared.validation)}
+        before = run.config().get("train", {})
+        free = FREE if before.get("identity") == marks["identity"] else tuple(each for each in FREE if each != "model")
+        run.configure("train", {"data": str(data), "model": model, "revision": revision, **to_mapping(config), **marks}, free=free)
+        if is_done(room):
+            log.info("%s: is trained already", out)
+            return _result(run)
+        _write_plan(room, prepared, chat, config, device)
+        return _train(run, ref, chat, prepared, config, device, marks)
+
+
+def _check_device(config: TrainConfig) -> str:
+    device = pick_device()
+    if config.qlora:
+        if device == "cpu":
+            raise UserError("qlora: needs a GPU; on this machine give --lora, or train the whole model")
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError:
+            raise missing_package("bitsandbytes", "quant") from None
+    return device
+
+
+def _write_plan(room: Path, data: TrainingData, chat: Chat, config: TrainConfig, device: str) -> None:
+    from .preview import write_html
+
+    rows, batches = len(data.train), math.ceil(len(data.train) / config.batch_size)
+    steps = math.ceil(math.ceil(batches / config.gradient_accumulation) * config.epochs)
+    plan = {**data.report.facts(), "steps": steps, "learning_rate": config.rate, "device": device}
+    write_json(room / "plan.json", plan)
+    write_html(room / "preview.html", data, chat, limit=PREVIEW_ROWS)
+    log.info("plan: %s rows in %s steps, learning rate %.2g, on %s; train/preview.html shows what is trained on",
+             f"{rows:,}", f"{steps:,}", config.rate, device)  # fmt: skip
+
+
+def _train(run: Run, ref: ModelRef, chat: Chat, data: TrainingData, config: TrainConfig, device: str, marks: dict[str, Any]) -> TrainResult:
+    import torch
+
+    from .final import save_final
+    from .trainer import Watch, last_checkpoint, make_trainer
+
+    room = run.path / "train"
+    start = _start(ref, chat, config, room / "start") if config.init is not None else ref
+    own = torch.bfloat16 if start.path is not None and start.path.is_file() else load_settings(start).dtype or torch.float32
+    weights, half = _formats(config, own, device)
+    model = _load_quantised(start, half) if config.qlora else load_model(start, dtype=str(weights).removeprefix("torch."))
+    watch = Watch(room / "metrics.jsonl", chat, save_minutes=config.save_minutes)
+    trainer = make_trainer(
+        model, chat, data.train, data.validation, config,
+        checkpoints=room / "checkpoints", device=device, half=half, watch=watch, peft_config=_adapter(config) if config.adapter else None,
+    )  # fmt: skip
+    checkpoint = last_checkpoint(room / "checkpoints")
+    if checkpoint:
+        log.info("going on from step %s", checkpoint.name.rpartition("-")[2])
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory with {config.batch_size} rows of up to {data.report.longest} tokens at once: halve batch_size and double"
+            " gradient_accumulation (the same steps), or give gradient_checkpointing, --lora, or a smaller max_length"
+        ) from error
+    finally:
+        watch.close()
+    if watch.stopped:
+        raise KeyboardInterrupt
+    facts = {"base": ref.name, **marks, "settings": to_mapping(config)}
+    save_final(trainer.accelerator.unwrap_model(trainer.model), start, chat, data.validation or data.train, room, dtype=own, facts=facts)
+    write_json(room / "results.json", _results(room / "metrics.jsonl", data))
+    shutil.rmtree(room / "checkpoints", ignore_errors=True)  # the final model stands: what they were for is done
+    mark_done(room, model="final")
+    return _result(run)
+
+
+def _start(ref: ModelRef, chat: Chat, config: TrainConfig, folder: Path) -> ModelRef:
+    """Return the changed start model, made once."""
+    if not is_done(folder):
+        make_start(load_model(ref), chat, str(config.init), folder)
+        mark_done(folder)
+    return resolve_model(folder)
+
+
+def _formats(config: TrainConfig, own: Any, device: str) -> tuple[Any, Any]:
+    """Return the number format of the weights, and the 16-bit one that the forward pass computes in (None: that of the weights).
+
+    Weights that are trained are float32 unless bfloat16 is asked for: steps of a small learning rate are lost in 8 bits of mantissa.
+    """
+    import torch
+
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype), None
+    return own if config.adapter else torch.float32, half_precision(device)
+
+
+def _load_quantised(ref: ModelRef, half: Any) -> Any:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    name, arguments = ref.pretrained()
+    packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=half)
+    return AutoModelForCausalLM.from_pretrained(name, quantization_config=packed, device_map={"": 0}, dtype=half, **arguments)
+
+
+def _adapter(config: TrainConfig) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _results(metrics: Path, data: TrainingData) -> dict[str, Any]:
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    validation = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    return {
+        "rows": data.report.train_rows,
+        "steps": steps[-1]["step"],
+        "tokens": steps[-1]["num_tokens"],
+        "seconds": steps[-1]["seconds"],
+        "first_loss": steps[0]["loss"],
+        "last_loss": steps[-1]["loss"],
+        "validation": [validation[0], validation[-1]] if validation else None,
+    }
+
+
+def _result(run: Run) -> TrainResult:
+    facts = read_json(run.path / "train" / "results.json")
+    validation = tuple(facts.pop("validation")) if facts["validation"] else None
+    return TrainResult(run=run.path, model=run.path / "train" / "final", validation=validation, **facts)
