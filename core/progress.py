@@ -3,10 +3,10 @@
 import logging
 import sys
 import time
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+if TYPE_CHECKING:  # a bar is drawn on terminals only, and help needs none
+    from rich.progress import Progress as Bar
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +24,14 @@ class Progress:
         self.done, self.tokens = done, 0
         self._began_with = done
         self._start = self._last_line = time.monotonic()
-        self._bar: Bar | None = None
+        self._bar: "Bar | None" = None
 
     def __enter__(self) -> "Progress":
         if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
