@@ -85,11 +85,6 @@ def prepare(
     Rules: `no_assistant_turn`, `empty_answer`, `refused_by_template`, `over_max_length`, `no_end_of_turn`, `over_limit`.
     Raises UserError when nothing is left, or too few answers end with a token that ends them.
     """
-    if not chat.end_of_turn:
-        raise UserError(
-            f"{chat.name}: its chat template writes no token after an answer, so a model trained with it would not learn to stop;"
-            " give a model whose template ends each turn"
-        )
     limit = min(each for each in (config.max_length, context, 1 << 62) if each is not None)
     rows: list[Row] = []
     decisions: list[Decision] = []
@@ -115,7 +110,9 @@ def prepare(
     if not rows:
         raise UserError(f"none of the {len(examples):,} rows can be trained on: {told}")
     if rejected["no_end_of_turn"] > (1 - END_COVERAGE) * (len(rows) + rejected["no_end_of_turn"]):
-        raise UserError(f"{rejected['no_end_of_turn']:,} answers do not end with {chat.name}'s end-of-turn token; check the chat template")
+        raise UserError(
+            f"{rejected['no_end_of_turn']:,} answers do not end with {chat.name}'s end-of-turn token; check the chat template, or train on last answers only (train_on: last)"
+        )
     train, validation = split(rows, config.validation, config.seed)
     report = DataReport(
         rows=len(examples),

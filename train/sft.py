@@ -200,5 +200,5 @@ def _results(metrics: Path, data: TrainingData) -> dict[str, Any]:
 
 def _result(run: Run) -> TrainResult:
     facts = read_json(run.path / "train" / "results.json")
-    validation = tuple(facts.pop("validation")) if facts["validation"] else None
-    return TrainResult(run=run.path, model=run.path / "train" / "final", validation=validation, **facts)
+    validation = facts.pop("validation")
+    return TrainResult(run=run.path, model=run.path / "train" / "final", validation=tuple(validation) if validation else None, **facts)

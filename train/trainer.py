@@ -27,18 +27,19 @@ from .data import Row
 
 log = logging.getLogger(__name__)
 
-GROUP = 16  # batches whose rows are sorted by length together: less padding, and still a random mix
+GROUP = 16  # updates whose rows are sorted by length together: less padding, and still a random mix
 
 
 class EpochOrder(Sampler[int]):
     """The order of the rows in an epoch: a function of seed, epoch and lengths, so that a resumed run goes on in the same one.
 
-    Rows are shuffled, then sorted by length within groups of GROUP batches, whose batches are shuffled again. The batch with the
-    longest row of all comes first: what does not fit the memory fails in the first step, not in the night.
+    Rows are shuffled, then sorted by length within groups of GROUP updates, whose order is shuffled again; so an update holds the same
+    rows into however many forward passes it is split. The update with the longest row of all comes first: what does not fit the
+    memory fails in the first step, not in the night.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self._lengths, self._batch_size, self._seed = list(lengths), batch_size, seed
+    def __init__(self, lengths: Sequence[int], update_size: int, seed: int) -> None:
+        self._lengths, self._size, self._seed = list(lengths), update_size, seed
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -49,23 +50,23 @@ class EpochOrder(Sampler[int]):
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        yield from (row for batch in self.batches() for row in batch)
+        yield from (row for update in self.updates() for row in update)
 
-    def batches(self) -> list[list[int]]:
-        """Return the batches of the epoch; all but the last are full."""
+    def updates(self) -> list[list[int]]:
+        """Return the rows of each update of the epoch; all but the last have `update_size`."""
+        size = self._size
         shuffled = sorted(range(len(self)), key=lambda row: _draw(self._seed, self._epoch, row))
-        size = self._batch_size
-        rest = shuffled[len(shuffled) - len(shuffled) % size :]
-        full = shuffled[: len(shuffled) - len(rest)]
-        batches = []
-        for start in range(0, len(full), GROUP * size):
-            group = sorted(full[start : start + GROUP * size], key=lambda row: -self._lengths[row])
-            batches += [group[place : place + size] for place in range(0, len(group), size)]
-        batches.sort(key=lambda batch: _draw(self._seed, self._epoch, batch[0]))
-        longest = max(range(len(batches)), key=lambda place: self._lengths[batches[place][0]], default=None)
-        if longest is not None:
-            batches.insert(0, batches.pop(longest))
-        return [*batches, rest] if rest else batches
+        whole = len(shuffled) - len(shuffled) % size
+        updates = []
+        for start in range(0, whole, GROUP * size):
+            group = sorted(shuffled[start : min(start + GROUP * size, whole)], key=lambda row: -self._lengths[row])
+            updates += [group[place : place + size] for place in range(0, len(group), size)]
+        updates.sort(key=lambda update: _draw(self._seed, self._epoch, update[0]))
+        if updates:
+            longest = max(range(len(updates)), key=lambda place: self._lengths[updates[place][0]])
+            updates.insert(0, updates.pop(longest))
+        rest = sorted(shuffled[whole:], key=lambda row: -self._lengths[row])
+        return [*updates, rest] if rest else updates
 
 
 def _draw(seed: int, epoch: int, row: int) -> bytes:
@@ -77,7 +78,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        return EpochOrder([len(ids) for ids in rows["input_ids"]], self.args.train_batch_size, self.args.seed)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return EpochOrder([len(ids) for ids in rows["input_ids"]], size, self.args.seed)
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:

@@ -1,0 +1,29 @@
+"""Chats to train on, written as a data file."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Chats = Callable[..., Path]
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Chats:
+    """Write `count` short question-and-answer rows, then the rows given, as JSONL."""
+
+    def write(count: int = 0, *rows: list[dict[str, Any]], name: str = "chats.jsonl") -> Path:
+        made = [
+            [
+                {"role": "user", "content": f"Calculate {n}+{n}. " + "Please explain. " * (n % 5)},
+                {"role": "assistant", "content": f"The answer is {2 * n}." + " It is even." * (n % 3)},
+            ]
+            for n in range(count)
+        ]
+        path = tmp_path / name
+        path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in [*made, *rows]))
+        return path
+
+    return write

@@ -1,0 +1,99 @@
+"""What is trained on: the answers and their ends; every row left out has its reason."""
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+from sftkit.core.chat import Chat, load_chat
+from sftkit.core.errors import UserError
+from sftkit.core.formats import read_examples
+from sftkit.core.models import resolve_model
+from sftkit.train.config import TrainConfig
+from sftkit.train.data import Row, key_of, prepare, split
+
+USER, ASSISTANT = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_model: Path) -> Chat:
+    return load_chat(resolve_model(tiny_model))
+
+
+def config(**settings: object) -> TrainConfig:
+    return TrainConfig(**{"validation": 0.0, **settings})  # type: ignore[arg-type]
+
+
+def test_labels_are_the_answers_and_their_ends(chat: Chat, chats) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, USER("hi"), ASSISTANT("hello"), USER("and 1+1?"), ASSISTANT("2")]
+    data = prepare(read_examples(chats(0, turns)), chat, config(), context=512)
+    (row,) = data.train
+    trained = [token for token, label in zip(row.ids, row.labels, strict=True) if label != -100]
+    assert chat.tokenizer.decode(trained) == "hello<|im_end|>2<|im_end|>"
+    assert all(label in (-100, token) for token, label in zip(row.ids, row.labels, strict=True))
+    last = prepare(read_examples(chats(0, turns)), chat, config(train_on="last"), context=512).train[0]
+    assert chat.tokenizer.decode([label for label in last.labels if label != -100]) == "2<|im_end|>"
+    assert last.ids == row.ids
+
+
+def test_each_row_left_out_has_its_reason_in_the_ledger(chat: Chat, chats, tmp_path: Path) -> None:
+    path = chats(3, [USER("no answer")], [USER("empty"), ASSISTANT("  ")], [USER("long"), ASSISTANT("word " * 600)])
+    data = prepare(read_examples(path), chat, config(limit=2), context=512, ledger=tmp_path / "ledger.parquet")
+    ledger = pl.read_parquet(tmp_path / "ledger.parquet")
+    assert ledger["action"].to_list() == ["kept", "kept", "rejected", "rejected", "rejected", "rejected"]
+    assert set(ledger["rule"].to_list()) == {"", "over_limit"}
+    data = prepare(read_examples(path), chat, config(), context=512, ledger=tmp_path / "ledger.parquet")
+    ledger = pl.read_parquet(tmp_path / "ledger.parquet")
+    assert ledger["rule"].to_list() == ["", "", "", "no_assistant_turn", "empty_answer", "over_max_length"]
+    (long,) = ledger.filter(pl.col("rule") == "over_max_length").iter_rows(named=True)
+    assert long["score"] > long["threshold"] == 512
+    assert data.report.rejected == {"no_assistant_turn": 1, "empty_answer": 1, "over_max_length": 1}
+    assert data.report.trained_tokens == sum(sum(row.mask) for row in data.train)
+
+
+def test_a_long_row_is_named_when_that_is_asked_for(chat: Chat, chats) -> None:
+    path = chats(1, [USER("long"), ASSISTANT("word " * 300)])
+    with pytest.raises(UserError, match=r"chats\.jsonl:2: \d+ tokens, longer than the 64 allowed"):
+        prepare(read_examples(path), chat, config(overlong="raise", max_length=64), context=512)
+
+
+def test_nothing_to_train_on_is_an_error(chat: Chat, chats) -> None:
+    with pytest.raises(UserError, match="none of the 1 rows can be trained on: no_assistant_turn 1"):
+        prepare(read_examples(chats(0, [USER("hi")])), chat, config(), context=512)
+
+
+def test_answers_whose_end_is_not_trained_on_are_refused(chats, tiny_model: Path) -> None:
+    chat = load_chat(resolve_model(tiny_model))
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    chat.tokenizer.chat_template = template  # writes nothing after an answer: only the last one's end can be added
+    endless = Chat(chat.tokenizer, name="endless")
+    single = prepare(read_examples(chats(1)), endless, config(), context=512).train[0]
+    assert endless.tokenizer.decode([label for label in single.labels if label != -100]).endswith("The answer is 0.\n<|im_end|>") or (
+        endless.tokenizer.decode([label for label in single.labels if label != -100]).endswith("The answer is 0.<|im_end|>")
+    )
+    turns = [USER("a"), ASSISTANT("b"), USER("c"), ASSISTANT("d")]
+    with pytest.raises(UserError, match="none of the 1 rows can be trained on: no_end_of_turn 1"):
+        prepare(read_examples(chats(0, turns)), endless, config(), context=512)
+    with pytest.raises(UserError, match="2 answers do not end with endless's end-of-turn token.*train_on: last"):
+        prepare(read_examples(chats(5, turns, turns)), endless, config(), context=512)
+    assert len(prepare(read_examples(chats(5, turns, turns)), endless, config(train_on="last"), context=512).train) == 7
+
+
+def test_samples_of_a_prompt_are_validated_together() -> None:
+    rows = [Row((f"{prompt:016x}", index), [prompt], [True]) for prompt in range(40) for index in range(3)]
+    train, validation = split(rows, 0.1, seed=0)
+    assert len(train) + len(validation) == 120
+    assert 12 <= len(validation) <= 14
+    assert not {row.key[0] for row in train} & {row.key[0] for row in validation}
+    assert split(list(reversed(rows)), 0.1, seed=0)[1] == list(reversed(validation))
+    assert split(rows, 0.1, seed=1)[1] != validation
+    assert split(rows[:5], 0.5, seed=0) == (rows[:5], [])
+
+
+def test_a_row_of_a_run_keeps_the_name_of_its_sample(tmp_path: Path) -> None:
+    path = tmp_path / "dataset.jsonl"
+    path.write_text(
+        '{"id": "0123456789abcdef/2", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],'
+        ' "source": "x:1", "meta": {}}\n'
+    )
+    (example,) = read_examples(path)
+    assert key_of(example) == ("0123456789abcdef", 2)

@@ -1,0 +1,31 @@
+"""The preview shows each token once, trained or not, and lets nothing of the data act."""
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+from sftkit.core.chat import load_chat
+from sftkit.core.models import resolve_model
+from sftkit.train.config import TrainConfig
+from sftkit.train.preview import pieces, preview
+
+TEXT = "你好，世界 🎉\x1b[31m <script>alert(1)</script>"
+
+
+def test_pieces_are_the_whole_text_and_its_trained_part(tmp_path: Path, tiny_model: Path, chats) -> None:
+    path = chats(0, [{"role": "user", "content": TEXT}, {"role": "assistant", "content": TEXT + " 什麼"}])
+    console = Console(file=io.StringIO(), width=200, force_terminal=True)
+    data = preview(path, str(tiny_model), TrainConfig(), console=console, html_path=tmp_path / "p.html")
+    chat = load_chat(resolve_model(tiny_model))
+    (row,) = data.train
+    shown = list(pieces(row, chat))
+    assert "".join(text for text, _ in shown) == chat.tokenizer.decode(row.ids)
+    assert "".join(text for text, trained in shown if trained) == f"{TEXT} 什麼<|im_end|>"
+    page = (tmp_path / "p.html").read_text()
+    assert "<script>" not in page
+    assert "&lt;" in page
+    assert "\x1b[31m " not in page
+    out = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "你" in out
+    assert "\\x1b[31m" in out
+    assert "1 to train on" in out

@@ -1,0 +1,221 @@
+"""Training a tiny model for real: it learns, it goes on after any stop as if nothing had happened, and what is saved stops."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from sftkit.core.chat import load_chat
+from sftkit.core.engines.base import EngineConfig, Request, Sampling
+from sftkit.core.engines.registry import open_engine
+from sftkit.core.errors import UserError
+from sftkit.core.models import load_model, resolve_model
+from sftkit.train.config import CLASSIC, TrainConfig, recipe_settings
+from sftkit.train.sft import TrainResult, train
+from sftkit.train.trainer import last_checkpoint
+
+
+def config(**settings: object) -> TrainConfig:
+    return TrainConfig(**{"learning_rate": 3e-3, "epochs": 2.0, "validation": 0.1, "dtype": "float32", **settings})  # type: ignore[arg-type]
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[TrainResult, Path]:
+    folder = tmp_path_factory.mktemp("trained")
+    path = folder / "chats.jsonl"
+    turns = [
+        [{"role": "user", "content": f"Calculate {n}+{n}."}, {"role": "assistant", "content": f"The answer is {2 * n}."}]
+        for n in range(120)
+    ]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in turns))
+    return train(path, str(tiny_model), folder / "run", config(epochs=6.0)), path
+
+
+def test_it_learns_and_says_so(trained: tuple[TrainResult, Path]) -> None:
+    result, _ = trained
+    assert result.validation is not None
+    before, after = result.validation
+    assert after < before - 2
+    assert (result.rows, result.steps) == (108, 84)
+    lines = metrics(result.run)
+    steps = [line for line in lines if "loss" in line]
+    assert (steps[0]["step"], steps[-1]["step"]) == (1, 84)
+    assert steps[-1]["num_tokens"] == result.tokens
+    assert all(line["tokens_per_second"] > 0 for line in steps)
+    assert f"{result.tokens:,} tokens" in result.summary()
+    assert {each.name for each in (result.run / "train").iterdir()} == {
+        "plan.json", "preview.html", "ledger.parquet", "metrics.jsonl", "final", "results.json", "done.json",
+    }  # fmt: skip
+
+
+def test_validation_loss_is_that_of_all_tokens_divided_once(trained: tuple[TrainResult, Path], tiny_model: Path) -> None:
+    from sftkit.core.formats import read_examples
+    from sftkit.train.data import prepare
+    from sftkit.train.final import answer_loss
+
+    result, path = trained
+    chat = load_chat(resolve_model(tiny_model))
+    data = prepare(read_examples(path), chat, config(epochs=6.0), context=512)
+    assert result.validation is not None
+    assert answer_loss(load_model(resolve_model(tiny_model)), data.validation) == pytest.approx(result.validation[0], rel=1e-5)
+    assert answer_loss(load_model(resolve_model(result.model)), data.validation) == pytest.approx(result.validation[1], rel=1e-4)
+
+
+def test_the_saved_model_renders_as_it_was_trained_and_stops(trained: tuple[TrainResult, Path], tiny_model: Path) -> None:
+    result, _ = trained
+    started, saved = (load_chat(resolve_model(each)) for each in (tiny_model, result.run))
+    assert saved.fingerprint() == started.fingerprint()
+    generation = json.loads((result.model / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == list(started.stop_ids)
+    assert generation["pad_token_id"] == started.pad_id
+    assert started.pad_id not in generation["eos_token_id"]
+    assert json.loads((result.model / "sftkit.json").read_text())["template"] == started.fingerprint()
+    engine = open_engine(str(result.run), EngineConfig(engine="transformers", device="cpu"))
+    prompts = [[{"role": "user", "content": f"Calculate {n}+{n}."}] for n in range(200, 208)]
+    requests = [
+        Request(
+            key=str(n), prompt_ids=tuple(saved.prompt(each)), messages=each, sampling=Sampling(temperature=0, max_new_tokens=40), seed=0
+        )
+        for n, each in enumerate(prompts)
+    ]
+    answers = list(engine.generate(requests))
+    assert [each.finish_reason for each in answers] == ["stop"] * 8
+    assert all(each.text.startswith("The answer is ") for each in answers)
+
+
+def test_done_is_done(trained: tuple[TrainResult, Path], tiny_model: Path) -> None:
+    result, path = trained
+    before = (result.model / "model.safetensors").stat().st_mtime_ns
+    assert train(path, str(tiny_model), result.run, config(epochs=6.0)) == result
+    assert (result.model / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"another run \(train\.epochs was 6\.0, now 5\.0\)"):
+        train(path, str(tiny_model), result.run, config(epochs=5.0))
+    path.write_text(path.read_text().replace("The answer", "An answer", 1))
+    with pytest.raises(UserError, match=r"another run \(train\.rows was"):
+        train(path, str(tiny_model), result.run, config(epochs=6.0))
+
+
+def test_accumulated_steps_equal_large_batches_to_the_token(tmp_path: Path, tiny_model: Path, chats) -> None:
+    data = chats(27)  # 27 rows in batches of 8: the last window is not full
+    runs = {}
+    for name, batch, accumulation in (("whole", 8, 1), ("parts", 1, 8)):
+        settings = config(batch_size=batch, gradient_accumulation=accumulation, validation=0.0, logging_steps=1, epochs=1.0, seed=5)
+        runs[name] = train(data, str(tiny_model), tmp_path / name, settings)
+    losses = {name: [line["loss"] for line in metrics(result.run) if "loss" in line] for name, result in runs.items()}
+    assert len(losses["whole"]) == 4
+    assert losses["parts"] == pytest.approx(losses["whole"], abs=2e-5)
+    whole, parts = (load_model(resolve_model(runs[name].model)).state_dict() for name in ("whole", "parts"))
+    assert max(float((whole[name] - parts[name]).abs().max()) for name in whole) < 1e-3  # AdamW divides rounding by rounding
+
+
+def test_an_adapter_is_merged_and_saved_beside_the_model(tmp_path: Path, tiny_model: Path, chats) -> None:
+    result = train(chats(40), str(tiny_model), tmp_path / "run", config(lora=True, learning_rate=1e-2))
+    adapter = result.run / "train" / "adapter"
+    assert (adapter / "adapter_model.safetensors").exists()
+    assert not (result.model / "adapter_config.json").exists()
+    assert result.validation is not None
+    assert result.validation[1] < result.validation[0]
+    from peft import PeftModel
+
+    ids = torch.tensor([load_chat(resolve_model(tiny_model)).prompt([{"role": "user", "content": "hi"}])])
+    with torch.no_grad():
+        apart = PeftModel.from_pretrained(load_model(resolve_model(tiny_model)), adapter).eval()(ids).logits
+        merged = load_model(resolve_model(result.run))(ids).logits
+    torch.testing.assert_close(merged, apart, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_are_taken_out_of_the_start(tmp_path: Path, tiny_model: Path, chats) -> None:
+    result = train(chats(20), str(tiny_model), tmp_path / "run", config(init="prune:1", epochs=1.0))
+    assert json.loads((result.model / "config.json").read_text())["num_hidden_layers"] == 1
+    assert (
+        load_model(resolve_model(result.run / "train" / "start")).num_parameters() < load_model(resolve_model(tiny_model)).num_parameters()
+    )
+
+
+def test_killed_and_gone_on_the_losses_are_those_of_a_run_in_one_piece(tmp_path: Path, tiny_model: Path, chats) -> None:
+    data = chats(150)
+    whole = train(data, str(tiny_model), tmp_path / "whole", config(logging_steps=1))
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(
+        "{learning_rate: 0.003, epochs: 2.0, validation: 0.1, dtype: float32, logging_steps: 1, save_minutes: 0.0005}\n"  # every step
+    )
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "sftkit", "train", "sft", data, "--model", tiny_model, "-o", run, "--config", settings]
+    for seen in (3, 12):
+        process = subprocess.Popen([str(each) for each in command], cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 90
+        while (last := last_checkpoint(run / "train" / "checkpoints")) is None or int(last.name.split("-")[1]) < seen:
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finished = subprocess.run([str(each) for each in command], cwd="/", capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "going on from step" in finished.stderr
+    losses = [{line["step"]: line["loss"] for line in metrics(each) if "loss" in line} for each in (whole.run, run)]
+    assert losses[0].keys() == losses[1].keys()
+    assert all(losses[1][step] == pytest.approx(loss, abs=1e-5) for step, loss in losses[0].items())
+    assert [line["num_tokens"] for line in metrics(run) if "loss" in line] == [
+        line["num_tokens"] for line in metrics(whole.run) if "loss" in line
+    ]
+
+
+def test_asked_to_stop_it_saves_first(tmp_path: Path, tiny_model: Path, chats) -> None:
+    run = tmp_path / "run"
+    arguments = [chats(400), "--model", tiny_model, "-o", run, "--epochs", 20, "--learning-rate", 1e-3]
+    command = [sys.executable, "-m", "sftkit", "train", "sft", *map(str, arguments)]
+    process = subprocess.Popen(command, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    deadline = time.monotonic() + 90
+    while not (run / "train" / "metrics.jsonl").exists() or len(metrics(run)) < 3:
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "goes on from here" in err
+    saved = last_checkpoint(run / "train" / "checkpoints")
+    assert saved is not None
+    assert int(saved.name.split("-")[1]) == metrics(run)[-1]["step"]
+
+
+def test_a_loss_that_is_no_number_stops_with_its_step(tmp_path: Path, tiny_model: Path, chats) -> None:
+    with pytest.raises(UserError, match=r"step \d+: (loss|grad_norm) is not a finite number any more; lower the learning rate"):
+        train(chats(60), str(tiny_model), tmp_path / "run", config(learning_rate=1e30, warmup=0.0, max_grad_norm=1e30, logging_steps=1))
+    assert not (tmp_path / "run" / "train" / "done.json").exists()
+
+
+def test_settings_that_make_no_sense_are_refused(tmp_path: Path, tiny_model: Path, chats) -> None:
+    for settings, message in (
+        ({"init": "prune:0-1"}, "all 2 layers would be taken out"),
+        ({"init": "prune:7"}, "there is no layer 7"),
+        ({"init": "shrink"}, "expected prune:FIRST-LAST"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(chats(20), str(tiny_model), tmp_path / f"run-{settings['init']}".replace(":", ""), config(**settings))
+    for settings in ({"epochs": 0.0}, {"learning_rate": -1.0}, {"validation": 1.0}, {"batch_size": 0}):
+        with pytest.raises(UserError, match=next(iter(settings))):
+            config(**settings)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="qlora: needs a GPU"):
+            train(chats(20), str(tiny_model), tmp_path / "run-q", config(qlora=True))
+
+
+def test_the_classic_recipe() -> None:
+    assert recipe_settings("classic", gpu=True) == CLASSIC
+    assert recipe_settings("classic", gpu=False) == {**CLASSIC, "limit": 100}
+    classic = TrainConfig(**CLASSIC)
+    assert (classic.rate, classic.epochs, classic.batch_size, classic.gradient_accumulation, classic.logging_steps) == (8e-5, 1.0, 1, 8, 2)
+    assert not classic.gradient_checkpointing
+    with pytest.raises(UserError, match="did you mean 'classic'"):
+        recipe_settings("clasic", gpu=True)
