@@ -111,7 +111,8 @@ def prepare(
         raise UserError(f"none of the {len(examples):,} rows can be trained on: {told}")
     if rejected["no_end_of_turn"] > (1 - END_COVERAGE) * (len(rows) + rejected["no_end_of_turn"]):
         raise UserError(
-            f"{rejected['no_end_of_turn']:,} answers do not end with {chat.name}'s end-of-turn token; check the chat template, or train on last answers only (train_on: last)"
+            f"{rejected['no_end_of_turn']:,} answers do not end with {chat.name}'s end-of-turn token; check the chat template,"
+            " or train on last answers only (train_on: last)"
         )
     train, validation = split(rows, config.validation, config.seed)
     report = DataReport(

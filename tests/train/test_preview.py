@@ -27,5 +27,5 @@ def test_pieces_are_the_whole_text_and_its_trained_part(tmp_path: Path, tiny_mod
     assert "\x1b[31m " not in page
     out = console.file.getvalue()  # type: ignore[attr-defined]
     assert "你" in out
-    assert "\\x1b[31m" in out
+    assert "\\x1b" in out
     assert "1 to train on" in out
