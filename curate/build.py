@@ -17,6 +17,7 @@ from .best import best
 from .config import BuildConfig, ImportConfig, parse_gate
 from .dedup import dedup
 from .filters import filter_rows, text_rules
+from .heldout import hold_out
 from .intake import take_in
 from .rows import Outcome
 from .score import check_score_name, open_scorer, score
@@ -34,7 +35,7 @@ class BuildResult:
 
 
 def build(source: str | Path | None, out: Path, config: BuildConfig) -> BuildResult:
-    """Distill or take in the rows of `source`, then score, best, filter, dedup and select, as far as the config has them.
+    """Distill or take in the rows of `source`, then score, best, filter, dedup, hold out and select, as far as the config has them.
 
     Answers and embeddings that are there are used again; to decide takes seconds and is done anew. Without `source` the run's
     own rows are decided on. Raises UserError when a step leaves nothing for the next.
@@ -68,6 +69,9 @@ def build(source: str | Path | None, out: Path, config: BuildConfig) -> BuildRes
         if config.dedup:
             with _timed("dedup", seconds):
                 outcomes += dedup(run, config.dedup)
+        if config.heldout:
+            with _timed("heldout", seconds):
+                outcomes.append(hold_out(run, config.heldout))
         if config.select:
             with _timed("select", seconds):
                 outcomes.append(select(run, config.select))
@@ -99,7 +103,7 @@ def planned_stages(config: BuildConfig) -> list[str]:
     stages = ["best"] * bool(config.best) + ["filter"] * bool(config.filter)
     if config.dedup:
         stages += ["dedup_exact"] * config.dedup.exact + ["dedup_semantic"] * (config.dedup.semantic is not None)
-    return stages + ["select"] * bool(config.select)
+    return stages + ["heldout"] * bool(config.heldout) + ["select"] * bool(config.select)
 
 
 def _begin_anew(run: Run, planned: list[str]) -> None:

@@ -19,6 +19,7 @@ from .config import (
     DistillConfig,
     EmbedConfig,
     FilterConfig,
+    HeldoutConfig,
     ImportConfig,
     ScoreConfig,
     SelectConfig,
@@ -296,7 +297,7 @@ def select(run: str, out: Path | None, settings: Path | None, **options: Any) ->
 @config_option(DedupConfig, "on")
 @config_option(EmbedConfig, "model")
 def build(data: str | None, out: Path, settings: Path | None, **options: Any) -> None:
-    """Make a data set of DATA in one go: distill or import, score, best, filter, dedup, select.
+    """Make a data set of DATA in one go: distill or import, score, best, filter, dedup, hold out, select.
 
     The steps are those with a section in the config file; without one, rows are taken in and exact and semantic
     duplicates removed. A budget adds the selection. Without DATA the rows that RUN has are decided on anew.
@@ -311,6 +312,7 @@ def build(data: str | None, out: Path, settings: Path | None, **options: Any) ->
                   best: {by: [numeric, logprob]}
                   filter: {max_words: 400}
                   dedup: {semantic: 0.95, on: prompt}
+                  heldout: {prompts: 200}                    not trained on; curate/heldout.jsonl
                   select: {budget: 1000}
     """
     from .build import build
@@ -343,6 +345,7 @@ STEPS: dict[str, Any] = {
     "best": BestConfig,
     "filter": FilterConfig,
     "dedup": DedupConfig,
+    "heldout": HeldoutConfig,
     "select": SelectConfig,
 }
 

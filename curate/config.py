@@ -174,6 +174,18 @@ class DedupConfig:
             raise UserError("dedup: neither exact nor semantic is asked for, so there is nothing to do")
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldoutConfig:
+    """Which prompts are set aside for evaluation."""
+
+    prompts: int = setting(100, "Prompts to set aside, with all their answers.")
+    seed: int = setting(0, "Decides which ones, together with their content.")
+
+    def __post_init__(self) -> None:
+        if self.prompts < 1:
+            raise UserError(f"prompts: expected 1 or more, found {self.prompts}")
+
+
 SELECTORS = ("k-center", "random")
 
 
@@ -207,6 +219,7 @@ class BuildConfig:
     best: BestConfig | None = field(default=None, metadata={"help": "Choose among the samples of each prompt."})
     filter: FilterConfig | None = field(default=None, metadata={"help": "Reject rows by rules."})
     dedup: DedupConfig | None = field(default_factory=DedupConfig, metadata={"help": "Remove duplicates."})
+    heldout: HeldoutConfig | None = field(default=None, metadata={"help": "Set prompts aside for evaluation."})
     select: SelectConfig | None = field(default=None, metadata={"help": "Take the rows that fit a budget."})
 
     def __post_init__(self) -> None:

@@ -4,29 +4,32 @@ import hashlib
 
 import polars as pl
 
+from ..core.config import to_mapping
 from ..core.errors import UserError
 from ..core.example import Decision
 from ..core.run import Run
-from .rows import export_rows, load_rows, record
+from .config import HeldoutConfig
+from .rows import Outcome, export_rows, input_rows, keys, record
 
 
-def hold_out(run: Run, count: int, *, seed: int = 0) -> pl.DataFrame:
-    """Move `count` prompts, with all their samples, to `curate/heldout.jsonl`; return the rows that stay.
+def hold_out(run: Run, config: HeldoutConfig) -> Outcome:
+    """Move prompts, with all their answers, to `curate/heldout.jsonl`, as the stage "heldout" (rule heldout).
 
-    The order of the hash of (seed, example id) decides, so a prompt's place does not depend on the other rows.
-    Raises UserError when fewer than `count` + 1 prompts are there.
+    The order of the hash of (seed, example id) decides, so a prompt's place does not depend on the other rows; copies of a prompt
+    (`ID~2`) go with it. Raises UserError when nothing would be left.
     """
-    rows = load_rows(run)
-    ids = rows["example_id"].unique().to_list()
-    if len(ids) <= count:
-        raise UserError(f"{run.path}: {len(ids)} prompts are left, too few to hold out {count}; hold out fewer, or bring more prompts")
-    held = set(sorted(ids, key=lambda each: hashlib.sha256(f"{seed}/{each}".encode()).digest())[:count])
-    keys = list(zip(rows["example_id"].to_list(), rows["sample_index"].to_list(), strict=True))
+    rows = input_rows(run, "heldout")
+    names = keys(rows)
+    prompts = {example_id.partition("~")[0] for example_id, _ in names}
+    if len(prompts) <= config.prompts:
+        raise UserError(
+            f"{run.path}: {len(prompts):,} prompts are left, too few to hold out {config.prompts:,}; hold out fewer, or bring more prompts"
+        )
+    run.configure("heldout", to_mapping(config), free=("*",))
+    held = set(sorted(prompts, key=lambda each: hashlib.sha256(f"{config.seed}/{each}".encode()).digest())[: config.prompts])
+    is_held = [example_id.partition("~")[0] in held for example_id, _ in names]
+    export_rows(rows.filter(pl.Series(is_held)), run.room("curate") / "heldout.jsonl")
     decisions = [
-        Decision(example_id, index, "heldout", *(("rejected", "heldout") if example_id in held else ("kept",)))
-        for example_id, index in keys
+        Decision(*name, "heldout", *(("rejected", "heldout") if aside else ("kept",))) for name, aside in zip(names, is_held, strict=True)
     ]
-    is_held = pl.col("example_id").is_in(list(held))
-    export_rows(rows.filter(is_held), run.room("curate") / "heldout.jsonl")
-    record(run, "heldout", rows, decisions)
-    return rows.filter(~is_held)
+    return record(run, "heldout", rows, decisions)

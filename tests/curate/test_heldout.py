@@ -1,0 +1,43 @@
+"""What is held out is chosen by its content, leaves with all its answers, and is in no data set afterwards."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+from sftkit.core.errors import UserError
+from sftkit.core.run import Run
+from sftkit.curate.config import HeldoutConfig
+from sftkit.curate.heldout import hold_out
+
+
+def ids(run: Run, name: str) -> list[str]:
+    return [json.loads(line)["id"] for line in (run.path / "curate" / name).read_text().splitlines()]
+
+
+def rows(prompts: range, k: int = 2) -> list[dict[str, object]]:
+    return [{"prompt": f"q{n}", "response": f"a{n}{index}", "index": index} for n in prompts for index in range(k)]
+
+
+def test_whole_prompts_are_held_out(toy_run: Callable[..., Run], rejections: Callable) -> None:
+    run = toy_run(rows(range(20)))
+    outcome = hold_out(run, HeldoutConfig(prompts=5))
+    held, left = ids(run, "heldout.jsonl"), ids(run, "dataset.jsonl")
+    assert (len(held), len(left), outcome.removed) == (10, 30, {"heldout": 10})
+    assert not {each.split("/")[0] for each in held} & {each.split("/")[0] for each in left}
+    assert rejections(run, "heldout") == dict.fromkeys(held, ("heldout", None, None, None))
+
+
+def test_other_rows_do_not_move_a_prompt(toy_run: Callable[..., Run]) -> None:
+    held, all_ids = {}, {}
+    for name, prompts in (("few", range(20)), ("back", range(19, -1, -1)), ("more", range(40))):
+        run = toy_run(rows(prompts), name=name)
+        all_ids[name] = set(ids(run, "dataset.jsonl"))
+        hold_out(run, HeldoutConfig(prompts=10))
+        held[name] = set(ids(run, "heldout.jsonl"))
+    assert held["back"] == held["few"]
+    assert held["more"] & all_ids["few"] <= held["few"]
+
+
+def test_something_has_to_be_left(toy_run: Callable[..., Run]) -> None:
+    with pytest.raises(UserError, match="5 prompts are left, too few to hold out 5"):
+        hold_out(toy_run(rows(range(5))), HeldoutConfig(prompts=5))
