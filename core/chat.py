@@ -3,16 +3,20 @@
 The policy, for every model:
 
 * Template: the model's own; a model without one gets a built-in (core/templates.py) that uses only tokens it knows.
-* End of turn: found by rendering a conversation and looking at what follows the assistant's text.
+* End of turn: found by rendering a conversation and looking at what follows the assistant's text. Where the template writes
+  nothing there, what begins the next turn if the model lists it among its end-of-sequence ids, else its end-of-sequence
+  token; that is then added after a last answer, or the model would never learn to stop.
 * Stop: the end of turn first, then what else the model's files list as end of sequence. Padding never stops.
 * Pad: the model's own if it never stops a generation, else a reserved token; never an end-of-sequence id, because a
   mask that hides padding would hide the end of the answer too, and a saved pad among the stop ids gives empty answers.
 * Thinking templates are rendered with thinking off unless asked, and dates a template would take from the clock are fixed,
   so that the same conversation gives the same ids tomorrow.
+* Special tokens in what people wrote (`<|im_end|>` in a question) become those tokens, as they do in transformers and in the
+  servers. The mask goes by the place of the answer in the text and does not mind them; a row that holds them is better filtered.
 """
 
+import bisect
 import hashlib
-import itertools
 import json
 import logging
 import re
@@ -23,6 +27,7 @@ from typing import Any
 
 from .errors import UserError
 from .example import Message
+from .files import read_json
 from .models import ModelRef, load_tokenizer
 from .templates import BUILT_IN, PAD_CANDIDATES
 
@@ -30,6 +35,14 @@ log = logging.getLogger(__name__)
 
 SENTINEL = "\ue000sftkit\ue001"  # private-use characters: no template and no answer holds them
 DATE = "26 Jul 2024"  # what Llama's templates say when nothing tells them the date
+FIXED_CLOCK = (  # put before a template that asks for the time: the same moment, in whatever form it asks
+    "{%- macro strftime_now(format) -%}{{- format"
+    + "".join(
+        f" | replace('%{code}', '{value}')"
+        for code, value in zip("aAdbBmyYHMS", ("Fri", "Friday", "26", "Jul", "July", "07", "24", "2024", "00", "00", "00"), strict=True)
+    )
+    + " -}}{%- endmacro -%}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,55 +56,64 @@ class Rendered:
 class Chat:
     """A tokenizer with the template policy applied."""
 
-    def __init__(self, tokenizer: Any, *, eos_ids: Sequence[int] = (), name: str = "this model") -> None:
-        """Apply the policy to a tokenizer. `eos_ids` are the end-of-sequence ids that the model's own files list.
+    def __init__(self, tokenizer: Any, *, eos_ids: Sequence[int] = (), num_embeddings: int | None = None, name: str = "this model") -> None:
+        """Apply the policy to a tokenizer.
 
-        Raises UserError when nothing can end an answer.
+        `eos_ids` are the end-of-sequence ids that the model's own files list, `num_embeddings` how many tokens it has room for.
+        Raises UserError when nothing can end an answer, and for a template that leaves answers out.
         """
         self.tokenizer = tokenizer
         self.name = name
         self.template_source = self._choose_template()
-        ending = self._find_end_of_turn()
-        self.end_of_turn: int | None = ending[-1] if ending else None
-        self._ending = "".join(tokenizer.convert_ids_to_tokens(ending))
         eos = [each for each in (tokenizer.eos_token_id, *eos_ids) if each is not None]
-        first = [] if self.end_of_turn is None else [self.end_of_turn]
-        self.stop_ids: tuple[int, ...] = (*first, *sorted(set(eos) - set(first)))
-        if not self.stop_ids:
-            raise UserError(f"{name}: nothing ends an answer: its tokenizer has no end-of-sequence token and its template no end of turn")
-        self.pad_id = self._choose_pad()
+        self._in_parts, ending = self._find_ending()
+        self._closing = "" if ending else self._choose_closing(eos)  # what the template does not write after a last answer
+        self.end_of_turn: int = tokenizer.convert_tokens_to_ids(ending[-1] if ending else self._closing)
+        self.stop_ids: tuple[int, ...] = (self.end_of_turn, *sorted(set(eos) - {self.end_of_turn}))
+        stops = tokenizer.convert_ids_to_tokens(list(self.stop_ids))
+        self._endings = tuple(each for each in ("".join(ending), *stops) if each)
+        self.pad_id = self._choose_pad(num_embeddings or len(tokenizer))
         tokenizer.pad_token_id = self.pad_id
         tokenizer.padding_side = "left"
+        asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        prompt = self._text([asked], True, False)
+        if not self._text([asked, answered], False, False).startswith(prompt):
+            log.warning(
+                "%s: its prompts end with %r, and rows without a thought do not: train it on rows that have one", name, prompt[-24:]
+            )
 
     def render(
         self, messages: Sequence[Message], *, generation_prompt: bool = False, thinking: bool = False, train_on: str = "all"
     ) -> Rendered:
         """Return the token ids of a conversation and the mask of the assistant's tokens.
 
+        A turn is masked from where the generation prompt ends to its end-of-turn token: what the model has to write by itself.
         `train_on` "all" masks every assistant turn, "last" only the final one. With `generation_prompt` the ids end where
         an answer begins, and they are the same ids that a training row with that answer begins with. The mask does not
         depend on `{% generation %}` marks: each turn is found by rendering again with a sentinel in its place. Raises
         UserError for a conversation that the template refuses.
         """
-        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        messages = _with_arguments([{**each, "content": "" if each.get("content") is None else each["content"]} for each in messages], dict)
         text = self._text(messages, generation_prompt, thinking)
-        if generation_prompt or not turns:
-            ids = self._tokenize(text)
-            return Rendered(ids, [False] * len(ids))
-        spans = []
-        for turn in turns if train_on == "all" else turns[-1:]:
-            span = self._span(messages, turn, text, thinking)
-            if span:
-                spans.append(span)
-        return self._masked(text, spans)
+        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        spans = {turn: self._span(messages, turn, text, generation_prompt, thinking) for turn in turns}
+        ids, offsets = self._encode(text, [span for span in spans.values() if span])
+        mask = [False] * len(ids)
+        for turn, span in spans.items():
+            if span and not generation_prompt and (train_on == "all" or turn == turns[-1]):
+                first, last = (_count_before(offsets, edge) for edge in span)
+                # a special token that swallows the white space after it reaches over its turn's end
+                last += last < len(ids) and ids[last] in self.stop_ids and offsets[last][0] < span[1]
+                mask[first:last] = [True] * (last - first)
+        return Rendered(ids, mask)
 
     def prompt(self, messages: Sequence[Message], *, thinking: bool = False) -> list[int]:
         """Return the ids to generate from: the conversation, up to where the assistant's answer begins."""
         return self.render(messages, generation_prompt=True, thinking=thinking).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        """Return the text of ids, without special tokens and otherwise as it is."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def fingerprint(self) -> str:
         """Return a hash of all that decides how a conversation is rendered, stopped and padded: 16 hex digits."""
@@ -115,7 +137,7 @@ class Chat:
         """Save the tokenizer with its template and pad token. A saved tokenizer's eos is the end of turn."""
         tokenizer = self.tokenizer
         before = tokenizer.eos_token
-        if self.end_of_turn is not None and "eos_token" not in str(tokenizer.chat_template):
+        if "eos_token" not in str(tokenizer.chat_template):
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(self.end_of_turn)
         try:
             tokenizer.save_pretrained(folder)
@@ -136,43 +158,88 @@ class Chat:
                 return source
         raise AssertionError("the plain template asks for no token")
 
-    def _find_end_of_turn(self) -> list[int]:
-        """Return the special tokens that follow the assistant's text, most often one; none where the template writes none."""
-        text = self._text([{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}], False, False)
-        following = text.rpartition(SENTINEL)[2].strip()
-        ids = self._tokenize(following) if following else []
-        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        return list(itertools.takewhile(lambda each: each in special, ids))
+    def _find_ending(self) -> tuple[bool, list[str]]:
+        """Return whether the template wants a text as a list of parts, and the special tokens it writes after an answer.
 
-    def _choose_pad(self) -> int:
-        vocabulary: dict[str, int] = self.tokenizer.get_vocab()
-        own = self.tokenizer.pad_token_id
+        Most often that is one token, sometimes none. Raises UserError for a template that leaves answers out.
+        """
+        conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
+        refusal = None
+        for parts in (False, True):
+            self._in_parts = parts
+            try:
+                _, found, following = self._raw_text(conversation, False, False).rpartition(SENTINEL)
+            except UserError as error:
+                refusal = refusal or error
+                continue
+            if found:
+                return parts, self._special_at(following.lstrip())
+        raise refusal or UserError(f"{self.name}: its chat template leaves out what the assistant says; give a model with another one")
+
+    def _special_at(self, text: str) -> list[str]:
+        """Return the special tokens that a text begins with."""
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values()} | set(self.tokenizer.all_special_tokens)
+        known = sorted((token for token in added if not token.isspace()), key=len, reverse=True)
+        found: list[str] = []
+        while token := next((each for each in known if each and text.startswith(each)), None):
+            found.append(token)
+            text = text[len(token) :]
+        return found
+
+    def _choose_closing(self, eos: Sequence[int]) -> str:
+        conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}, {"role": "user", "content": "b"}]
+        following = (self._try_text(conversation, False, False) or "").rpartition(SENTINEL)[2]
+        begins_next = self._special_at(following.lstrip())[:1]
+        if begins_next and self.tokenizer.convert_tokens_to_ids(begins_next[0]) in eos:
+            return begins_next[0]
+        if not eos:
+            raise UserError(
+                f"{self.name}: nothing ends an answer: its tokenizer has no end-of-sequence token and its template no end of turn"
+            )
+        return str(self.tokenizer.convert_ids_to_tokens(eos[0]))
+
+    def _choose_pad(self, size: int) -> int:
         taken = {*self.stop_ids, self.tokenizer.bos_token_id}
-        if own is not None and own not in taken and own < len(self.tokenizer):
+        vocabulary: dict[str, int] = self.tokenizer.get_vocab()
+        free = {token: number for token, number in vocabulary.items() if number < size and number not in taken}
+        own = self.tokenizer.pad_token_id
+        if own is not None and own < size and own not in taken:
             return int(own)
         template = str(self.tokenizer.chat_template)
         for pattern in PAD_CANDIDATES:
-            found = sorted(
-                number for token, number in vocabulary.items() if re.match(pattern, token) and number not in taken and token not in template
-            )
+            found = sorted(number for token, number in free.items() if re.match(pattern, token) and token not in template)
             if found:
                 return found[0]
-        last = max(number for number in vocabulary.values() if number not in taken)
+        last = max(free.values())
         log.info(
             "%s reserves no token for padding: %r pads (it is masked everywhere)", self.name, self.tokenizer.convert_ids_to_tokens(last)
         )
         return last
 
     def _text(self, messages: Sequence[Message], generation_prompt: bool, thinking: bool) -> str:
+        """Return a conversation as text, closed where the template does not close a last answer."""
+        text = self._raw_text(messages, generation_prompt, thinking)
+        answered = messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")  # what ends a call is not known
+        return text + self._closing if answered and not generation_prompt else text
+
+    def _try_text(self, messages: Sequence[Message], generation_prompt: bool, thinking: bool) -> str | None:
+        try:
+            return self._text(messages, generation_prompt, thinking)
+        except UserError:
+            return None
+
+    def _raw_text(self, messages: Sequence[Message], generation_prompt: bool, thinking: bool) -> str:
         import jinja2
 
         if not messages:
             raise UserError("a conversation without messages cannot be rendered")
-        plain = [{**each, "content": ""} if each.get("content") is None else each for each in messages]
+        said = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages] if self._in_parts else list(messages)
         try:
+            template = self.tokenizer.get_chat_template()
             return str(
                 self.tokenizer.apply_chat_template(
-                    plain,
+                    said,
+                    chat_template=FIXED_CLOCK + template if "strftime_now" in template else template,
                     tokenize=False,
                     add_generation_prompt=generation_prompt,
                     enable_thinking=thinking,
@@ -181,102 +248,154 @@ class Chat:
                 )
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            with_texts = _with_arguments(messages, str)
+            if isinstance(error, TypeError) and with_texts != messages:  # DeepSeek-V3's joins them to a text; all others write an object
+                return self._raw_text(with_texts, generation_prompt, thinking)
             roles = ", ".join(str(each.get("role")) for each in messages[:8])
             raise UserError(f"{self.name}: its chat template refuses a conversation of {roles}: {' '.join(str(error).split())}") from error
 
-    def _tokenize(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        self._check_begin(ids)
-        return ids
+    def _span(self, messages: Sequence[Message], turn: int, text: str, generation_prompt: bool, thinking: bool) -> tuple[int, int] | None:
+        """Return where in `text` an assistant turn begins and ends, as trained: from the prompt's end to its end-of-turn token.
 
-    def _check_begin(self, ids: Sequence[int]) -> None:
+        None where the template leaves the turn out, or moves it about so that it has no one place.
+        """
+        around = self._around(messages, turn, generation_prompt, thinking)
+        said = messages[turn]["content"]
+        if messages[turn].get("tool_calls") and not (around and text in (said.join(around), said.strip().join(around))):
+            end, closed = self._end_of_calls(messages, turn, text, around, generation_prompt, thinking)
+        else:
+            end, closed = len(text) - _common_suffix(around[1], text) if around else None, False
+        # where the answer begins at inference: some templates write a space or an empty thought between the two; one with a
+        # thought in it stands as if thinking were on
+        prompts = [self._try_text(messages[:turn], True, each) for each in (thinking, not thinking)] if turn else []
+        start = next((len(each) for each in prompts if each and text.startswith(each)), None)
+        if start is None and around:
+            start = _common_prefix(around[0], text)
+        if start is None or end is None:
+            return None
+        end = max(start, end)
+        blank = len(text) - end - len(text[end:].lstrip())
+        written = next((each for each in self._endings if text.startswith(each, end + blank)), None)
+        return (start, end) if closed or not written else (start, end + blank + len(written))
+
+    def _end_of_calls(
+        self, messages: Sequence[Message], turn: int, text: str, around: tuple[str, str] | None, generation_prompt: bool, thinking: bool
+    ) -> tuple[int | None, bool]:
+        """Return where a turn that calls tools ends, and whether its end of turn stands before that place.
+
+        The calls stand beside the answer's text or in its place: the turn ends where the conversation up to it ends.
+        """
+        alone = (self._try_text(messages[: turn + 1], False, thinking) or "").rstrip()
+        if alone and text.startswith(alone):
+            return len(alone), alone.endswith(self._endings)
+        if around is None:
+            return None, False
+        end = len(text) - _common_suffix(around[1], text)
+        told = self._around(messages, turn + 1, generation_prompt, thinking) if turn + 1 < len(messages) else None
+        if told and _common_prefix(told[0], text) < end:
+            return None, False  # the tool's answer is written into the turn of the assistant, who did not say it
+        return end, False
+
+    def _around(self, messages: Sequence[Message], turn: int, generation_prompt: bool, thinking: bool) -> tuple[str, str] | None:
+        """Return the texts before and after the content of a turn, as if it called no tool; None where the template shows none."""
+        others = {key: value for key, value in messages[turn].items() if key != "tool_calls"}
+        for message in (others, {"role": others["role"]}):  # with what else the turn has (a thought, a name), else without
+            marked = [*messages[:turn], {**message, "content": SENTINEL}, *messages[turn + 1 :]]
+            before, found, after = (self._try_text(marked, generation_prompt, thinking) or "").partition(SENTINEL)
+            if found:
+                return before, after
+        return None
+
+    def _encode(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the token ids of a text, and where in it each of them stands.
+
+        A token that would stand across an edge of a span is cut there, as it is where a model goes on from a prompt. A
+        conversation and the prompts it begins with are cut alike, so that their ids are too.
+        """
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        base = 0
+
+        def add(end: int) -> None:
+            coded = self._tokenize(text[base:end])
+            ids.extend(coded[0])
+            offsets.extend((start + base, stop + base) for start, stop in coded[1])
+
+        rest = self._tokenize(text)
+        for place, begins in sorted({(edge, edge == span[0]) for span in spans for edge in span}):
+            count = _count_before(rest[1], place - base)
+            across = count < len(rest[0]) and rest[1][count][0] < place - base and (begins or rest[0][count] not in self.stop_ids)
+            if across or (begins and self._tokenize(text[base:place])[0] != rest[0][:count]):
+                add(place)
+                base = place
+                rest = self._tokenize(text[base:])
+        add(len(text))
         begin = self.tokenizer.bos_token_id
         # a template like SmolLM2's begins every turn with the bos token: only two in a row are a fault
         if begin is not None and len(ids) > 1 and ids[0] == begin == ids[1]:
             raise UserError(
                 f"{self.name}: its chat template begins with two {self.tokenizer.bos_token!r} tokens; take one out of the template"
             )
+        return ids, offsets
 
-    def _span(self, messages: Sequence[Message], turn: int, text: str, thinking: bool) -> tuple[int, int] | None:
-        """Return where an assistant turn's trained text begins and ends in `text`: answer and end-of-turn token.
+    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        if not text:
+            return [], []
+        if not self.tokenizer.is_fast:  # it does not tell where its tokens stand: as one, they are cut at every edge
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return ids, [(0, len(text))] * len(ids)
+        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
+        return coded["input_ids"], coded["offset_mapping"]
 
-        None where the template leaves the turn out.
-        """
-        marked = self._text([*messages[:turn], {"role": "assistant", "content": SENTINEL}, *messages[turn + 1 :]], False, thinking)
-        before, found, after = marked.partition(SENTINEL)
-        if not found:
-            return None
-        start = len(before) if text.startswith(before) else _common_prefix(before, text)
-        if turn:
-            # where the answer begins at inference: some templates write a space or an empty thought between the two
-            prompt = self._text(messages[:turn], True, thinking)
-            if before.startswith(prompt) and text.startswith(prompt):
-                start = len(prompt)
-        ending = after if text.endswith(after) else after[len(after) - _common_prefix(after[::-1], text[::-1]) :]
-        end = max(len(text) - len(ending), start)
-        blank = len(ending) - len(ending.lstrip())
-        if self._ending and ending.startswith(self._ending, blank):
-            end += blank + len(self._ending)
-        return start, end
 
-    def _masked(self, text: str, spans: Sequence[tuple[int, int]]) -> Rendered:
-        if self.tokenizer.is_fast:
-            coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
-            ids, offsets = coded["input_ids"], coded["offset_mapping"]
-            mask = [False] * len(ids)
-            whole = True
-            position = 0
-            for start, end in spans:
-                while position < len(ids) and offsets[position][1] <= start:
-                    position += 1
-                # the tokens of the prompt must be those that a prompt alone has: nothing may merge across the boundary
-                whole = whole and self._tokenize(text[:start]) == ids[:position]
-                while position < len(ids) and offsets[position][1] <= end:
-                    mask[position] = True
-                    position += 1
-                whole = whole and (position == len(ids) or offsets[position][0] >= end)
-            if whole:
-                self._check_begin(ids)
-                return Rendered(ids, mask)
-        return self._by_segments(text, spans)
+def _with_arguments(messages: Sequence[Message], kind: type) -> list[Message]:
+    """Return messages with the arguments of their tool calls as objects (dict) or as JSON texts (str), as far as they can be."""
 
-    def _by_segments(self, text: str, spans: Sequence[tuple[int, int]]) -> Rendered:
-        """Tokenise prompt and answer apart, as at inference, where a token would stand across their boundary."""
-        ids: list[int] = []
-        mask: list[bool] = []
-        last = 0
-        for start, end in (*spans, (len(text), len(text))):
-            for piece, trained in ((text[last:start], False), (text[start:end], True)):
-                coded = self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
-                ids += coded
-                mask += [trained] * len(coded)
-            last = end
-        self._check_begin(ids)
-        return Rendered(ids, mask)
+    def arguments(value: Any) -> Any:
+        if kind is str:
+            return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+        try:
+            parsed = json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            return value
+        return parsed if isinstance(parsed, dict) else value
+
+    def call(each: Any) -> Any:
+        function = each.get("function") if isinstance(each, dict) else None
+        if not isinstance(function, dict) or "arguments" not in function:
+            return each
+        return {**each, "function": {**function, "arguments": arguments(function["arguments"])}}
+
+    return [{**each, "tool_calls": [call(one) for one in each["tool_calls"]]} if each.get("tool_calls") else each for each in messages]
 
 
 def load_chat(ref: ModelRef) -> Chat:
     """Load a model's tokenizer and apply the policy. Raises UserError for a model without tokenizer, or whose answers never end."""
-    return Chat(load_tokenizer(ref), eos_ids=_listed_eos(ref), name=ref.name)
-
-
-def _listed_eos(ref: ModelRef) -> list[int]:
-    """Return the end-of-sequence ids of generation_config.json and config.json."""
-    found: list[int] = []
+    tokenizer = load_tokenizer(ref)
     if ref.path is not None and ref.path.is_dir():
-        for file in ("generation_config.json", "config.json"):
-            if (ref.path / file).exists():
-                found += _as_list(json.loads((ref.path / file).read_text(encoding="utf-8")).get("eos_token_id"))
-        return found
-    if ref.path is None:
-        from transformers import GenerationConfig
+        settings, generation = (_read_settings(ref.path / name) for name in ("config.json", "generation_config.json"))
+        listed = [*_as_list(generation.get("eos_token_id")), *_as_list(settings.get("eos_token_id"))]
+        size = settings.get("vocab_size", settings.get("text_config", {}).get("vocab_size"))
+        return Chat(tokenizer, eos_ids=listed, num_embeddings=size, name=ref.name)
+    return Chat(tokenizer, eos_ids=_hub_eos(ref) if ref.path is None else (), name=ref.name)
 
-        try:
-            name, arguments = ref.pretrained()
-            found += _as_list(GenerationConfig.from_pretrained(name, **arguments).eos_token_id)
-        except OSError:  # a model of the Hub need not have one: then the tokenizer's stands alone
-            log.info("%s has no generation config", ref.name)
-    return found
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: is not valid JSON ({error}); copy the file again") from None
+
+
+def _hub_eos(ref: ModelRef) -> list[int]:
+    from transformers import GenerationConfig
+
+    try:
+        name, arguments = ref.pretrained()
+        return _as_list(GenerationConfig.from_pretrained(name, **arguments).eos_token_id)
+    except OSError:  # a model of the Hub need not have one: then the tokenizer's stands alone
+        log.info("%s has no generation config", ref.name)
+        return []
 
 
 def _as_list(value: Any) -> list[int]:
@@ -285,9 +404,18 @@ def _as_list(value: Any) -> list[int]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def _count_before(offsets: Sequence[tuple[int, int]], edge: int) -> int:
+    """Return how many tokens end at or before a place of the text."""
+    return bisect.bisect_right(offsets, edge, key=lambda each: each[1])
+
+
 def _common_prefix(one: str, other: str) -> int:
     length = min(len(one), len(other))
     for position in range(length):
         if one[position] != other[position]:
             return position
     return length
+
+
+def _common_suffix(one: str, other: str) -> int:
+    return len(one) if other.endswith(one) else _common_prefix(one[::-1], other[::-1])

@@ -3,6 +3,8 @@
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # a bar is drawn on terminals only, and help needs none
@@ -24,7 +26,7 @@ class Progress:
         self.done, self.tokens = done, 0
         self._began_with = done
         self._start = self._last_line = time.monotonic()
-        self._bar: "Bar | None" = None
+        self._bar: Bar | None = None
 
     def __enter__(self) -> "Progress":
         if sys.stderr.isatty():
@@ -84,3 +86,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+@contextmanager
+def timed(step: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Enter how long a block took, in seconds, under the name of its step; a block that raises enters nothing."""
+    start = time.monotonic()
+    yield
+    seconds[step] = time.monotonic() - start
