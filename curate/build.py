@@ -1,9 +1,7 @@
 """The chain of curation in one go: answers or rows in, one data set out, every step from one config."""
 
 import logging
-import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import polars as pl
 from ..core.errors import UserError
 from ..core.example import Decision
 from ..core.models import resolve_model
+from ..core.progress import timed
 from ..core.run import Run
 from .best import best
 from .config import BuildConfig, ImportConfig, parse_gate
@@ -48,32 +47,32 @@ def build(source: str | Path | None, out: Path, config: BuildConfig) -> BuildRes
 
         if source is None:
             raise UserError("build: give the prompts that the teacher answers")
-        with _timed("distill", seconds):
+        with timed("distill", seconds):
             distill(source, out, config.distill)
     elif source is None:
         Run.open(out)
     with closing(Run.create(out)) as run:
         if source is not None and not config.distill:
-            with _timed("import", seconds):
+            with timed("import", seconds):
                 take_in(source, run, config.intake or ImportConfig())
         _begin_anew(run, planned_stages(config))
         if config.score:
-            with _timed("score", seconds):
+            with timed("score", seconds):
                 score(run, config.score)
         if config.best:
-            with _timed("best", seconds):
+            with timed("best", seconds):
                 outcomes.append(best(run, config.best))
         if config.filter:
-            with _timed("filter", seconds):
+            with timed("filter", seconds):
                 outcomes.append(filter_rows(run, config.filter))
         if config.dedup:
-            with _timed("dedup", seconds):
+            with timed("dedup", seconds):
                 outcomes += dedup(run, config.dedup)
         if config.heldout:
-            with _timed("heldout", seconds):
+            with timed("heldout", seconds):
                 outcomes.append(hold_out(run, config.heldout))
         if config.select:
-            with _timed("select", seconds):
+            with timed("select", seconds):
                 outcomes.append(select(run, config.select))
     return BuildResult(tuple(outcomes), seconds)
 
@@ -117,10 +116,3 @@ def _begin_anew(run: Run, planned: list[str]) -> None:
     decisions = [Decision(**row) for row in base.iter_rows(named=True)]
     run.ledger.record(stages[first], [(each.example_id, each.sample_index) for each in decisions], decisions)
     log.info("%s: the former decisions of %s are taken back; this build decides anew", run.path, ", ".join(later))
-
-
-@contextmanager
-def _timed(step: str, seconds: dict[str, float]) -> Iterator[None]:
-    start = time.monotonic()
-    yield
-    seconds[step] = time.monotonic() - start

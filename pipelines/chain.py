@@ -1,0 +1,123 @@
+"""The whole chain as one run folder: curate, train, evaluate, report. Each step is done once; a stopped run goes on."""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ..core.catalogue import CATALOGUE, cached, fetch
+from ..core.config import to_mapping
+from ..core.errors import UserError
+from ..core.files import read_json, write_json, write_text
+from ..core.formats import read_examples, split_prompt
+from ..core.models import resolve_model
+from ..core.progress import duration, timed
+from ..core.run import Run, is_done, mark_done, read_done
+from ..curate.build import build, check_early
+from ..evaluate.compare import compare, read_questions
+from ..evaluate.config import CompareConfig
+from ..evaluate.loss import loss
+from ..train.config import TrainConfig
+from ..train.sft import train
+from .config import RecipeConfig
+from .report import headline, write_report
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainResult:
+    """Where everything is, what came out, and how long this call took for each step."""
+
+    run: Path
+    report: Path
+    findings: list[str]
+    seconds: dict[str, float]
+
+    def summary(self) -> str:
+        """Write it for people."""
+        times = ", ".join(f"{step} {duration(seconds)}" for step, seconds in self.seconds.items())
+        return "\n".join([*self.findings, f"time: {times}; {duration(sum(self.seconds.values()))} in all", f"report: {self.report}"])
+
+
+def run_chain(recipe: RecipeConfig, out: Path, *, name: str = "", accept_licence: bool = False) -> ChainResult:
+    """Run a recipe into the folder `out`; steps that are done there with these settings are not done again.
+
+    Models of the catalogue that the recipe names are fetched. Raises UserError for what any step refuses, as early as it can
+    be known, and for a folder that holds another run.
+    """
+    seconds: dict[str, float] = {}
+    with Run.create(out) as run:
+        run.configure("recipe", {"name": name, "about": recipe.about}, free=("*",))
+    _fetch_models(recipe, accept_licence)
+    check_early(out, recipe.curate)
+    for step, do in (("curate", _curate), ("train", _train), ("evaluate", _evaluate)):
+        with timed(step, seconds):
+            do(recipe, out)
+    write_json(out / "times.json", _longest(out / "times.json", seconds))
+    report = write_report(out)
+    return ChainResult(run=out, report=report, findings=headline(out), seconds=seconds)
+
+
+def _fetch_models(recipe: RecipeConfig, accept_licence: bool) -> None:
+    curate = recipe.curate
+    embedders = [step.embed.model for step in (curate.dedup, curate.select) if step]
+    for name in dict.fromkeys([recipe.teacher, recipe.train.model, *embedders]):
+        if name in CATALOGUE and cached(name) is None:
+            fetch(name, accept_licence=accept_licence)
+        elif name == recipe.train.model:
+            resolve_model(name, revision=recipe.train.revision)
+
+
+def _curate(recipe: RecipeConfig, out: Path) -> None:
+    room = out / "curate"
+    settings = {"data": recipe.data, **to_mapping(recipe.curate)}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    if is_done(room) and read_done(room).get("settings") == digest:
+        log.info("curate: done already")
+        return
+    if is_done(out / "train"):
+        raise UserError(f"{out}: its model was trained on other data than this recipe makes; give another folder with -o")
+    build(recipe.data, out, recipe.curate)
+    mark_done(room, settings=digest)
+
+
+def _train(recipe: RecipeConfig, out: Path) -> None:
+    names = [each.name for each in fields(TrainConfig)]
+    settings = TrainConfig(**{name: getattr(recipe.train, name) for name in names})
+    train(out / "curate" / "dataset.jsonl", recipe.train.model, out, settings, revision=recipe.train.revision)
+
+
+def _evaluate(recipe: RecipeConfig, out: Path) -> None:
+    start = out / "train" / "start"
+    models = {"base": str(start) if start.is_dir() else recipe.train.model, "sft": str(out / "train" / "final")}
+    if recipe.evaluate.teacher and recipe.teacher:
+        models["teacher"] = recipe.teacher
+    if recipe.evaluate.loss:
+        loss(out / "curate" / "heldout.jsonl", models, out, recipe.evaluate.loss)
+    step = recipe.evaluate.compare
+    settings = CompareConfig(**{each.name: getattr(step, each.name) for each in fields(CompareConfig)})
+    compare(models, _questions(recipe, out), out, settings)
+
+
+def _questions(recipe: RecipeConfig, out: Path) -> str | Path | None:
+    """Return the questions of the comparison: the recipe's, then some of the held-out prompts, in one file where there are both."""
+    step = recipe.evaluate.compare
+    if not step.heldout_prompts:
+        return step.questions
+    asked = [each.messages for each in read_questions(step.questions, CompareConfig())]
+    held = read_examples(out / "curate" / "heldout.jsonl")
+    prompts = {json.dumps(split_prompt(each)[0]): split_prompt(each)[0] for each in held}
+    path = out / "evaluate" / "questions.jsonl"
+    lines = [
+        json.dumps({"messages": messages}, ensure_ascii=False) for messages in [*asked, *list(prompts.values())[: step.heldout_prompts]]
+    ]
+    write_text(path, "\n".join(lines) + "\n")
+    return path
+
+
+def _longest(path: Path, seconds: dict[str, float]) -> dict[str, float]:
+    """Return the time each step took when it was really done: a call that finds it done takes none."""
+    before: dict[str, float] = read_json(path) if path.exists() else {}
+    return {step: round(max(value, before.get(step, 0.0)), 1) for step, value in seconds.items()}

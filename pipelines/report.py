@@ -1,0 +1,259 @@
+"""The report of a run: one HTML file without network, made from the files of the run alone; whatever came from data is escaped."""
+
+import html
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import yaml
+
+from .. import __version__
+from ..core.errors import UserError
+from ..core.files import read_json, write_text
+from ..core.progress import duration
+from ..core.run import Run
+from ..core.text import visible
+from ..curate.card import funnel
+
+STYLE = """
+:root{--ink:#1c2127;--soft:#5d6772;--line:#d9dee4;--paper:#fff;--panel:#f5f7f9;--accent:#1f6feb;--good:#13795b;--warn:#9a5b00}
+@media(prefers-color-scheme:dark){:root{--ink:#e2e6eb;--soft:#98a2ae;--line:#343b44;--paper:#14171b;--panel:#1b2026;--accent:#6ea8ff;
+--good:#5cd0a9;--warn:#f0b45a}}
+*{box-sizing:border-box}body{font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:68rem;
+margin:2.5rem auto;padding:0 1.2rem}h1{font-size:1.6rem;margin:0 0 .3rem}h2{font-size:1.15rem;margin:2.4rem 0 .6rem}
+p.about,.soft,figcaption{color:var(--soft)}ul.findings{padding:.9rem 1.2rem .9rem 2.2rem;background:var(--panel);border-radius:8px}
+ul.findings li{margin:.25rem 0}.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%}
+th{text-align:left;font-weight:600;color:var(--soft);font-size:.85rem}th,td{padding:.35rem .9rem .35rem 0;border-bottom:1px solid var(--line);
+vertical-align:top}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.answers{display:grid;gap:.8rem;margin:.5rem 0 1.6rem}@media(min-width:50rem){.answers{grid-template-columns:repeat(var(--models),1fr)}}
+.answer{border:1px solid var(--line);border-radius:8px;padding:.6rem .8rem;min-width:0}.answer h4{margin:0 0 .3rem;font-size:.85rem;
+color:var(--soft);font-weight:600}.text{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.92rem}.question{white-space:pre-wrap;
+overflow-wrap:anywhere;font-weight:600;border-left:3px solid var(--accent);padding-left:.7rem}.cut{color:var(--warn)}.stop{color:var(--good)}
+svg{max-width:100%;height:auto}pre{background:var(--panel);padding:.8rem;border-radius:8px;overflow-x:auto;font-size:.85rem}
+figure{margin:1rem 0}a{color:var(--accent)}footer{margin:3rem 0 1rem;color:var(--soft);font-size:.85rem}
+"""
+
+
+def write_report(path: Path) -> Path:
+    """Write `report.html` of a run folder from what stands in it; return its path. Parts that were not run are left out.
+
+    Raises UserError for a folder that is no run, or that holds nothing to report yet.
+    """
+    run = Run.open(path)
+    parts = [_findings(path), _losses(path), _answers(path), _training(path), _curation(run), _how(run)]
+    if not any(parts[:-1]):
+        raise UserError(f"{path}: holds nothing to report yet: no data set, no model, no evaluation")
+    recipe = run.config().get("recipe", {})
+    name = recipe.get("name") or path.name
+    about = f"<p class=about>{_text(recipe['about'])}</p>" if recipe.get("about") else ""
+    target = path / "report.html"
+    write_text(
+        target,
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
+        f"<title>{_text(name)}</title><style>{STYLE}</style><h1>{_text(name)}</h1>{about}{''.join(parts)}"
+        f"<footer>Made by sftkit {__version__} from the files of this run. Text of models and data is shown as it is.</footer>\n",
+    )
+    return target
+
+
+def headline(path: Path) -> list[str]:
+    """Return what came out, in sentences: the held-out loss before and after with its interval, the stop rate, the data set."""
+    found = []
+    results = _results(path)
+    if "loss" in results:
+        models, differences = results["loss"]["models"], results["loss"]["differences"]
+        found += [_told_loss(models, each) for each in differences if each["model"] == "sft"]
+        if {"base", "sft", "teacher"} <= models.keys() and all(each["loss"] for each in differences):
+            base, sft, teacher = (models[name]["loss"]["value"] for name in ("base", "sft", "teacher"))
+            if base > teacher:
+                found.append(f"that is {(base - sft) / (base - teacher):.0%} of the way to the teacher's own loss, {teacher:.2f}")
+    if "compare" in results:
+        models = results["compare"]["models"]
+        rates = [f"{name} {round(each['stop_rate'] * each['n'])} of {each['n']}" for name, each in models.items()]
+        found.append(f"answers that end by themselves within {results['compare']['max_new_tokens']} tokens: {', '.join(rates)}")
+    plan = path / "train" / "plan.json"
+    if plan.exists():
+        facts = read_json(plan)
+        found.append(
+            f"trained on {facts['train_rows']:,} rows, {facts['trained_tokens']:,} of their {facts['tokens']:,} tokens are answers"
+            f" and count, each up to its {facts['end_of_turn']}"
+        )
+    return found
+
+
+def _told_loss(models: dict[str, Any], difference: dict[str, Any]) -> str:
+    name = "loss" if difference["loss"] else "bits_per_byte"
+    before, after = (models[each][name]["value"] for each in (difference["baseline"], difference["model"]))
+    change, interval = difference[name]["value"], difference[name]["interval"]
+    told = f"held-out {name.replace('_', ' ')}: {before:.2f} before, {after:.2f} after, a change of {change:+.2f}"
+    if interval is None:
+        return f"{told}; one prompt alone gives no interval"
+    verdict = ("it is better" if change < 0 else "it is worse") if difference["excludes_zero"] else "the interval holds zero: none is shown"
+    return f"{told} (95 % {interval['low']:+.2f} to {interval['high']:+.2f}): {verdict}".replace("-", "−").replace("held−out", "held-out")
+
+
+def _results(path: Path) -> dict[str, Any]:
+    file = path / "evaluate" / "results.json"
+    return dict(read_json(file)) if file.exists() else {}
+
+
+def _findings(path: Path) -> str:
+    found = headline(path)
+    return f"<ul class=findings>{''.join(f'<li>{_text(each)}' for each in found)}</ul>" if found else ""
+
+
+def _losses(path: Path) -> str:
+    results = _results(path).get("loss")
+    if not results:
+        return ""
+    head = ["model", "loss", "95 %", "bits per byte", "of the text", "of the end of turn"]
+    rows = []
+    for name, each in results["models"].items():
+        numbers = [f"{each[key]['value']:.3f}" for key in ("loss", "bits_per_byte")]
+        ends = [f"{each[key]:.3f}" if each[key] is not None else "none" for key in ("text_loss", "end_loss")]
+        rows.append([name, numbers[0], _span(each["loss"]["interval"]), numbers[1], *ends])
+    left = ", ".join(f"{count:,} {reason}" for reason, count in results["left_out"].items())
+    note = (
+        f"{results['used']:,} held-out rows of {results['prompts']:,} prompts, in no training set; the same rows for every model"
+        f"{f'; left out for all: {left}' if left else ''}. Loss is the mean of −ln p over the tokens of the answers; the intervals come from"
+        " drawing whole prompts anew."
+    )
+    return f"<h2>Held-out loss</h2>{_interval_chart(results['models'])}{_table(head, rows, first=1)}<p class=soft>{_text(note)}</p>"
+
+
+def _interval_chart(models: dict[str, Any]) -> str:
+    spans = {name: each["loss"] for name, each in models.items() if each["loss"]["interval"]}
+    if not spans:
+        return ""
+    high = max(each["interval"]["high"] for each in spans.values())
+    width, left, row = 640, 110, 34
+    scale = (width - left - 60) / high
+    bars = []
+    for place, (name, each) in enumerate(spans.items()):
+        y = place * row + 18
+        low, top, value = (left + scale * number for number in (each["interval"]["low"], each["interval"]["high"], each["value"]))
+        bars.append(
+            f"<text x={left - 10} y={y + 5} text-anchor=end>{_text(name)}</text><rect x={left} y={y - 8} width={value - left:.1f} height=16"
+            f" fill='var(--accent)' opacity=.28 /><path d='M{low:.1f} {y}H{top:.1f}M{low:.1f} {y - 5}v10M{top:.1f} {y - 5}v10'"
+            f" stroke='var(--accent)' stroke-width=2 /><text x={top + 8:.1f} y={y + 5}>{each['value']:.2f}</text>"
+        )
+    height = len(spans) * row + 6
+    return (
+        f"<figure><svg viewBox='0 0 {width} {height}' width={width} height={height} role=img aria-label='held-out loss of each model'"
+        f" font-size=14 fill='currentColor'>{''.join(bars)}</svg><figcaption>Held-out loss with its 95 % interval: lower is better."
+        "</figcaption></figure>"
+    )
+
+
+def _answers(path: Path) -> str:
+    results, file = _results(path).get("compare"), path / "evaluate" / "answers.parquet"
+    if not results or not file.exists():
+        return ""
+    head = ["model", "ends by itself", "95 %", "cut", "empty", "mean tokens"]
+    rows = []
+    for name, each in results["models"].items():
+        shares = [f"{each[key]:.0%}" for key in ("stop_rate", "truncated_share", "empty_share")]
+        span = each["stop_interval"]
+        rows.append([name, shares[0], f"{span['low']:.0%} to {span['high']:.0%}", *shares[1:], f"{each['mean_tokens']:.1f}"])
+    answers = pl.read_parquet(file)
+    articles = []
+    for _, group in answers.group_by("example_id", maintain_order=True):
+        question = "\n".join(str(each.get("content") or "") for each in json.loads(group["question"][0]))
+        cells = [_answer(each) for each in group.iter_rows(named=True)]
+        articles.append(f"<p class=question>{_text(question)}</p><div class=answers style='--models:{len(cells)}'>{''.join(cells)}</div>")
+    return f"<h2>The same questions to each model</h2>{_table(head, rows, first=1)}{''.join(articles)}"
+
+
+def _answer(row: dict[str, Any]) -> str:
+    if row["error"]:
+        mark = f"<span class=cut>{_text(row['error'])}</span>"
+    elif row["finish_reason"] == "stop":
+        mark = f"<span class=stop>ended by itself after {row['num_tokens']} tokens</span>"
+    else:
+        mark = f"<span class=cut>cut at {row['num_tokens']} tokens</span>"
+    return f"<div class=answer><h4>{_text(row['model'])} · {mark}</h4><div class=text>{_text(row['text'])}</div></div>"
+
+
+def _training(path: Path) -> str:
+    metrics, results = path / "train" / "metrics.jsonl", path / "train" / "results.json"
+    if not results.exists():
+        return ""
+    facts, lines = read_json(results), [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    rate = f"{facts['tokens'] / facts['seconds']:,.0f} tokens/s" if facts["seconds"] else ""
+    told = f"{facts['rows']:,} rows, {facts['steps']:,} steps, {facts['tokens']:,} tokens in {duration(facts['seconds'])} ({rate})"
+    link = "<a href='train/preview.html'>What is trained on, token by token</a>" if (path / "train" / "preview.html").exists() else ""
+    points = {name: [(line["step"], line[name]) for line in lines if line.get(name) is not None] for name in ("loss", "eval_loss")}
+    return f"<h2>Training</h2>{_curve(points)}<p>{_text(told)}. {link}</p>"
+
+
+def _curve(points: dict[str, list[tuple[float, float]]]) -> str:
+    values = [value for line in points.values() for _, value in line]
+    if len(points["loss"]) < 2:
+        return ""
+    low, high, last = min(values), max(values), max(step for step, _ in points["loss"])
+    width, height, left, foot = 640, 200, 44, 24
+    spread = (high - low) or 1.0
+
+    def place(step: float, value: float) -> str:
+        x = left + (width - left - 10) * step / last
+        return f"{x:.1f},{10 + (height - foot - 20) * (1 - (value - low) / spread):.1f}"
+
+    lines = []
+    for name, colour in (("loss", "var(--accent)"), ("eval_loss", "var(--good)")):
+        if points[name]:
+            path = " ".join(place(*each) for each in points[name])
+            lines.append(f"<polyline points='{path}' fill=none stroke='{colour}' stroke-width=2 />")
+    labels = f"<text x=0 y=16>{high:.2f}</text><text x=0 y={height - foot - 6}>{low:.2f}</text><text x={width - 10} y={height - 4}"
+    labels += f" text-anchor=end>step {math.ceil(last)}</text>"
+    second = ", on the validation rows (green)" if points["eval_loss"] else ""
+    return (
+        f"<figure><svg viewBox='0 0 {width} {height}' width={width} height={height} role=img aria-label='training loss' font-size=13"
+        f" fill='currentColor'>{''.join(lines)}{labels}</svg><figcaption>Loss on the rows that are trained on{second}.</figcaption></figure>"
+    )
+
+
+def _curation(run: Run) -> str:
+    stages = funnel(run)
+    if not stages:
+        return ""
+    rows = []
+    for stage, num_input, kept, rules in stages:
+        rows.append([stage, f"{num_input:,}", f"{kept:,}", ", ".join(f"{rule} {count:,}" for rule, count in rules.items())])
+    note = f"Every row is accounted for: `sftkit curate why ID {run.path}` says what each step decided on it, by which rule, and which row"
+    return (
+        f"<h2>Where the rows went</h2>{_table(['stage', 'input', 'kept', 'removed, by rule'], rows, first=1, last=3)}"
+        f"<p class=soft>{_text(note)} stands for it.</p>"
+    )
+
+
+def _how(run: Run) -> str:
+    times = run.path / "times.json"
+    told = ""
+    if times.exists():
+        told = "<p>" + _text(", ".join(f"{step} {duration(seconds)}" for step, seconds in read_json(times).items())) + "</p>"
+    versions = ", ".join(f"{name} {version}" for name, version in read_json(run.path / "versions.json").items() if version)
+    settings = yaml.safe_dump(run.config(), sort_keys=False, allow_unicode=True)
+    return (
+        f"<h2>How it was made</h2>{told}<p class=soft>{_text(versions)}</p><details><summary>All settings</summary>"
+        f"<pre>{_text(settings)}</pre></details>"
+    )
+
+
+def _table(head: list[str], rows: list[list[str]], *, first: int, last: int | None = None) -> str:
+    """Return a table whose columns from `first` to before `last` are numbers."""
+
+    def row(cells: list[str], tag: str) -> str:
+        marks = [" class=n" if first <= place < (last or len(cells)) else "" for place in range(len(cells))]
+        return "<tr>" + "".join(f"<{tag}{mark}>{_text(cell)}" for cell, mark in zip(cells, marks, strict=True))
+
+    return f"<div class=scroll><table>{row(head, 'th')}{''.join(row(each, 'td') for each in rows)}</table></div>"
+
+
+def _span(interval: dict[str, float] | None) -> str:
+    return "" if interval is None else f"{interval['low']:.3f} to {interval['high']:.3f}"
+
+
+def _text(text: object) -> str:
+    return html.escape(visible(str(text)))
