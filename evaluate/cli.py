@@ -1,10 +1,96 @@
 """The commands of `sftkit evaluate`."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import click
 
-from ..core.cli import Commands
+from ..core.cli import Commands, config_option, given
+from ..core.config import load_config, read_yaml
+from ..core.engines.base import EngineConfig
+from .config import CompareConfig, LossConfig, parse_models
+
+OF_ENGINE = ("engine", "base_url", "device", "dtype", "batch_tokens")
 
 
 @click.group(cls=Commands)
 def evaluate() -> None:
     """Compare models: answers side by side, held-out loss."""
+
+
+def model_options(*of_engine: str) -> Callable[[Any], Any]:
+    """Return a decorator that adds the models, the run folder, how the models are run, and a file of settings."""
+    named = "A model and its name; the others are compared with the first."
+    folder = "Run folder, made if needed, for the results; without it they are only printed."
+    options = [
+        click.option("--model", "models", multiple=True, metavar="NAME=REF", help=named),
+        click.option("-o", "--out", type=click.Path(path_type=Path), help=folder),
+    ]
+    settings = click.option("--config", "settings", type=click.Path(path_type=Path), help="YAML file of settings; options win over it.")
+    options += [*(config_option(EngineConfig, name) for name in of_engine), settings]
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def merged(options: dict[str, Any], settings: Path | None) -> dict[str, Any]:
+    """Return the options that were given over those of a file, the engine's in their own section."""
+    base = read_yaml(settings) if settings else {}
+    chosen = given(options)
+    engine = {name: chosen.pop(name) for name in OF_ENGINE if name in chosen}
+    return {**base, **chosen, **({"engine": {**base.get("engine", {}), **engine}} if engine else {})}
+
+
+@evaluate.command()
+@model_options("engine", "base_url", "device", "dtype")
+@click.option("--questions", help="File, folder, `-` or Hub data set of questions; three to begin with when not given.")
+@config_option(CompareConfig, "system")
+@config_option(CompareConfig, "max_new_tokens")
+@config_option(CompareConfig, "limit")
+def compare(models: tuple[str, ...], out: Path | None, settings: Path | None, questions: str | None, **options: Any) -> None:
+    """Ask all models the same questions and show their greedy answers side by side: who stops by itself, how long they are.
+
+    In a run folder, answers are stored: the same command generates only for what changed. Without -o nothing is kept.
+
+    \b
+    sftkit evaluate compare --model base=smollm2-135m-instruct --model sft=runs/b
+    sftkit evaluate compare --model base=MODEL --model sft=runs/b --model teacher=org/name --questions prompts.jsonl -o runs/b
+    sftkit evaluate compare --model sft=runs/b --questions prompts.jsonl --limit 20 --system "Be brief."
+    """
+    chosen = parse_models(models)
+    config = load_config(CompareConfig, merged(options, settings), str(settings or ""))
+    from .compare import compare
+    from .show import show_answers
+
+    result = compare(chosen, questions, out, config)
+    show_answers(result)
+    click.echo(result.summary())
+
+
+@evaluate.command()
+@click.argument("heldout")
+@model_options("device", "dtype", "batch_tokens")
+@config_option(LossConfig, "limit")
+@config_option(LossConfig, "resamples")
+@config_option(LossConfig, "seed")
+def loss(heldout: str, models: tuple[str, ...], out: Path | None, settings: Path | None, **options: Any) -> None:
+    """Say how probable each model finds the answers in HELDOUT, rows that none was trained on: loss and bits per byte.
+
+    The loss is the mean of -ln p over the tokens of the answers, each one's end of turn among them, as in training. Bits per
+    byte divide -log2 p of the same tokens by the UTF-8 bytes of the answers, and compare models across tokenizers. Intervals
+    are paired: both models on the same rows, prompts drawn anew. In a run folder only what changed is computed again.
+
+    \b
+    sftkit evaluate loss heldout.jsonl --model base=smollm2-135m-instruct --model sft=runs/b
+    sftkit evaluate loss runs/a/curate/heldout.jsonl --model base=MODEL --model sft=runs/b --model teacher=org/name -o runs/b
+    """
+    chosen = parse_models(models)
+    config = load_config(LossConfig, merged(options, settings), str(settings or ""))
+    from .loss import loss
+
+    click.echo(loss(heldout, chosen, out, config).summary())

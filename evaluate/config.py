@@ -1,0 +1,63 @@
+"""The settings of evaluations, apart from the code so that the command line's help needs none of its libraries."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..core.config import setting
+from ..core.engines.base import EngineConfig
+from ..core.errors import UserError
+
+MODEL_NAME = re.compile(r"[\w.+-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """How the models are asked. Answers are greedy: what a model says is then a fact about it, not about luck."""
+
+    system: str | None = setting(None, "System message, put before every question that has none.")
+    max_new_tokens: int = setting(100, "Longest answer, in tokens; a longer one is cut and did not stop.")
+    limit: int | None = setting(None, "Only the first questions of the file.")
+    engine: EngineConfig = field(default_factory=EngineConfig, metadata={"help": "How the models are run."})
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "max_new_tokens", "limit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """How the held-out loss is taken, and how its intervals are."""
+
+    limit: int | None = setting(None, "Only the first rows of the file.")
+    resamples: int = setting(10_000, "Resamples of the prompts that the 95 % intervals are taken from.")
+    seed: int = setting(0, "Decides the resamples.")
+    engine: EngineConfig = field(default_factory=EngineConfig, metadata={"help": "How the models are run."})
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "limit")
+        if self.resamples < 1000:
+            raise UserError(f"resamples: expected 1000 or more, found {self.resamples}: the ends of a 95 % interval need them")
+        if self.seed < 0:
+            raise UserError(f"seed: expected 0 or more, found {self.seed}")
+
+
+def _at_least_one(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name}: expected 1 or more, found {value}")
+
+
+def parse_models(texts: Sequence[str]) -> dict[str, str]:
+    """Read `NAME=REF`, one for each model, in their order. Raises UserError for another form, or a name given twice."""
+    models: dict[str, str] = {}
+    for text in texts:
+        name, equals, reference = text.partition("=")
+        if not equals or not reference or not MODEL_NAME.fullmatch(name):
+            raise UserError(f"--model {text!r}: expected NAME=REF, as base={text if not equals and text else 'MODEL'}; a NAME is one word")
+        if name in models:
+            raise UserError(f"--model {text!r}: the name {name!r} was given before, for {models[name]}; each model needs its own")
+        models[name] = reference
+    if not models:
+        raise UserError("no model was given: expected --model NAME=REF, as --model base=MODEL")
+    return models
