@@ -63,8 +63,9 @@ def run_command_line(command: click.Command) -> None:
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("\nstopped. Everything that finished is kept: the same command goes on from here.", err=True)
+    except (KeyboardInterrupt, click.Abort) as stop:
+        said = str(stop.__cause__ or stop)  # where a command keeps nothing, it says so
+        click.echo(f"\nstopped. {said or 'Everything that finished is kept: the same command goes on from here.'}", err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
