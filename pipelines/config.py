@@ -63,7 +63,7 @@ class RecipeConfig:
 
 def known_recipes() -> dict[str, Path]:
     """Return the recipes that come with sftkit, by name."""
-    return {path.stem: path for path in sorted(HERE.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(HERE.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def find_recipe(name: str) -> Path:

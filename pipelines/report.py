@@ -25,12 +25,13 @@ STYLE = """
 margin:2.5rem auto;padding:0 1.2rem}h1{font-size:1.6rem;margin:0 0 .3rem}h2{font-size:1.15rem;margin:2.4rem 0 .6rem}
 p.about,.soft,figcaption{color:var(--soft)}ul.findings{padding:.9rem 1.2rem .9rem 2.2rem;background:var(--panel);border-radius:8px}
 ul.findings li{margin:.25rem 0}.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%}
-th{text-align:left;font-weight:600;color:var(--soft);font-size:.85rem}th,td{padding:.35rem .9rem .35rem 0;border-bottom:1px solid var(--line);
-vertical-align:top}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+th{text-align:left;font-weight:600;color:var(--soft);font-size:.85rem}th,td{padding:.35rem .9rem .35rem 0;
+border-bottom:1px solid var(--line);vertical-align:top}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .answers{display:grid;gap:.8rem;margin:.5rem 0 1.6rem}@media(min-width:50rem){.answers{grid-template-columns:repeat(var(--models),1fr)}}
 .answer{border:1px solid var(--line);border-radius:8px;padding:.6rem .8rem;min-width:0}.answer h4{margin:0 0 .3rem;font-size:.85rem;
-color:var(--soft);font-weight:600}.text{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.92rem}.question{white-space:pre-wrap;
-overflow-wrap:anywhere;font-weight:600;border-left:3px solid var(--accent);padding-left:.7rem}.cut{color:var(--warn)}.stop{color:var(--good)}
+color:var(--soft);font-weight:600}.text{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.92rem}
+.question{white-space:pre-wrap;overflow-wrap:anywhere;font-weight:600;border-left:3px solid var(--accent);padding-left:.7rem}
+.question .soft{font-weight:400}.cut{color:var(--warn)}.stop{color:var(--good)}
 svg{max-width:100%;height:auto}pre{background:var(--panel);padding:.8rem;border-radius:8px;overflow-x:auto;font-size:.85rem}
 figure{margin:1rem 0}a{color:var(--accent)}footer{margin:3rem 0 1rem;color:var(--soft);font-size:.85rem}
 """
@@ -117,8 +118,8 @@ def _losses(path: Path) -> str:
     left = ", ".join(f"{count:,} {reason}" for reason, count in results["left_out"].items())
     note = (
         f"{results['used']:,} held-out rows of {results['prompts']:,} prompts, in no training set; the same rows for every model"
-        f"{f'; left out for all: {left}' if left else ''}. Loss is the mean of −ln p over the tokens of the answers; the intervals come from"
-        " drawing whole prompts anew."
+        f"{f'; left out for all: {left}' if left else ''}. Loss is the mean of −ln p over the tokens of the answers; the intervals come"
+        " from drawing whole prompts anew."
     )
     return f"<h2>Held-out loss</h2>{_interval_chart(results['models'])}{_table(head, rows, first=1)}<p class=soft>{_text(note)}</p>"
 
@@ -160,9 +161,13 @@ def _answers(path: Path) -> str:
     answers = pl.read_parquet(file)
     articles = []
     for _, group in answers.group_by("example_id", maintain_order=True):
-        question = "\n".join(str(each.get("content") or "") for each in json.loads(group["question"][0]))
+        turns = [
+            f"<span{' class=soft' if each.get('role') == 'system' else ''}>{_text(each.get('content') or '')}</span>"
+            for each in json.loads(group["question"][0])
+        ]
         cells = [_answer(each) for each in group.iter_rows(named=True)]
-        articles.append(f"<p class=question>{_text(question)}</p><div class=answers style='--models:{len(cells)}'>{''.join(cells)}</div>")
+        grid = f"<div class=answers style='--models:{len(cells)}'>{''.join(cells)}</div>"
+        articles.append(f"<p class=question>{'<br>'.join(turns)}</p>{grid}")
     return f"<h2>The same questions to each model</h2>{_table(head, rows, first=1)}{''.join(articles)}"
 
 
@@ -209,8 +214,9 @@ def _curve(points: dict[str, list[tuple[float, float]]]) -> str:
     labels += f" text-anchor=end>step {math.ceil(last)}</text>"
     second = ", on the validation rows (green)" if points["eval_loss"] else ""
     return (
-        f"<figure><svg viewBox='0 0 {width} {height}' width={width} height={height} role=img aria-label='training loss' font-size=13"
-        f" fill='currentColor'>{''.join(lines)}{labels}</svg><figcaption>Loss on the rows that are trained on{second}.</figcaption></figure>"
+        f"<figure><svg viewBox='0 0 {width} {height}' width={width} height={height} role=img aria-label='training loss'"
+        f" font-size=13 fill='currentColor'>{''.join(lines)}{labels}</svg>"
+        f"<figcaption>Loss on the rows that are trained on{second}.</figcaption></figure>"
     )
 
 

@@ -1,0 +1,132 @@
+"""The whole chain with a tiny model: one folder, each step done once, a stop anywhere and the rest afterwards, one honest page."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import yaml
+from sftkit.core.errors import UserError
+from sftkit.pipelines.chain import run_chain
+from sftkit.pipelines.config import find_recipe, known_recipes, load_recipe
+from sftkit.pipelines.report import write_report
+
+EVIL = "<script>alert(1)</script>"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model: Path) -> Any:
+    """Write a recipe of 60 rows; sections given replace those of the same name."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"Calculate {n}+{n}."}, {"role": "assistant", "content": f"It is {2 * n}. {EVIL}"}]}
+        for n in range(60)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(**sections: Any) -> Path:
+        content = {
+            "about": f"A toy. {EVIL}",
+            "data": "rows.jsonl",
+            "curate": {"filter": {}, "dedup": {"semantic": None}, "heldout": {"prompts": 10}, "select": {"budget": 45, "method": "random"}},
+            "train": {"model": str(tiny_model), "epochs": 4, "learning_rate": 0.003, "validation": 0.1, "dtype": "float32"},
+            "evaluate": {"loss": {"resamples": 1000}, "compare": {"max_new_tokens": 20, "heldout_prompts": 2}},
+            **sections,
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+        return tmp_path / "recipe.yaml"
+
+    return write
+
+
+def test_from_rows_to_a_report(recipe: Any, tmp_path: Path) -> None:
+    result = run_chain(load_recipe(recipe()), tmp_path / "run", name="toy")
+    page = result.report.read_text()
+    found = "\n".join(result.findings)
+    assert re.search(r"held-out loss: \d+\.\d\d before, \d\.\d\d after, a change of −\d+\.\d\d \(95 % −.* to −.*\): it is better", found)
+    assert "answers that end by themselves within 20 tokens: base " in found
+    assert "trained on 4" in found
+    for sentence in result.findings:
+        assert sentence.replace("<", "&lt;").replace(">", "&gt;").replace("'", "&#x27;") in page
+    assert EVIL not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    for foreign in ("http://", "https://", "src=", "@import", "<link", "<script"):
+        assert foreign not in page, foreign
+    ledger = pl.read_parquet(tmp_path / "run" / "ledger.parquet")
+    counts = {(stage, action): count for stage, action, count in ledger.group_by("stage", "action").len().iter_rows()}
+    assert counts[("import", "kept")] == 60
+    assert counts[("heldout", "rejected")] == 10
+    assert counts[("select", "kept")] == 45
+    trained = pl.read_parquet(tmp_path / "run" / "train" / "ledger.parquet")
+    held = set(ledger.filter((pl.col("stage") == "heldout") & (pl.col("action") == "rejected"))["example_id"])
+    assert len(trained) == 45
+    assert not held & set(trained["example_id"])
+    questions = (tmp_path / "run" / "evaluate" / "questions.jsonl").read_text().splitlines()
+    assert len(questions) == 5
+
+
+def test_what_is_done_is_not_done_again_and_a_failed_step_is(recipe: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    broken = {"compare": {"questions": "absent.jsonl", "max_new_tokens": 20}}
+    with pytest.raises(UserError, match=r"absent\.jsonl: no such file"):
+        run_chain(load_recipe(recipe(evaluate=broken)), out)
+    model, store = out / "train" / "final" / "model.safetensors", out / "curate" / "dataset.jsonl"
+    before = (model.stat().st_mtime_ns, store.stat().st_mtime_ns)
+    first = run_chain(load_recipe(recipe()), out)
+    answers = (out / "evaluate" / "answers.sqlite").stat().st_mtime_ns
+    second = run_chain(load_recipe(recipe()), out)
+    assert (model.stat().st_mtime_ns, store.stat().st_mtime_ns) == before
+    assert (out / "evaluate" / "answers.sqlite").stat().st_mtime_ns == answers
+    assert second.findings == first.findings
+    other = {"filter": {"max_words": 3}, "dedup": {"semantic": None}}
+    with pytest.raises(UserError, match="its model was trained on other data than this recipe makes"):
+        run_chain(load_recipe(recipe(curate=other, evaluate={})), out)
+    assert (model.stat().st_mtime_ns, store.stat().st_mtime_ns) == before
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"trian": {}}, r"recipe\.yaml: unknown setting 'trian': did you mean 'train'"),
+        ({"train": {"model": "x", "epoch": 1}}, r"recipe\.yaml: train: unknown setting 'epoch': did you mean 'epochs'"),
+        ({"train": {}}, r"recipe\.yaml: train: missing setting model"),
+        ({"curate": {"dedup": {"semantic": None}}}, r"needs rows that are not trained on"),
+        (
+            {"curate": {"score": {"scorers": {"numerik": {}}}, "heldout": {"prompts": 5}}},
+            r"unknown scorer 'numerik': did you mean 'numeric'",
+        ),
+    ],
+)
+def test_a_faulty_recipe_fails_before_anything_is_done(recipe: Any, tmp_path: Path, sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run_chain(load_recipe(recipe(**sections)), tmp_path / "run")
+    assert not (tmp_path / "run" / "curate").exists()
+
+
+def test_recipes_are_found_by_name_or_path(tmp_path: Path) -> None:
+    assert set(known_recipes()) == {"quickstart", "quickstart-full"}
+    with pytest.raises(UserError, match="unknown recipe 'quikstart': did you mean 'quickstart'"):
+        find_recipe("quikstart")
+    with pytest.raises(UserError, match=r"mine\.yaml: no such file; recipes that come with sftkit are quickstart, quickstart-full"):
+        find_recipe(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart-full"])
+def test_the_recipes_that_come_with_sftkit_are_sound(name: str) -> None:
+    recipe = load_recipe(find_recipe(name))
+    assert Path(recipe.data).is_file()
+    assert recipe.about
+    distill = recipe.curate.distill
+    assert distill is not None
+    assert recipe.teacher == distill.teacher
+    assert recipe.curate.heldout is not None
+    assert recipe.evaluate.loss is not None
+
+
+def test_a_report_of_nothing_is_an_error(tmp_path: Path) -> None:
+    from sftkit.core.run import Run
+
+    Run.create(tmp_path / "run").close()
+    with pytest.raises(UserError, match="holds nothing to report yet"):
+        write_report(tmp_path / "run")
