@@ -332,7 +332,15 @@ def test_a_slow_source_does_not_hold_back_answers(server: Server) -> None:
 
 def test_leaving_early_cancels_and_leaves_no_thread(server: Server) -> None:
     done = threading.Event()
-    server.reply = lambda body: answer() if body["messages"][0]["content"] == "0" else (done.wait(20), answer())[1]
+
+    def reply(body: dict[str, Any]) -> Reply:
+        first = body["messages"][0]["content"] == "0"
+        deadline = time.monotonic() + 20
+        while (server.under_way < 8 if first else not done.is_set()) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return answer()
+
+    server.reply = reply
     stream = engine(server, concurrency=8).generate(request(str(number)) for number in range(100))
     assert next(stream).key == "0"
     assert threads() == ["sftkit-openai"]
