@@ -77,21 +77,24 @@ class Ledger:
         """Return one row per stage and rule: step, stage, action, rule, rows."""
         return self.read().group_by("step", "stage", "action", "rule").agg(pl.len().alias("rows")).sort("step", "action", "rule")
 
-    def why(self, example_id: str) -> pl.DataFrame:
-        """Return every decision about an example (an id or the beginning of one), in order. Raises UserError if there is none."""
+    def about(self, example_id: str) -> pl.DataFrame:
+        """Return every decision about the examples whose id begins so (`ID/INDEX`: about that sample), in order; none if there are none."""
         wanted, _, index = example_id.partition("/")
         found = self.read().filter(pl.col("example_id").str.starts_with(wanted))
         if index:
             found = found.filter(pl.col("sample_index").is_null() | (pl.col("sample_index").cast(pl.String) == index))
-        ids = found["example_id"].unique().to_list()
-        exact = [each for each in ids if each == wanted]
-        if exact:
-            found = found.filter(pl.col("example_id") == wanted)
-        elif len(ids) > 1:
-            raise UserError(f"{example_id} is the beginning of {len(ids)} ids: give more of it, as {sorted(ids)[0]}")
+        exact = found.filter(pl.col("example_id") == wanted)
+        return (exact if exact.height else found).sort("step", "sample_index")
+
+    def why(self, example_id: str) -> pl.DataFrame:
+        """Return every decision about one example (an id or the beginning of one), in order. Raises UserError for none, or several."""
+        found = self.about(example_id)
+        ids = found["example_id"].unique().sort()
+        if len(ids) > 1:
+            raise UserError(f"{example_id} is the beginning of {len(ids)} ids: give more of it, as {ids[0]}")
         if found.is_empty():
             raise UserError(f"{self.path}: no decision about {example_id!r}; ids stand in curate/dataset.jsonl and in ledger.parquet")
-        return found.sort("step", "sample_index")
+        return found
 
 
 def check_conservation(stage: str, rows: Sequence[RowKey], decisions: Sequence[Decision]) -> None:

@@ -17,6 +17,7 @@ from rich.text import Text
 from ..core.errors import UserError
 from ..core.example import Message, row_id
 from ..core.formats import iterate_examples
+from ..core.ledger import Ledger
 from ..core.run import Run
 from ..core.text import shortened, visible
 from .rows import keys, load_rows, message_text
@@ -53,8 +54,9 @@ def show(
 
 
 def why(run: Run, wanted: str, *, console: Console | None = None) -> None:
-    """Print every decision on a row, in order. Raises UserError for an id that no stage saw."""
-    decisions = run.ledger.why(wanted)
+    """Print every decision on a row, in order, those of its training too. Raises UserError for an id that no stage saw."""
+    ledgers = [ledger for ledger in (run.ledger, Ledger(run.path / "train" / "ledger.parquet")) if ledger.path.exists()] or [run.ledger]
+    decisions = pl.concat([ledgers[0].why(wanted), *(ledger.about(wanted) for ledger in ledgers[1:])])
     texts = _prompts(run)
     table = Table(box=box.SIMPLE_HEAD, title=None)
     for name, justify in (
@@ -65,8 +67,8 @@ def why(run: Run, wanted: str, *, console: Console | None = None) -> None:
         ("score", "right"),
         ("threshold", "right"),
     ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    table.add_column("witness (the kept row that stands for it)")
+        table.add_column(name, justify=justify, no_wrap=name in ("row", "stage"))  # type: ignore[arg-type]
+    table.add_column("witness: the kept row that stands for it")
     for row in decisions.iter_rows(named=True):
         witness = row["witness_id"]
         told = "" if witness is None else f"{witness}: {shortened(texts.get(witness.split('/')[0], ''))}"
