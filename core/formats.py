@@ -52,7 +52,9 @@ def iterate_examples(
         if format is None and _is_own(row):
             yield _own_example(row, place, used)
             continue
-        columns = frozenset(name for name, value in row.items() if value is not None)
+        # of a pair, a null one is a fault; where both are null, they are columns of other rows
+        pair = row.get("chosen") is not None or row.get("rejected") is not None
+        columns = frozenset(name for name, value in row.items() if value is not None or (pair and name in ("chosen", "rejected")))
         name = format or found.get(columns)
         if name is None:
             name = found[columns] = detect_format(columns, place)
@@ -291,8 +293,8 @@ def _preference(meta: Row, place: str) -> list[Message]:
 
 
 def _candidate(value: Any, place: str, name: str) -> list[Message]:
-    if isinstance(value, str):
-        return [_assistant(value)]
+    if value is None or isinstance(value, str):
+        return [_assistant(_text(value, place, name))]
     return _turns(value, place, name)
 
 

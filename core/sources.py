@@ -41,7 +41,7 @@ def iterate_rows(source: str | Path, *, revision: str | None = None, split: str 
         return
     path = Path(source).expanduser()
     if path.is_dir():
-        yield from _folder(path)
+        yield from _folder(path, split)
     elif path.exists():
         yield from _file(path)
     elif HUB_ID.fullmatch(str(source)) and kind_of(path) is None and not path.parent.exists():
@@ -86,7 +86,7 @@ def _missing(path: Path) -> UserError:
     return UserError(f"{path}: no such file or folder{f'; did you mean {path.parent / near[0]}?' if near else ''}")
 
 
-def _folder(folder: Path) -> Iterator[tuple[str, Row]]:
+def _folder(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
     if (folder / "config.yaml").exists() and ((folder / "curate").is_dir() or (folder / "ledger.parquet").exists()):
         made = folder / "curate" / "dataset.jsonl"
         if not made.exists():
@@ -96,8 +96,14 @@ def _folder(folder: Path) -> Iterator[tuple[str, Row]]:
     if (folder / "state.json").exists() and any(folder.glob("*.arrow")):
         yield from _some(_saved_by_datasets(folder), str(folder))
         return
-    hidden = (each for each in folder.rglob("*") if not any(part.startswith(".") for part in each.relative_to(folder).parts))
-    files = sorted(each for each in hidden if each.is_file() and kind_of(each))
+    if (folder / "dataset_dict.json").exists():
+        splits = sorted(each.parent.name for each in folder.glob("*/state.json"))
+        if split not in splits:
+            raise UserError(f"{folder}: has no split {split!r}; it has {', '.join(splits)}")
+        yield from _folder(folder / split, split)
+        return
+    shown = (each for each in folder.rglob("*") if not any(part.startswith(".") for part in each.relative_to(folder).parts))
+    files = sorted(each for each in shown if each.is_file() and kind_of(each))
     tables = [each for each in files if kind_of(each) != ".txt"]
     if not files:
         raise UserError(f"{folder}: holds no data file ({', '.join(KINDS)}, each also as .gz)")
