@@ -25,7 +25,7 @@ def train() -> None:
 @config_option(TrainConfig, "epochs")
 @config_option(TrainConfig, "learning_rate")
 @config_option(TrainConfig, "batch_size")
-@config_option(TrainConfig, "gradient_accumulation")
+@config_option(TrainConfig, "batch_tokens")
 @config_option(TrainConfig, "max_length")
 @config_option(TrainConfig, "limit")
 @config_option(TrainConfig, "init")
@@ -39,7 +39,7 @@ def sft(data: str, model: str, out: Path, recipe: str | None, settings: Path | N
     \b
     sftkit train sft runs/a --model smollm2-135m-instruct -o runs/b
     sftkit train sft chats.jsonl --model org/name -o runs/c --lora --epochs 3
-    sftkit train sft chats.jsonl --model org/name -o runs/d --recipe classic       lr 8e-5, 1 epoch, batch 1 x 8
+    sftkit train sft chats.jsonl --model org/name -o runs/d --recipe classic       lr 8e-5, 1 epoch, 8 rows a step
     """
     from ..core.hardware import pick_device
     from .sft import train as run_training

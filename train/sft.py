@@ -1,5 +1,6 @@
 """Fine-tune a model on a data set: what is trained on is known before the first step, and the run goes on after any stop."""
 
+import gc
 import json
 import logging
 import math
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 FREE = ("data", "model", "revision", "logging_steps", "save_minutes")  # settings that do not decide what the model becomes
 PREVIEW_ROWS = 20
+CPU_TOKENS, GPU_TOKENS = 2048, 32_768  # in one forward pass, to begin with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +98,8 @@ def _check_device(config: TrainConfig) -> str:
 def _write_plan(room: Path, data: TrainingData, chat: Chat, config: TrainConfig, device: str) -> None:
     from .preview import write_html
 
-    rows, batches = len(data.train), math.ceil(len(data.train) / config.batch_size)
-    steps = math.ceil(math.ceil(batches / config.gradient_accumulation) * config.epochs)
+    rows = len(data.train)
+    steps = math.ceil(math.ceil(rows / config.batch_size) * config.epochs)
     plan = {**data.report.facts(), "steps": steps, "learning_rate": config.rate, "device": device}
     write_json(room / "plan.json", plan)
     write_html(room / "preview.html", data, chat, limit=PREVIEW_ROWS)
@@ -109,38 +111,55 @@ def _train(run: Run, ref: ModelRef, chat: Chat, data: TrainingData, config: Trai
     import torch
 
     from .final import save_final
-    from .trainer import Watch, last_checkpoint, make_trainer
+    from .trainer import unwrapped
 
     room = run.path / "train"
     start = _start(ref, chat, config, room / "start") if config.init is not None else ref
     own = torch.bfloat16 if start.path is not None and start.path.is_file() else load_settings(start).dtype or torch.float32
+    tokens = config.batch_tokens or (GPU_TOKENS if device != "cpu" else CPU_TOKENS)
+    while True:
+        try:
+            trainer = _run(room, start, chat, data, config, device, own, tokens)
+            break
+        except torch.OutOfMemoryError:
+            if tokens <= data.report.longest:
+                raise UserError(
+                    f"out of memory with one row of {data.report.longest:,} tokens: give gradient_checkpointing: true, --lora, or a"
+                    " smaller max_length"
+                ) from None
+        tokens = max(tokens // 2, data.report.longest)
+        gc.collect()  # the model that did not fit
+        torch.cuda.empty_cache()
+        log.info("out of memory: going on with at most %s tokens in a forward pass; the steps stay the same", f"{tokens:,}")
+    facts = {"base": ref.name, **marks, "settings": to_mapping(config)}
+    save_final(unwrapped(trainer), start, chat, data.validation or data.train, room, dtype=own, facts=facts)
+    write_json(room / "results.json", _results(room / "metrics.jsonl", data))
+    shutil.rmtree(room / "checkpoints", ignore_errors=True)  # the final model stands: what they were for is done
+    mark_done(room, model="final")
+    return _result(run)
+
+
+def _run(room: Path, start: ModelRef, chat: Chat, data: TrainingData, config: TrainConfig, device: str, own: Any, tokens: int) -> Any:
+    """Train, from the last checkpoint if there is one; return the trainer."""
+    from .trainer import Watch, last_checkpoint, make_trainer
+
     weights, half = _formats(config, own, device)
     model = _load_quantised(start, half) if config.qlora else load_model(start, dtype=str(weights).removeprefix("torch."))
     watch = Watch(room / "metrics.jsonl", chat, save_minutes=config.save_minutes)
     trainer = make_trainer(
-        model, chat, data.train, data.validation, config,
-        checkpoints=room / "checkpoints", device=device, half=half, watch=watch, peft_config=_adapter(config) if config.adapter else None,
+        model, chat, data.train, data.validation, config, checkpoints=room / "checkpoints", device=device, half=half,
+        batch_tokens=tokens, watch=watch, peft_config=_adapter(config) if config.adapter else None,
     )  # fmt: skip
     checkpoint = last_checkpoint(room / "checkpoints")
     if checkpoint:
         log.info("going on from step %s", checkpoint.name.rpartition("-")[2])
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory with {config.batch_size} rows of up to {data.report.longest} tokens at once: halve batch_size and double"
-            " gradient_accumulation (the same steps), or give gradient_checkpointing, --lora, or a smaller max_length"
-        ) from error
     finally:
         watch.close()
     if watch.stopped:
         raise KeyboardInterrupt
-    facts = {"base": ref.name, **marks, "settings": to_mapping(config)}
-    save_final(trainer.accelerator.unwrap_model(trainer.model), start, chat, data.validation or data.train, room, dtype=own, facts=facts)
-    write_json(room / "results.json", _results(room / "metrics.jsonl", data))
-    shutil.rmtree(room / "checkpoints", ignore_errors=True)  # the final model stands: what they were for is done
-    mark_done(room, model="final")
-    return _result(run)
+    return trainer
 
 
 def _start(ref: ModelRef, chat: Chat, config: TrainConfig, folder: Path) -> ModelRef:

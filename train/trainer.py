@@ -1,20 +1,24 @@
-"""TRL's trainer, told what sftkit knows: the rows' labels, their order, an exact validation loss, when to save, what to report."""
+"""TRL's trainer, told what sftkit knows: rows put end to end, the loss of their answers alone, when to save, what to report.
 
-import hashlib
+What stands in TRL's and transformers' way is overridden here and nowhere else. This file can shrink when SFTTrainer takes ready packs
+and a variable-length kernel without wheels, counts tokens without waiting for the device, and weighs a validation loss by tokens.
+"""
+
 import json
 import logging
 import math
 import signal
 import threading
 import time
+import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -22,83 +26,80 @@ from ..core.chat import Chat
 from ..core.errors import UserError
 from ..core.progress import Progress
 from ..core.run import is_done, mark_done
+from .attention import use_own_attention, use_packed_attention
 from .config import TrainConfig
 from .data import Row
+from .head import loss_sum
+from .packing import Packs
 
 log = logging.getLogger(__name__)
 
-GROUP = 16  # updates whose rows are sorted by length together: less padding, and still a random mix
-
-
-class EpochOrder(Sampler[int]):
-    """The order of the rows in an epoch: a function of seed, epoch and lengths, so that a resumed run goes on in the same one.
-
-    Rows are shuffled, then sorted by length within groups of GROUP updates, whose order is shuffled again; so an update holds the same
-    rows into however many forward passes it is split. The update with the longest row of all comes first: what does not fit the
-    memory fails in the first step, not in the night.
-    """
-
-    def __init__(self, lengths: Sequence[int], update_size: int, seed: int) -> None:
-        self._lengths, self._size, self._seed = list(lengths), update_size, seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order is given next."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        yield from (row for update in self.updates() for row in update)
-
-    def updates(self) -> list[list[int]]:
-        """Return the rows of each update of the epoch; all but the last have `update_size`."""
-        size = self._size
-        shuffled = sorted(range(len(self)), key=lambda row: _draw(self._seed, self._epoch, row))
-        whole = len(shuffled) - len(shuffled) % size
-        updates = []
-        for start in range(0, whole, GROUP * size):
-            group = sorted(shuffled[start : min(start + GROUP * size, whole)], key=lambda row: -self._lengths[row])
-            updates += [group[place : place + size] for place in range(0, len(group), size)]
-        updates.sort(key=lambda update: _draw(self._seed, self._epoch, update[0]))
-        if updates:
-            longest = max(range(len(updates)), key=lambda place: self._lengths[updates[place][0]])
-            updates.insert(0, updates.pop(longest))
-        rest = sorted(shuffled[whole:], key=lambda row: -self._lengths[row])
-        return [*updates, rest] if rest else updates
-
-
-def _draw(seed: int, epoch: int, row: int) -> bytes:
-    return hashlib.sha256(f"{seed}/{epoch}/{row}".encode()).digest()[:8]
+COMPILED_STEPS = 300  # a run that is shorter does not earn the minute that compiling takes
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer with our order of rows, and a validation loss that is exact: the sum over all tokens, divided once."""
+    """SFTTrainer on packs. Its loss is the sum of -log p over the answers of an update, divided by their tokens: once, exactly."""
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return EpochOrder([len(ids) for ids in rows["input_ids"]], size, self.args.seed)
+    packs: Packs
+    validation: Packs | None
+    num_tokens = 0  # that went through the model in this process, pads not counted
+
+    def get_train_dataloader(self) -> Any:
+        """Return the packs of an epoch, in order."""
+        loader = DataLoader(self.packs, batch_size=1, collate_fn=_only, pin_memory=self.args.dataloader_pin_memory)
+        return self.accelerator.prepare(loader)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> torch.Tensor:
+        count = torch.tensor(sum(batch["num_targets"] for batch in batch_samples), device=device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Return this pack's part of the update's loss."""
+        self.num_tokens += inputs["num_tokens"]
+        loss: torch.Tensor = model(packed=inputs) / num_items_in_batch.clamp(min=1)
+        return loss * self.args.world_size  # gradients are averaged over the processes
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return nothing: what transformers counts here walks through all weights at every step."""
+        return 0
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Return -log P(answer | prompt) per token over all validation rows, and how many tokens that were."""
-        rows = sorted(self.eval_dataset if eval_dataset is None else eval_dataset, key=lambda row: -len(row["input_ids"]))
+        assert self.validation is not None
         training = self.model.training
         self.model.eval()
-        total, count = 0.0, 0
-        for start in range(0, len(rows), self.args.eval_batch_size):
-            batch = self._prepare_inputs(self.data_collator(rows[start : start + self.args.eval_batch_size]))
+        total, count = torch.zeros((), device=self.args.device), 0
+        for place in range(len(self.validation)):
+            batch = self._prepare_inputs(self.validation[place])
             with self.compute_loss_context_manager():
-                outputs = self.model(**batch, fused_lm_head=True)
-            total -= float(outputs.log_probs.sum())
-            count += int(outputs.label_mask.sum())
+                total += self.model(packed=batch)
+            count += batch["num_targets"]
         self.model.train(training)
-        metrics = {f"{metric_key_prefix}_loss": total / count, f"{metric_key_prefix}_tokens": float(count)}
+        metrics = {f"{metric_key_prefix}_loss": float(total) / count, f"{metric_key_prefix}_tokens": float(count)}
         self.log(dict(metrics))
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the tokens so far."""
+        super().log({**logs, "num_tokens": self.num_tokens} if "loss" in logs else logs, start_time)
+
+
+def _only(packs: list[dict[str, Any]]) -> dict[str, Any]:
+    return packs[0]
+
+
+def learn_from_packs(model: Any) -> None:
+    """Let a model be called with `packed=…`, what `packing.collate` makes, for the sum of the losses; other calls stay as they are."""
+    plain = model.forward
+
+    def forward(self: Any, *args: Any, packed: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs) if packed is None else loss_sum(self, packed)
+
+    model.forward = types.MethodType(forward, model)
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
@@ -191,35 +192,71 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
 def make_trainer(
     model: Any, chat: Chat, train: Sequence[Row], validation: Sequence[Row], config: TrainConfig, *,
-    checkpoints: Path, device: str, half: torch.dtype | None, watch: Watch, peft_config: Any = None,
+    checkpoints: Path, device: str, half: torch.dtype | None, batch_tokens: int, watch: Watch, peft_config: Any = None,
 ) -> Trainer:  # fmt: skip
-    """Return the trainer of a run. `half` is the 16-bit format that the forward pass computes in, None for the weights' own."""
+    """Return the trainer of a run.
+
+    `half` is the 16-bit format that the forward pass computes in, None for the weights' own; `batch_tokens` the most tokens of a
+    forward pass. Rows of an update that do not fit into one are split over several: the update stays the same.
+    """
+    use_packed_attention(model)
+    epochs = math.ceil(config.epochs)
+    workers = int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1
+    told: dict[str, Any] = {"batch_tokens": batch_tokens, "pad": chat.pad_id}
+    steps = math.ceil(len(train) / config.batch_size) * config.epochs
+    compiled = device != "cpu" and steps >= COMPILED_STEPS if config.compile is None else config.compile
+    packs = Packs(train, batch_size=config.batch_size, seed=config.seed, epochs=epochs, workers=workers, static=compiled, **told)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers 5.24 renames gradient_checkpointing, 5.17 knows no other name
-        arguments = _arguments(config, checkpoints, device, half, bool(validation))
+        arguments = _arguments(config, checkpoints, device, half, packs.parts // workers, bool(validation))
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=_dataset(train),
-        eval_dataset=_dataset(validation) if validation else None,
+        train_dataset=_dataset(train[:1]),  # SFTTrainer wants one to look at; the packs are what is trained on
+        eval_dataset=_dataset(validation[:1]) if validation else None,
         processing_class=chat.tokenizer,
         peft_config=peft_config,
         callbacks=[watch],
     )
+    trainer.model_accepts_loss_kwargs = True  # the loss is divided by the update's tokens already
+    trainer.packs = packs
+    trainer.validation = Packs(validation, batch_size=len(validation), seed=0, **told) if validation else None
+    base = trainer.model.get_base_model() if peft_config is not None else trainer.model
+    learn_from_packs(base)
+    if compiled:
+        compile_layers(base)
     for name in ("PrinterCallback", "ProgressCallback"):  # Watch talks
         for callback in [each for each in trainer.callback_handler.callbacks if type(each).__name__ == name]:
             trainer.remove_callback(callback)
     return trainer
 
 
-def _arguments(config: TrainConfig, checkpoints: Path, device: str, half: torch.dtype | None, validate: bool) -> SFTConfig:
+def compile_layers(model: Any) -> None:
+    """Compile each decoder layer in place: layers share their code, so it is compiled once, in seconds, and not the model in minutes."""
+    for layer in model.base_model.layers:
+        layer.compile(dynamic=False)
+
+
+def unwrapped(trainer: Trainer) -> Any:
+    """Return the trained model as it was loaded: its own forward and attention again."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for module in base.modules():
+        module._compiled_call_impl = None
+    base.__dict__.pop("forward", None)  # the ones that TRL, accelerate and learn_from_packs put before it
+    use_own_attention(base)
+    return model
+
+
+def _arguments(
+    config: TrainConfig, checkpoints: Path, device: str, half: torch.dtype | None, accumulation: int, validate: bool
+) -> SFTConfig:
     return SFTConfig(
         output_dir=str(checkpoints),
         max_length=None,  # rows come rendered and measured: nothing is cut here
         shuffle_dataset=False,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
+        per_device_train_batch_size=1,  # pack
+        gradient_accumulation_steps=accumulation,
         num_train_epochs=config.epochs,
         learning_rate=config.rate,
         lr_scheduler_type=config.schedule,

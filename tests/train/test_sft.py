@@ -104,11 +104,11 @@ def test_done_is_done(trained: tuple[TrainResult, Path], tiny_model: Path) -> No
         train(path, str(tiny_model), result.run, config(epochs=6.0))
 
 
-def test_accumulated_steps_equal_large_batches_to_the_token(tmp_path: Path, tiny_model: Path, chats) -> None:
-    data = chats(27)  # 27 rows in batches of 8: the last window is not full
+def test_steps_in_many_forward_passes_equal_those_in_one_to_the_token(tmp_path: Path, tiny_model: Path, chats) -> None:
+    data = chats(27)  # 27 rows in steps of 8: the last window is not full
     runs = {}
-    for name, batch, accumulation in (("whole", 8, 1), ("parts", 1, 8)):
-        settings = config(batch_size=batch, gradient_accumulation=accumulation, validation=0.0, logging_steps=1, epochs=1.0, seed=5)
+    for name, tokens in (("whole", 4096), ("parts", 1)):
+        settings = config(batch_size=8, batch_tokens=tokens, validation=0.0, logging_steps=1, epochs=1.0, seed=5)
         runs[name] = train(data, str(tiny_model), tmp_path / name, settings)
     losses = {name: [line["loss"] for line in metrics(result.run) if "loss" in line] for name, result in runs.items()}
     assert len(losses["whole"]) == 4
@@ -215,7 +215,7 @@ def test_the_classic_recipe() -> None:
     assert recipe_settings("classic", gpu=True) == CLASSIC
     assert recipe_settings("classic", gpu=False) == {**CLASSIC, "limit": 100}
     classic = TrainConfig(**CLASSIC)
-    assert (classic.rate, classic.epochs, classic.batch_size, classic.gradient_accumulation, classic.logging_steps) == (8e-5, 1.0, 1, 8, 2)
+    assert (classic.rate, classic.epochs, classic.batch_size, classic.logging_steps) == (8e-5, 1.0, 8, 2)
     assert not classic.gradient_checkpointing
     with pytest.raises(UserError, match="did you mean 'classic'"):
         recipe_settings("clasic", gpu=True)

@@ -1,34 +1,147 @@
-"""The order of the rows: every row once, the same for a seed and epoch, the longest first."""
+"""Packs: every row once, the same updates however they are split, and losses that are those of each row alone."""
 
+import numpy as np
 import pytest
-from sftkit.train.trainer import EpochOrder
+import torch
+from sftkit.core.models import load_model, resolve_model
+from sftkit.train.attention import use_own_attention, use_packed_attention
+from sftkit.train.data import Row
+from sftkit.train.head import LinearCrossEntropy, loss_sum
+from sftkit.train.packing import Packs
 
-LENGTHS = [(number * 37) % 101 + 1 for number in range(203)]
-
-
-def test_every_row_comes_once_in_an_order_of_seed_and_epoch() -> None:
-    order = EpochOrder(LENGTHS, 8, seed=3)
-    first = list(order)
-    assert sorted(first) == list(range(203))
-    assert list(EpochOrder(LENGTHS, 8, seed=3)) == first
-    order.set_epoch(1)
-    second = list(order)
-    assert sorted(second) == list(range(203))
-    assert second != first
-    assert list(EpochOrder(LENGTHS, 8, seed=4)) != first
-    order.set_epoch(0)
-    assert list(order) == first
+RANDOM = np.random.default_rng(0)
 
 
-def test_updates_are_full_but_for_the_last_and_hold_rows_of_like_length() -> None:
-    updates = EpochOrder(LENGTHS, 8, seed=0).updates()
-    assert [len(update) for update in updates] == [8] * 25 + [3]
-    assert list(EpochOrder(LENGTHS, 8, seed=0)) == [row for update in updates for row in update]
-    padded = sum(len(update) * max(LENGTHS[row] for row in update) for update in updates)
-    assert padded < 1.2 * sum(LENGTHS)
-    assert max(LENGTHS[row] for row in updates[0]) == max(LENGTHS[row] for update in updates[:-1] for row in update)
+def row(length: int, name: int = 0) -> Row:
+    mask = [place >= length // 3 for place in range(length)]
+    return Row((str(name), None), RANDOM.integers(4, 900, length).tolist(), mask)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 8])
-def test_few_rows(rows: int) -> None:
-    assert sorted(EpochOrder(LENGTHS[:rows], 8, seed=0)) == list(range(rows))
+ROWS = [row((number * 37) % 101 + 2, number) for number in range(203)]
+
+
+def packs(rows: list[Row] = ROWS, **settings: object) -> Packs:
+    return Packs(rows, **{"batch_size": 16, "batch_tokens": 512, "seed": 3, "pad": 1, **settings})  # type: ignore[arg-type]
+
+
+def updates(made: Packs) -> list[set[int]]:
+    parts = [set(pack) for pack in made.rows()]
+    return [set().union(*parts[start : start + made.parts]) for start in range(0, len(parts), made.parts)]
+
+
+def test_every_row_comes_once_in_updates_of_seed_and_epoch() -> None:
+    made = packs(epochs=2)
+    first = [list(pack) for pack in made.rows()]
+    assert sorted(place for pack in first for place in pack) == list(range(203))
+    assert [len(each) for each in updates(made)] == [16] * 12 + [11]
+    made.set_epoch(1)
+    assert sorted(place for pack in made.rows() for place in pack) == list(range(203))
+    assert made.rows() != first
+    made.set_epoch(0)
+    assert made.rows() == first == packs(epochs=2).rows()
+    assert packs(seed=4).rows() != first
+
+
+@pytest.mark.parametrize("tokens", [1, 150, 512, 10_000])
+def test_the_memory_decides_the_forward_passes_and_not_the_updates(tokens: int) -> None:
+    made = packs(batch_tokens=tokens)
+    assert updates(made) == updates(packs())
+    sizes = [sum(len(ROWS[place].ids) for place in pack) for pack in made.rows()]
+    assert max(sizes) <= max(tokens, 102)
+    assert max(sizes[: made.parts]) == max(sizes) or tokens < 10_000
+    assert packs(batch_tokens=tokens, workers=2).parts % 2 == 0
+
+
+def test_a_pack_is_its_rows_end_to_end() -> None:
+    made = packs()
+    batch, places = made[5], made.rows()[5]
+    ids = [token for place in places for token in ROWS[place].ids]
+    assert batch["input_ids"].tolist() == [ids]
+    assert batch["position_ids"].tolist() == [[step for place in places for step in range(len(ROWS[place].ids))]]
+    assert batch["cu_seq_lens_q"].tolist() == np.cumsum([0] + [len(ROWS[place].ids) for place in places]).tolist()
+    wanted = [token for place in places for token, learned in zip(ROWS[place].ids, ROWS[place].mask, strict=True) if learned]
+    assert batch["targets"].tolist() == wanted
+    assert [ids[at + 1] for at in batch["score_at"].tolist()] == wanted
+    assert (batch["num_tokens"], batch["num_targets"]) == (len(ids), len(wanted))
+
+
+def test_static_packs_all_have_the_same_shapes_and_the_same_content() -> None:
+    made, plain = packs(static=True), packs()
+    shapes = {tuple((name, tuple(value.shape)) for name, value in made[n].items() if hasattr(value, "shape")) for n in range(len(made))}
+    assert len(shapes) == 1
+    assert len({made[n]["max_length_q"] for n in range(len(made))}) == 1
+    for n in range(len(made)):
+        batch, other = made[n], plain[n]
+        size = other["num_tokens"]
+        assert batch["input_ids"][0, :size].tolist() == other["input_ids"][0].tolist()
+        assert set(batch["input_ids"][0, size:].tolist()) <= {1}
+        assert batch["targets"][: other["num_targets"]].tolist() == other["targets"].tolist()
+        assert set(batch["targets"][other["num_targets"] :].tolist()) <= {-100}
+        bounds = batch["cu_seq_lens_q"].tolist()
+        assert bounds == sorted(bounds)
+        assert bounds[-1] == batch["input_ids"].shape[1]
+        assert max(np.diff(bounds)) <= made.longest
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_the_loss_of_a_pack_is_that_of_its_rows_alone(tiny_model, static: bool) -> None:
+    rows = [row(length) for length in (5, 60, 2, 33, 90, 17)]
+    model = load_model(resolve_model(tiny_model), dtype="float32")
+    alone = 0.0
+    grads: dict[str, torch.Tensor] = {}
+    for each in rows:
+        ids = torch.tensor([each.ids])
+        logits = model(input_ids=ids).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(each.labels[1:]), ignore_index=-100, reduction="sum")
+        loss.backward()
+        alone += float(loss.detach())
+    grads = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    use_packed_attention(model)
+    batch = packs(rows, batch_size=6, batch_tokens=4096, static=static)[0]
+    together = loss_sum(model, batch)
+    together.backward()
+    assert float(together) == pytest.approx(alone, rel=1e-5)
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad, grads[name], rtol=2e-4, atol=2e-4)
+    use_own_attention(model)
+
+
+def test_a_row_does_not_see_its_neighbours(tiny_model) -> None:
+    model = load_model(resolve_model(tiny_model), dtype="float32")
+    use_packed_attention(model)
+    first, second, other = row(40), row(30), row(40)
+    losses = []
+    for neighbour in (first, other):
+        batch = packs([neighbour, second], batch_size=2)[0]
+        kept = {**batch, "targets": batch["targets"].clone()}
+        begin = batch["cu_seq_lens_q"].tolist()[1]
+        kept["targets"][batch["score_at"] < begin] = -100
+        losses.append(float(loss_sum(model, kept)))
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(("softcap", "scale", "bias"), [(0.0, 1.0, False), (5.0, 1.0, False), (0.0, 0.25, True)])
+def test_the_head_equals_cross_entropy_of_all_logits(softcap: float, scale: float, bias: bool, monkeypatch) -> None:
+    monkeypatch.setattr("sftkit.train.head.ELEMENTS", 257 * 301)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1000, 32, requires_grad=True), torch.randn(301, 32, requires_grad=True)
+    offset = torch.randn(301, requires_grad=True) if bias else None
+    targets = torch.randint(0, 301, (1000,))
+    targets[::7] = -100
+    logits = (hidden @ weight.T + (offset if offset is not None else 0)) * scale
+    logits = torch.tanh(logits / softcap) * softcap if softcap else logits
+    expected = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    inputs = [each for each in (hidden, weight, offset) if each is not None]
+    wanted = torch.autograd.grad(expected / 7, inputs)
+    found = LinearCrossEntropy.apply(hidden, weight, offset, targets, softcap, scale)
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    for one, other in zip(torch.autograd.grad(found / 7, inputs), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    hidden, weight = torch.randn(10, 8, requires_grad=True), torch.randn(20, 8)
+    LinearCrossEntropy.apply(hidden, weight, None, torch.randint(0, 20, (10,)), 0.0, 1.0).backward()
+    assert hidden.grad is not None
+    assert weight.grad is None

@@ -1,0 +1,104 @@
+"""Attention over rows put end to end, each seeing itself alone: PyTorch's kernel for variable lengths, without further wheels.
+
+transformers offers this through packages and kernels that have to be fetched; PyTorch has had `torch.nn.attention.varlen` since
+2.10, and nothing but this function stands between the two. This file can go when transformers registers it itself.
+"""
+
+import inspect
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+NAME = "sftkit_packed"
+
+
+def use_packed_attention(model: Any) -> None:
+    """Make a model attend within rows. No mask is built: transformers makes none for a function that it has no mask for."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
+    model.set_attn_implementation(NAME)
+
+
+def use_own_attention(model: Any) -> None:
+    """Give a model the attention back that it is loaded with."""
+    model.set_attn_implementation("sdpa")
+
+
+def packed_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None, *,
+    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None, **_: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Attend causally within each row of a pack. query [1, heads, T, d], key and value [1, kv heads, T, d] → [1, T, heads, d].
+
+    Without `cu_seq_lens_q` the whole is one row. Softcapped attention (Gemma 2) and old cards go row by row.
+    """
+    total = query.shape[2]
+    if cu_seq_lens_q is not None and softcap is None and _has_kernel(query):
+        half = query if query.dtype in (torch.bfloat16, torch.float16) else query.to(value.dtype)
+        q, k, v = (each[0].transpose(0, 1) for each in (half, key.to(half.dtype), value.to(half.dtype)))
+        out = _varlen(q, k, v, cu_seq_lens_q, max_length_q or total, scaling, sliding_window)
+        return out[None], None
+    bounds = [0, total] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    rows = [
+        _one_row(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, sliding_window, softcap) for a, b in pairwise(bounds) if b > a
+    ]
+    return torch.cat(rows, dim=2).transpose(1, 2), None
+
+
+def _has_kernel(query: torch.Tensor) -> bool:
+    return query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0) and query.shape[-1] <= 256
+
+
+def _one_row(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None, softcap: float | None
+) -> torch.Tensor:
+    length = query.shape[2]
+    mask = None
+    if (window is not None and length > window) or softcap is not None:
+        place = torch.arange(length, device=query.device)
+        back = place[:, None] - place[None, :]
+        mask = (back >= 0) & (back < (window or length))
+    grouped = query.shape[1] != key.shape[1]
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
+    assert mask is not None
+    if grouped:
+        key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
+    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int, scale: float | None, window: int | None
+) -> torch.Tensor:
+    """Call PyTorch's kernel, whose arguments were renamed between 2.10 and 2.13."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = _VARLEN_ARGUMENTS
+    told: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)} if "window_size" in known else {"is_causal": True}
+    if "scale" in known and scale is not None:
+        told["scale"] = scale
+    elif scale is not None and scale != query.shape[-1] ** -0.5:
+        query = query * (scale * query.shape[-1] ** 0.5)
+    if "enable_gqa" in known:
+        told["enable_gqa"] = query.shape[1] != key.shape[1]
+    elif query.shape[1] != key.shape[1]:
+        key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
+    out: torch.Tensor = varlen_attn(query, key, value, bounds, bounds, longest, longest, **told)  # type: ignore[assignment]
+    return out
+
+
+def _varlen_arguments() -> frozenset[str]:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+_VARLEN_ARGUMENTS = _varlen_arguments()

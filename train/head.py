@@ -1,0 +1,101 @@
+"""The loss straight from the hidden states: -log p of the learned tokens, in pieces, so that the logits of a pack never stand in memory.
+
+Logits and their gradient are made in the same pass, as in Liger's fused linear cross entropy (Hsu et al. 2024, arXiv 2410.10989): three
+matrix products a token instead of the four of a loss that computes its logits again on the way back.
+"""
+
+from typing import Any
+
+import torch
+
+ELEMENTS = 1 << 27  # of logits held at once: 256 MB in 16 bits
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of -log softmax(hidden · weightᵀ)[target] over positions; a target of -100 counts nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, softcap: float, scale: float
+    ) -> torch.Tensor:
+        """hidden [N, H], weight [V, H], bias [V], targets [N] → a float32 scalar. softcap 0 is none; scale multiplies the logits."""
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        size = max(256, ELEMENTS // weight.shape[0])
+        matrix = weight.to(hidden.dtype)
+        total = torch.zeros((), device=hidden.device, dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
+        losses = _compiled_losses if hidden.is_cuda else _losses
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(hidden), size):
+                part, wanted = hidden[start : start + size], targets[start : start + size]
+                logits = part @ matrix.T
+                if bias is not None:
+                    logits = logits + bias.to(logits.dtype)
+                loss, grad = losses(logits, wanted, softcap, scale)
+                total += loss
+                if grad_hidden is not None:
+                    grad_hidden[start : start + size] = grad @ matrix
+                if grad_weight is not None:
+                    grad_weight += grad.T @ part
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.formats = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> Any:
+        """Scale the gradients that the forward pass made."""
+        grads = [
+            None if grad is None else (grad * outer[0].to(grad.dtype)).to(kind)
+            for grad, kind in zip(ctx.saved_tensors, ctx.formats, strict=True)
+        ]
+        return *grads, None, None, None
+
+
+def _losses(logits: torch.Tensor, targets: torch.Tensor, softcap: float, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum of the losses and the gradient by the raw logits."""
+    scores = logits.float() * scale
+    bent = torch.tanh(scores / softcap) if softcap else None
+    if bent is not None:
+        scores = bent * softcap
+    valid = targets >= 0
+    wanted = targets.clamp(min=0)[:, None]
+    norm = scores.logsumexp(-1, keepdim=True)
+    loss = ((norm - scores.gather(1, wanted))[:, 0] * valid).sum()
+    places = torch.arange(scores.shape[-1], device=scores.device)
+    grad = ((scores - norm).exp() - (places == wanted).float()) * valid[:, None]
+    if bent is not None:
+        grad = grad * (1 - bent * bent)
+    return loss, (grad * scale).to(logits.dtype)
+
+
+_compiled_losses = torch.compile(_losses, dynamic=None)
+
+
+def head_of(model: Any) -> tuple[Any, float, float] | None:
+    """Return a model's output layer, its softcap (0: none) and the factor on its logits; None for a head that is more than a matrix."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or type(head) is not torch.nn.Linear:
+        return None
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
+    return head, float(getattr(config, "final_logit_softcapping", None) or 0.0), scale
+
+
+def loss_sum(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Return the sum of -log p over a pack's targets, from the model's backbone and head. `batch` is what `packing.collate` makes."""
+    inner = {name: batch[name] for name in ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
+    hidden = model.base_model(**inner, attention_mask=None, use_cache=False).last_hidden_state[0]
+    found = head_of(model)
+    if found is None:
+        logits = model.get_output_embeddings()(hidden[batch["score_at"]])
+        return torch.nn.functional.cross_entropy(logits.float(), batch["targets"], ignore_index=-100, reduction="sum")
+    head, softcap, scale = found
+    scored = hidden[batch["score_at"]]
+    if torch.is_autocast_enabled(hidden.device.type):
+        scored = scored.to(torch.get_autocast_dtype(hidden.device.type))
+    return LinearCrossEntropy.apply(scored, head.weight, head.bias, batch["targets"], softcap, scale)
