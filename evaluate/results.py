@@ -48,13 +48,15 @@ def finish_section(folder: Path, name: str, facts: Mapping[str, Any], done: Mapp
 def left_out(errors: Iterable[Mapping[str, str | None]]) -> list[str | None]:
     """Return for each row why it counts for no model: the first rule that stood in some model's way, and whose; None if none did.
 
-    A row is compared on all models or on none: that is what makes the comparison paired.
+    A row is compared on all models or on none: that is what makes the comparison paired. Of what an engine says, only what
+    stands before a colon counts: the rest is about the one row.
     """
     reasons: list[str | None] = []
     for row in errors:
-        first = next((rule for rule in row.values() if rule), None)
-        names = [name for name, rule in row.items() if rule == first]
-        reasons.append(None if first is None else first if len(names) == len(row) else f"{first} for {', '.join(names)}")
+        rules = {name: rule.partition(":")[0] if rule else None for name, rule in row.items()}
+        first = next((rule for rule in rules.values() if rule), None)
+        names = [name for name, rule in rules.items() if rule == first]
+        reasons.append(first if first is None or len(names) == len(rules) else f"{first} for {', '.join(names)}")
     return reasons
 
 

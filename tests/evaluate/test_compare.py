@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from sftkit.core.run import is_done, read_done
 from sftkit.evaluate import compare as compare_module
 from sftkit.evaluate.compare import QUESTIONS, Answer, CompareResult, Question, compare
 from sftkit.evaluate.config import CompareConfig
+from sftkit.evaluate.results import counted, left_out
 from sftkit.evaluate.show import show_answers
 
 CPU = {"engine": {"engine": "transformers", "dtype": "float32", "device": "cpu"}}
@@ -216,6 +219,68 @@ def test_without_a_run_folder_nothing_is_kept_and_ctrl_c_says_so(tiny_model: Pat
     assert code == 130
     assert err.endswith("stopped. Nothing is kept without -o RUN.\n")
     assert not seen[0].exists()
+
+
+def test_models_of_a_server_are_asked_by_messages(tmp_path: Path) -> None:
+    asked = []
+
+    class Shouts(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer({"data": [{"id": "small"}, {"id": "large"}]})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            asked.append(body)
+            text = f"{body['model']}: {body['messages'][-1]['content'].upper()}"
+            self.answer(
+                {
+                    "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
+                    "usage": {"completion_tokens": 5},
+                }
+            )
+
+        def answer(self, content: Any) -> None:
+            data = json.dumps(content).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Shouts)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    engine = {"engine": {"engine": "openai", "base_url": f"http://127.0.0.1:{server.server_port}/v1"}}
+    try:
+        config = settings(**engine, system="Be brief.")
+        result = compare({"a": "small", "b": "large"}, None, tmp_path / "run", config)
+        assert len(asked) == 6
+        assert {each["temperature"] for each in asked} == {0}
+        assert asked[0]["messages"][0] == {"role": "system", "content": "Be brief."}
+        again = compare({"a": "small", "b": "large"}, None, tmp_path / "run", config)
+        assert len(asked) == 6
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert [each.text for each in result.answers["b"]] == [f"large: {question.upper()}" for question in QUESTIONS]
+    assert (result.models[0].template, result.models[0].stop_rate, result.models[0].mean_tokens) == (None, 1.0, 5.0)
+    assert again.answers == result.answers
+
+
+def test_a_row_is_left_out_for_the_first_rule_and_whose_it_was() -> None:
+    rows = [
+        {"a": None, "b": None},
+        {"a": "too_long", "b": "too_long"},
+        {"a": None, "b": "too long: 513 tokens do not fit the context of 512"},
+        {"a": None, "b": "too long: 600 tokens do not fit the context of 512"},
+        {"a": "empty_answer", "b": "too_long"},
+    ]
+    reasons = left_out(rows)
+    assert reasons == [None, "too_long", "too long for b", "too long for b", "empty_answer for a"]
+    assert counted(reasons) == {"too long for b": 2, "too_long": 1, "empty_answer for a": 1}
+    assert left_out([{"a": "too_long"}]) == ["too_long"]
 
 
 def test_the_paired_numbers_are_those_of_the_pairs() -> None:
