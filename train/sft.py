@@ -14,7 +14,7 @@ from ..core.config import to_mapping
 from ..core.errors import UserError, missing_package
 from ..core.files import read_json, write_json
 from ..core.formats import read_examples
-from ..core.hardware import half_precision, pick_device
+from ..core.hardware import half_precision, measured_peak, pick_device
 from ..core.models import ModelRef, context_length, load_model, load_settings, model_identity, resolve_model
 from ..core.progress import duration
 from ..core.run import Run, is_done, mark_done
@@ -145,7 +145,7 @@ def _run(room: Path, start: ModelRef, chat: Chat, data: TrainingData, config: Tr
 
     weights, half = _formats(config, own, device)
     model = _load_quantised(start, half) if config.qlora else load_model(start, dtype=str(weights).removeprefix("torch."))
-    watch = Watch(room / "metrics.jsonl", chat, save_minutes=config.save_minutes)
+    watch = Watch(room / "metrics.jsonl", chat, save_minutes=config.save_minutes, peak=measured_peak(device))
     trainer = make_trainer(
         model, chat, data.train, data.validation, config, checkpoints=room / "checkpoints", device=device, half=half,
         batch_tokens=tokens, watch=watch, peft_config=_adapter(config) if config.adapter else None,

@@ -105,8 +105,10 @@ def learn_from_packs(model: Any) -> None:
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Writes metrics.jsonl, shows progress, saves every few minutes, stops cleanly when asked to, and refuses a loss that is no number."""
 
-    def __init__(self, metrics: Path, chat: Chat, *, save_minutes: float) -> None:
-        self.metrics, self.chat = metrics, chat
+    def __init__(self, metrics: Path, chat: Chat, *, save_minutes: float, peak: float = 0.0) -> None:
+        """`peak` is what the device reaches in a matrix product, in operations a second; 0 leaves the share of it out."""
+        self.metrics, self.chat, self.peak = metrics, chat, peak
+        self.token_flops = 0.0  # operations for one token
         self.stopped = False  # by a signal
         self._tokens, self._seconds = 0, 0.0  # of the training steps, in this process
         self._before = (0, 0.0)  # of those before it
@@ -164,11 +166,15 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             fresh, seconds = self._tokens - self._logged[0], self._seconds - self._logged[1]
             self._logged = self._tokens, self._seconds
             facts["num_tokens"], facts["seconds"] = self._tokens + self._before[0], round(self._seconds + self._before[1], 3)
-            facts["tokens_per_second"] = round(fresh / seconds, 1) if seconds else None
+            rate = fresh / seconds if seconds else 0.0
+            facts["tokens_per_second"] = round(rate, 1)
+            told = f"{rate:,.0f} tokens/s"
+            if self.peak:
+                facts["mfu"] = round(rate * self.token_flops / self.peak, 4)
+                told += f", {facts['mfu']:.0%} of the {self.peak / 1e12:,.0f} TFLOP/s that this card reached"
             log.info(
-                "step %d of %d: loss %.4f, learning rate %.2g, gradient %.3g, %s tokens/s",
-                state.global_step, state.max_steps, facts["loss"], facts["learning_rate"], facts["grad_norm"],
-                f"{facts['tokens_per_second'] or 0:,.0f}",
+                "step %d of %d: loss %.4f, learning rate %.2g, gradient %.3g, %s",
+                state.global_step, state.max_steps, facts["loss"], facts["learning_rate"], facts["grad_norm"], told,
             )  # fmt: skip
         elif "eval_loss" in facts:
             log.info("step %d: validation loss %.4f", state.global_step, facts["eval_loss"])
@@ -220,6 +226,7 @@ def make_trainer(
     )
     trainer.model_accepts_loss_kwargs = True  # the loss is divided by the update's tokens already
     trainer.packs = packs
+    watch.token_flops = token_flops(trainer.model, sum(len(row.ids) for row in train) / len(train))
     trainer.validation = Packs(validation, batch_size=len(validation), seed=0, **told) if validation else None
     base = trainer.model.get_base_model() if peft_config is not None else trainer.model
     learn_from_packs(base)
@@ -229,6 +236,19 @@ def make_trainer(
         for callback in [each for each in trainer.callback_handler.callbacks if type(each).__name__ == name]:
             trainer.remove_callback(callback)
     return trainer
+
+
+def token_flops(model: Any, mean_length: float) -> float:
+    """Return the operations that training takes for a token: 6 for each weight of a matrix product, 4 for a frozen one, and attention.
+
+    Kaplan et al. 2020, arXiv 2001.08361, section 2.1; attention over half of a row on average, 12 · layers · width · length / 2.
+    """
+    config = model.config.get_text_config()
+    embedding = model.get_input_embeddings().weight
+    tied = getattr(config, "tie_word_embeddings", False)
+    weights = [each for each in model.parameters() if each.dim() > 1 and (tied or each is not embedding)]
+    products = sum(each.numel() * (6 if each.requires_grad else 4) for each in weights)
+    return products + 6 * config.num_hidden_layers * config.hidden_size * mean_length
 
 
 def compile_layers(model: Any) -> None:
