@@ -1,6 +1,7 @@
 """Settings: frozen dataclasses with one line of help per field, and the one loader that turns YAML into them."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -25,14 +26,28 @@ def setting(default: Any, help: str, *, choices: tuple[str, ...] = ()) -> Any:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected settings like 'key: value', found {type(content).__name__}")
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice: YAML would keep the last of them without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def load_config(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
@@ -49,9 +64,11 @@ def load_config(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
             raise unknown_name("setting", key, fields, where)
         place = f"{where}: {key}" if where else str(key)
         arguments[key] = _convert(hints[key], value, place)
-        choices = fields[key].metadata.get("choices")
-        if choices and arguments[key] is not None and arguments[key] not in choices:
-            raise unknown_name(f"value for {key}", value, choices, where)
+        choices = fields[key].metadata.get("choices") or ()
+        given = arguments[key] if isinstance(arguments[key], (list, tuple)) else [arguments[key]]
+        wrong = [each for each in given if choices and each is not None and each not in choices]
+        if wrong:
+            raise unknown_name(f"value for {key}", wrong[0], choices, where)
     required = [
         name
         for name, field in fields.items()
@@ -101,13 +118,14 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
         if value not in arguments:
             raise unknown_name("value", value, [str(a) for a in arguments], place)
         return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 8e-5 as a string
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)
+            number = float(value)  # YAML 1.1 reads 8e-5 as a string
         except ValueError:
-            raise UserError(f"{place}: expected a number, found {value!r}") from None
+            number = math.nan
+        if not math.isnan(number):  # which would pass every limit
+            return number
+        raise UserError(f"{place}: expected a number, found {value!r}")
     if hint is Path and isinstance(value, str):
         return Path(value)
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):

@@ -65,13 +65,10 @@ class Ledger:
             pl.concat([before.filter(pl.col("step") < step), after]).write_parquet(temporary)
         return void
 
-    def rows(self, action: str = "kept") -> list[RowKey] | None:
-        """Return the rows with this action in the newest stage, in recorded order; None when nothing was recorded."""
-        frame = self.read()
-        if frame.is_empty():
-            return None
-        last = frame.filter((pl.col("step") == pl.col("step").max()) & (pl.col("action") == action))
-        return list(zip(last["example_id"].to_list(), last["sample_index"].to_list(), strict=True))
+    def holds(self, stage: str, decisions: Sequence[Decision]) -> bool:
+        """Say whether exactly these decisions of a stage are recorded: recording them again would make later stages void for nothing."""
+        before = self.read().filter(pl.col("stage") == stage).drop("step")
+        return not before.is_empty() and before.rows() == [tuple(getattr(each, name) for name in before.columns) for each in decisions]
 
     def summary(self) -> pl.DataFrame:
         """Return one row per stage and rule: step, stage, action, rule, rows."""

@@ -19,6 +19,7 @@ from .gguf import check_gguf, load_unpacked
 log = logging.getLogger(__name__)
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.npz")
+NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt")  # what trainers leave beside them
 DECISIVE = ("config.json", "generation_config.json", "adapter_config.json")  # settings that change what the weights compute
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CHUNK = 1 << 24
@@ -38,7 +39,7 @@ class ModelRef:
         if self.path is None:
             assert self.hub_id
             return self.hub_id, {"revision": self.revision} if self.revision else {}
-        if self.path.suffix == ".gguf":
+        if self.path.is_file():
             return str(self.path.parent), {"gguf_file": self.path.name}
         return str(self.path), {}
 
@@ -51,7 +52,7 @@ def resolve_model(name: str | Path, *, revision: str | None = None) -> ModelRef:
     text = str(name)
     path = Path(text).expanduser()
     if path.exists():
-        return ModelRef(text, path=_on_disk(path).resolve())
+        return ModelRef(text, path=_on_disk(path).absolute())  # not resolved: in the Hub's cache a file's real name tells nothing
     if text in CATALOGUE:
         folder = cached(text)
         if folder is None:
@@ -93,7 +94,7 @@ def model_identity(ref: ModelRef) -> str:
         return f"hub:{ref.hub_id}@{_hub_commit(ref)}"
     if ref.path.is_file():
         return f"sha256:{_file_hash(ref.path)}"
-    weights = sorted({file for pattern in WEIGHTS for file in ref.path.glob(pattern)})
+    weights = sorted({file for pattern in WEIGHTS for file in ref.path.glob(pattern) if file.name not in NO_WEIGHTS})
     if not weights:
         raise UserError(f"{ref.path}: holds no weights (*.safetensors); give a complete model folder")
     whole = hashlib.sha256()

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import yaml
 
+from .config import read_yaml
 from .errors import UserError
 from .files import read_json, write_json, write_text
 from .ledger import Ledger
@@ -38,9 +39,12 @@ class Run:
             raise UserError(f"{path}: is a file; give a folder for the run")
         if path.is_dir() and any(path.iterdir()) and not (path / "config.yaml").exists() and not (path / "run.lock").exists():
             raise UserError(f"{path}: is not empty and not a run of sftkit; give a new folder")
-        path.mkdir(parents=True, exist_ok=True)
         run = cls(path)
-        run._lock = open(path / "run.lock", "w")  # noqa: SIM115  held until close()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            run._lock = open(path / "run.lock", "w")  # noqa: SIM115  held until close()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}; give another folder") from None
         try:
             fcntl.flock(run._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -78,7 +82,7 @@ class Run:
 
     def config(self) -> dict[str, Any]:
         """Return the settings of the steps so far, one section each."""
-        return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")) or {}
+        return read_yaml(self.path / "config.yaml")
 
     def configure(self, section: str, settings: Mapping[str, Any], *, free: tuple[str, ...] = ()) -> list[str]:
         """Write a step's settings; return the names of those that differ from last time.

@@ -24,7 +24,7 @@ from ..core.progress import Progress, duration
 from ..core.run import Run
 from ..core.store import SampleStore, decisive_settings, sample_key, sample_seed
 from .config import DistillConfig
-from .prompts import Prompt, check_growth, choose_prompts, is_recorded
+from .prompts import Prompt, check_growth, choose_prompts
 from .rows import record
 
 log = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ class Distillation:
             else:
                 rule = f"error: {errors[each.key]}" if each.key in errors else BUDGET
                 decisions.append(Decision(*each.row, "distill", "failed", rule))
-        if not is_recorded(self.run, "distill", decisions) or self.run.ledger.stages()[-1] == "distill":
+        if not self.run.ledger.holds("distill", decisions) or self.run.ledger.stages()[-1] == "distill":
             record(self.run, "distill", [each.row for each in self.wanted], decisions)
         rules = Counter(each.rule for each in decisions if each.action == "failed")
         over_budget = rules.pop(BUDGET, 0)

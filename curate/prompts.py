@@ -4,7 +4,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
@@ -64,7 +64,7 @@ def choose_prompts(run: Run, examples: Sequence[Example], chat: Chat | None, con
         prompts[place], decisions[place] = _decide(prompts[place], chat, context, config, first)
     decided = [decisions[place] for place in range(len(prompts))]
     path = run.room("curate") / "prompts.parquet"
-    if not (path.exists() and is_recorded(run, STAGE, decided)):
+    if not (path.exists() and run.ledger.holds(STAGE, decided)):
         with write_atomically(path) as temporary:
             _frame(prompts).write_parquet(temporary)
         void = run.ledger.record(STAGE, [(each.example.id, None) for each in prompts], decided)
@@ -77,14 +77,6 @@ def choose_prompts(run: Run, examples: Sequence[Example], chat: Chat | None, con
     if rules:
         log.info("%s of %s prompts are not asked: %s", f"{rules.total():,}", f"{len(prompts):,}", told)
     return [prompt for prompt, decision in zip(prompts, decided, strict=True) if decision.action == "kept"]
-
-
-def is_recorded(run: Run, stage: str, decisions: Sequence[Decision]) -> bool:
-    """Say whether the ledger holds exactly these decisions: recording them again would make later stages void for nothing."""
-    before = run.ledger.read().filter(pl.col("stage") == stage)
-    names = [name for name in before.columns if name != "step"]
-    now = [tuple(asdict(each)[name] for name in names) for each in decisions]
-    return before.select(names).rows() == now
 
 
 def _prompt(example: Example, system: str | None) -> Prompt:

@@ -178,7 +178,7 @@ def record(
     Raises ConservationError unless every input row has exactly one decision.
     """
     decided = list(decisions)
-    if is_recorded(run, stage, decided):
+    if run.ledger.holds(stage, decided):
         left = load_rows(run, after=stage)
     else:
         void = run.ledger.record(stage, keys(rows) if isinstance(rows, pl.DataFrame) else rows, decided)
@@ -195,15 +195,6 @@ def record(
         rule, count = removed.most_common(1)[0]
         log.warning("%s kept none of %s rows; the rule %r alone removed %s", stage, f"{len(decided):,}", rule, f"{count:,}")
     return Outcome(stage, len(decided), left, dict(removed.most_common()), tuple(notes))
-
-
-def is_recorded(run: Run, stage: str, decisions: Sequence[Decision]) -> bool:
-    """Say whether the ledger holds exactly these decisions of a stage."""
-    before = run.ledger.read().filter(pl.col("stage") == stage)
-    if before.is_empty() or len(before) != len(decisions):
-        return False
-    names = [name for name in before.columns if name != "step"]
-    return before.select(names).rows() == [tuple(getattr(each, name) for name in names) for each in decisions]
 
 
 def write_dataset(rows: pl.DataFrame, folder: Path) -> None:
