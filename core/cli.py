@@ -1,6 +1,7 @@
 """What the command lines of all rooms share: options made from config fields, errors without tracebacks, Ctrl-C."""
 
 import dataclasses
+import errno
 import logging
 import os
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 import click
 
 from .errors import UserError
+
+MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # a full disk, a place that may not be written
 
 
 class Commands(click.Group):
@@ -51,12 +54,15 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_command_line(command: click.Command) -> None:
-    """Run a command: a UserError is one line and its exit code, Ctrl-C says how to resume, a bug keeps its traceback."""
+    """Run a command: a UserError is one line and its exit code, Ctrl-C says how to resume, a bug keeps its traceback.
+
+    A reader of its output that goes away (`| head`) ends it quietly; click sees to that.
+    """
     start_talking()
     try:
-        command(standalone_mode=False, prog_name="sftkit")
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = command(standalone_mode=False, prog_name="sftkit")
+        if code:  # what a command ends itself with; none of ours returns anything
+            sys.exit(code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -67,14 +73,19 @@ def run_command_line(command: click.Command) -> None:
         said = str(stop.__cause__ or stop)  # where a command keeps nothing, it says so
         click.echo(f"\nstopped. {said or 'Everything that finished is kept: the same command goes on from here.'}", err=True)
         sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        click.echo(f"error: {place}{error.strerror}; make room or name another place: the same command goes on from here", err=True)
+        sys.exit(1)
 
 
 def start_talking() -> None:
     """Send sftkit's own log lines to stderr, as plain sentences; of transformers only errors are heard, unless the user says otherwise."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars: anywhere but on a terminal they are one endless line
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("sftkit")

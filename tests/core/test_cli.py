@@ -1,0 +1,107 @@
+"""How a command ends: its exit code, and one line where the user can mend it."""
+
+import errno
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+import pytest
+from sftkit.core.cli import Commands, run_command_line
+from sftkit.core.errors import TooManyFailures, UserError, missing_package, unknown_name
+
+
+def fails(error: BaseException) -> Callable[[], None]:
+    def command() -> None:
+        raise error
+
+    return command
+
+
+def stopped_with_a_reason() -> None:
+    raise click.Abort from KeyboardInterrupt("Nothing was written.")
+
+
+ENDINGS: dict[str, tuple[Callable[[], Any], int, list[str]]] = {
+    "fine": (lambda: click.echo("made it"), 0, []),
+    "a mistake": (fails(UserError("found x, expected y; do z")), 1, ["error: found x, expected y; do z"]),
+    "too many failures": (fails(TooManyFailures("3 of 4 failed")), 3, ["error: 3 of 4 failed"]),
+    "a wrong option": (fails(click.UsageError("no such thing")), 2, ["Error: no such thing"]),
+    "an exit": (fails(click.exceptions.Exit(5)), 5, []),
+    "Ctrl-C": (fails(KeyboardInterrupt()), 130, ["stopped. Everything that finished is kept: the same command goes on from here."]),
+    "Ctrl-C with a reason": (stopped_with_a_reason, 130, ["stopped. Nothing was written."]),
+    "a full disk": (
+        fails(OSError(errno.ENOSPC, "No space left on device", "/full/x")),
+        1,
+        ["error: /full/x: No space left on device; make room or name another place: the same command goes on from here"],
+    ),
+    "a place that may not be written": (
+        fails(PermissionError(errno.EACCES, "Permission denied", "/root/x")),
+        1,
+        ["error: /root/x: Permission denied"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_how_a_command_ends(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    callback, code, words = ENDINGS[name]
+    monkeypatch.setattr(sys, "argv", ["sftkit"])
+    ended = 0
+    try:
+        run_command_line(click.Command("sftkit", callback=callback))
+    except SystemExit as stop:
+        ended = int(stop.code or 0)
+    said = capsys.readouterr()
+    assert ended == code
+    assert said.out == ("made it\n" if name == "fine" else "")
+    assert [line for line in said.err.splitlines() if line][-1:] == words or words[0] in said.err
+    assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EBADF, "Bad file descriptor"), AssertionError("ours")])
+def test_a_bug_keeps_its_traceback(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sftkit"])
+    with pytest.raises(type(error)):
+        run_command_line(click.Command("sftkit", callback=fails(error)))
+
+
+def test_talk_goes_to_stderr_as_plain_sentences(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def talk() -> None:
+        logging.getLogger("sftkit.curate").info("%d rows", 3)
+        logging.getLogger("another.library").info("never heard")
+
+    monkeypatch.setattr(sys, "argv", ["sftkit"])
+    run_command_line(click.Command("sftkit", callback=talk))
+    assert capsys.readouterr() == ("", "3 rows\n")
+
+
+def test_a_reader_that_goes_away_ends_a_command_quietly() -> None:
+    code = (
+        "import click; from sftkit.core.cli import run_command_line;"
+        "run_command_line(click.Command('sftkit', callback=lambda: [click.echo('line ' * 20) for _ in range(50_000)]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.wait(timeout=60)
+
+
+def test_commands_stand_in_the_order_of_the_chain() -> None:
+    group = Commands("sftkit")
+    for name in ("distill", "best", "filter"):
+        group.add_command(click.Command(name))
+    assert group.list_commands(click.Context(group)) == ["distill", "best", "filter"]
+
+
+def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:
+    assert str(unknown_name("scorer", "numerik", ["numeric", "length"], "score.yaml")) == (
+        "score.yaml: unknown scorer 'numerik': did you mean 'numeric'? known are length, numeric"
+    )
+    assert str(unknown_name("scorer", "zzz", {"a": 1})) == "unknown scorer 'zzz': known are a"
+    assert str(missing_package("vllm", "vllm")) == "vllm is not installed: pip install 'sftkit[vllm]'"
