@@ -1,5 +1,7 @@
 """The engine for servers against `vllm serve`: a real server with a real small model, asked in every way that the engine has."""
 
+import contextlib
+import json
 import os
 import signal
 import socket
@@ -12,9 +14,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+from sftkit.core.config import load_config
 from sftkit.core.engines.base import Completion, Engine, EngineConfig, Request, Sampling
 from sftkit.core.engines.registry import open_engine
 from sftkit.core.errors import UserError
+from sftkit.curate.config import DistillConfig
+from sftkit.curate.distill import distill
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -41,7 +46,8 @@ def address(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     settings |= {"--max-model-len": 256, "--max-num-seqs": 4, "--gpu-memory-utilization": 0.3, "--generation-config": "vllm"}
     options = [str(each) for pair in settings.items() for each in pair]
     environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(smollm2), *options, "--enforce-eager"]
+    # what `vllm serve` runs; the CPU build's own command ends at once, for want of a package that is called vllm
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2), *options, "--enforce-eager"]
     with open(log, "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
     url = f"http://127.0.0.1:{port}/v1"
@@ -57,12 +63,12 @@ def address(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
                 time.sleep(0.5)
         yield url
     finally:
-        os.killpg(process.pid, signal.SIGINT)
+        process.terminate()
         try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.wait(60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # its engine's processes, if it left them
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -118,6 +124,20 @@ def test_a_prompt_that_is_too_long_fails_alone(server: Engine) -> None:
     assert [found[each.key].error for each in (wanted[0], wanted[2])] == [None, None]
     assert server._length == "max_tokens"  # type: ignore[attr-defined]
     assert server._refused == set()  # type: ignore[attr-defined]
+
+
+def test_a_distillation_from_it(server: Engine, address: str, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in [*PROMPTS, "long " * 300]))
+    engine = {"base_url": address, "concurrency": 4}
+    config = load_config(DistillConfig, {"teacher": "smol", "k": 2, "max_new_tokens": 12, "max_failed": 0.5, "engine": engine})
+    result = distill(prompts, tmp_path / "run", config)
+    assert (result.new_samples, result.samples) == (12, 12)
+    assert list(result.failed.values()) == [2]
+    assert next(iter(result.failed)).startswith("400: ")
+    again = distill(prompts, tmp_path / "run", config)  # tries those that failed again, and no other
+    assert (again.new_samples, again.samples, again.failed) == (0, 12, result.failed)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
 def test_a_model_that_it_does_not_serve(server: Engine, address: str) -> None:
