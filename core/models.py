@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.p
 DECISIVE = ("config.json", "generation_config.json", "adapter_config.json")  # settings that change what the weights compute
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CHUNK = 1 << 24
+UNREADABLE = (ValueError, LookupError, TypeError, EOFError, OverflowError, struct.error)  # what the libraries raise for damaged files
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ def load_tokenizer(ref: ModelRef) -> Any:
     with _hub_errors(ref):
         try:
             return AutoTokenizer.from_pretrained(name, **arguments)
-        except (ValueError, KeyError, TypeError) as error:
+        except UNREADABLE as error:
             raise UserError(f"{ref.name}: its tokenizer cannot be read: {_one_line(error)}") from error
 
 
@@ -161,7 +163,7 @@ def load_settings(ref: ModelRef) -> Any:
     with _hub_errors(ref):
         try:
             return AutoConfig.from_pretrained(name, **arguments)
-        except (ValueError, KeyError) as error:
+        except UNREADABLE as error:
             raise UserError(f"{ref.name}: its config cannot be read: {_one_line(error)}") from error
 
 
@@ -185,7 +187,7 @@ def load_model(ref: ModelRef, *, dtype: str = "auto", device: str | None = None)
                 model = load_unpacked(ref.path, torch.bfloat16 if dtype == "auto" else wanted)
             else:
                 model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **arguments)
-        except (ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        except (*UNREADABLE, RuntimeError, safetensors.SafetensorError) as error:
             raise UserError(f"{ref.name}: cannot be loaded: {_one_line(error)}") from error
     return (model.to(device) if device else model).eval()
 
