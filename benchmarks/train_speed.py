@@ -11,11 +11,9 @@ are compiled, memory is taken) are not counted. A line of JSON per variant goes 
 import argparse
 import gc
 import json
-import statistics
 import tempfile
 import time
 import warnings
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,27 +57,28 @@ SHAPES: dict[str, Any] = {
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
-    """Takes the time at the end of each step, once the device is done."""
+    """Takes the time, once the device is done, after the first `skip` steps and after the last; between them nothing waits for it."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, skip: int) -> None:
+        self.skip = skip
+        self.times: dict[int, float] = {}
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step in (self.skip, state.max_steps):
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            self.times[state.global_step] = time.perf_counter()
+
+    def rate(self, tokens: list[int]) -> float:
+        """Return the tokens a second between the two, given the tokens of each step."""
+        (first, start), (last, end) = sorted(self.times.items())
+        return sum(tokens[first:last]) / (end - start)
 
 
 def build(shape: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     with torch.device(DEVICE):
         return AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=dtype).train()
-
-
-def rate(times: list[float], tokens: list[int], skip: int) -> float:
-    """Return the median rate over the steps after the first `skip`."""
-    spans = [after - before for before, after in pairwise(times)]
-    return statistics.median(count / span for count, span in list(zip(tokens[1:], spans, strict=False))[skip:])
 
 
 def ours(shape: str, rows: list[Row], chat: Chat, *, step_tokens: int, batch_tokens: int, steps: int, compiled: bool, dtype: str) -> Any:
@@ -99,7 +98,7 @@ def ours(shape: str, rows: list[Row], chat: Chat, *, step_tokens: int, batch_tok
 
         peft = _adapter(config)
     with tempfile.TemporaryDirectory() as folder:
-        watch, clock = Watch(Path(folder) / "metrics.jsonl", chat, save_minutes=1e9), Clock()
+        watch, clock = Watch(Path(folder) / "metrics.jsonl", chat, save_minutes=1e9), Clock(skip=8)
         trainer = make_trainer(
             model, chat, chosen, [], config, checkpoints=Path(folder), device=DEVICE, half=half, batch_tokens=batch_tokens, watch=watch,
             peft_config=peft,
@@ -112,7 +111,7 @@ def ours(shape: str, rows: list[Row], chat: Chat, *, step_tokens: int, batch_tok
         watch.close()
         flops = token_flops(trainer.model, mean)
     return {
-        "tokens_per_second": rate(clock.times, tokens, min(8, len(tokens) // 3)),
+        "tokens_per_second": clock.rate(tokens),
         "flops": flops,
         "parts": parts,
         "step_tokens": tokens[0],
@@ -133,7 +132,7 @@ def theirs(shape: str, rows: list[Row], chat: Chat, *, name: str, steps: int) ->
     model = build(shape, torch.float32)
     data = Dataset.from_dict({"input_ids": [row.ids for row in rows[:4000]], "labels": [row.labels for row in rows[:4000]]})
     with tempfile.TemporaryDirectory() as folder:
-        clock = Clock()
+        clock = Clock(skip=3)
         arguments = SFTConfig(
             output_dir=folder,
             use_cpu=DEVICE == "cpu",
@@ -164,7 +163,7 @@ def theirs(shape: str, rows: list[Row], chat: Chat, *, name: str, steps: int) ->
         trainer.train()
         each = arguments.gradient_accumulation_steps
         tokens = [sum(counts[start : start + each]) for start in range(0, len(counts), each)]
-    return {"tokens_per_second": rate(clock.times, tokens, 3), "step_tokens": tokens[0]}
+    return {"tokens_per_second": clock.rate(tokens), "step_tokens": tokens[0]}
 
 
 def main() -> None:

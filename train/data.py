@@ -150,7 +150,7 @@ def _render(example: Example, key: RowKey, chat: Chat, config: TrainConfig, limi
         return None, "over_max_length", float(len(rendered.ids))
     ends = [here and not following for here, following in zip(rendered.mask, [*rendered.mask[1:], False], strict=True)]
     last = [token for token, end in zip(rendered.ids, ends, strict=True) if end]
-    if len(last) < len(wanted) or any(token != chat.end_of_turn for token in last):
+    if len(last) < len(wanted) or any(token not in chat.stop_ids for token in last):
         return None, "no_end_of_turn", None
     return Row(key, rendered.ids, rendered.mask), "", None
 

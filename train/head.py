@@ -72,7 +72,7 @@ def _losses(logits: torch.Tensor, targets: torch.Tensor, softcap: float, scale: 
     return loss, (grad * scale).to(logits.dtype)
 
 
-_compiled_losses = torch.compile(_losses, dynamic=None)
+_compiled_losses = torch.compile(_losses, dynamic=True)
 
 
 def head_of(model: Any) -> tuple[Any, float, float] | None:

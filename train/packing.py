@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from .data import Row
 
 Ids = npt.NDArray[np.int32]
-ROUND = 128  # static shapes are multiples of this: what matrix units like
+ROUND = 128  # padded shapes are multiples of this: what matrix units like
 
 
 class Packs(Dataset[dict[str, Any]]):
@@ -21,13 +21,13 @@ class Packs(Dataset[dict[str, Any]]):
 
     An update of the optimizer has `batch_size` rows, drawn by seed and epoch alone. They are spread over `parts` packs of at most
     `batch_tokens` tokens (a longer row is a pack of its own), so what an update learns from does not depend on the memory. With
-    `static` all packs have the same shapes: the rest is filled with pad tokens that nothing attends to or learns from, which
-    compiled code needs. The pack that comes first is as large as any: what does not fit fails at once, not in the night.
+    `padded` a pack is filled up to a multiple of ROUND tokens, which matrix units like. The pack that comes first is as large as any:
+    what does not fit fails at once, not in the night.
     """
 
     def __init__(
         self, rows: Sequence[Row], *, batch_size: int, batch_tokens: int, seed: int, pad: int,
-        epochs: int = 1, workers: int = 1, static: bool = False,
+        epochs: int = 1, workers: int = 1, padded: bool = False,
     ) -> None:  # fmt: skip
         self._ids: list[Ids] = [np.asarray(row.ids, dtype=np.int32) for row in rows]
         # position t is scored on token t + 1: the first token of a row is never learned
@@ -40,13 +40,7 @@ class Packs(Dataset[dict[str, Any]]):
         least = max(-(-sum(self._lengths[row] for row in update) // self._capacity) for update in updates)
         self.parts = next(parts for parts in range(least, max(map(len, updates)) + 1) if all(self._fits(each, parts) for each in updates))
         self.parts = -(-self.parts // workers) * workers
-        packs = [pack for update in updates for pack in self._spread(update, self.parts)]
-        self._static: tuple[int, int, int] | None = None
-        if static:
-            width = _up(max(self._tokens(pack) for pack in packs))
-            scored = _up(max(sum(len(self._scored[row]) for row in pack) for pack in packs))
-            sequences = max(len(pack) + -(-(width - self._tokens(pack)) // self.longest) for pack in packs)
-            self._static = width, scored, sequences
+        self._round = ROUND if padded else 1
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -58,7 +52,7 @@ class Packs(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return collate([self._ids[row] for row in self._packs[index]], [self._scored[row] for row in self._packs[index]],
-                       pad=self._pad, longest=self.longest, static=self._static)  # fmt: skip
+                       pad=self._pad, longest=self.longest, multiple=self._round)  # fmt: skip
 
     def rows(self) -> list[list[int]]:
         """Return the places of the rows in each pack of this epoch."""
@@ -89,45 +83,43 @@ class Packs(Dataset[dict[str, Any]]):
         return sorted(packs, key=self._tokens, reverse=True)
 
 
-def collate(
-    ids: Sequence[Ids], scored: Sequence[Ids], *, pad: int, longest: int, static: tuple[int, int, int] | None = None
-) -> dict[str, Any]:
+def collate(ids: Sequence[Ids], scored: Sequence[Ids], *, pad: int, longest: int, multiple: int = 1) -> dict[str, Any]:
     """Return one forward pass over rows put end to end.
 
     `input_ids` and `position_ids` are [1, width]; `cu_seq_lens_q` the places where rows begin, and the end, int32; `score_at` the
-    positions whose next token is learned and `targets` those tokens, [scored]. In static shapes the tails are pads: rows of pad
-    tokens, empty rows at the end, positions scored against -100. `num_tokens` and `num_targets` count without them.
+    positions whose next token is learned and `targets` those tokens, [scored]. Up to a `multiple` the width is filled with rows of pad
+    tokens, which nothing learns from, and `targets` with -100. `max_length_q` is `longest`, the same for every pack. `num_tokens` and
+    `num_targets` count without what is filled.
     """
     lengths = [len(each) for each in ids]
     num_tokens, num_targets = sum(lengths), sum(map(len, scored))
-    width, width_scored, sequences = static or (max(num_tokens, 2), max(num_targets, 1), 0)
+    width = _up(max(num_tokens, 2), multiple)
     filling = width - num_tokens
     lengths += [longest] * (filling // longest) + ([filling % longest] if filling % longest else [])
     starts = np.cumsum([0, *lengths])
     flat = np.concatenate([*ids, np.full(filling, pad, dtype=np.int32)]).astype(np.int64)
-    at = np.concatenate([*(each + start for each, start in zip(scored, starts, strict=False)), np.zeros(0, dtype=np.int64)]).astype(
-        np.int64
-    )
-    targets = np.full(width_scored, -100, dtype=np.int64)
-    targets[:num_targets] = flat[at + 1]
-    places = np.concatenate([starts, np.full(max(sequences + 1 - len(starts), 0), width)]).astype(np.int32)
-    bounds = torch.from_numpy(places)
+    at = np.zeros(_up(max(num_targets, 1), multiple), dtype=np.int64)
+    targets = np.full(len(at), -100, dtype=np.int64)
+    if num_targets:
+        at[:num_targets] = np.concatenate([each + start for each, start in zip(scored, starts, strict=False)])
+        targets[:num_targets] = flat[at[:num_targets] + 1]
+    bounds = torch.from_numpy(starts.astype(np.int32))
     return {
         "input_ids": torch.from_numpy(flat)[None],
         "position_ids": torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
-        "max_length_q": longest if static else max(lengths),
-        "max_length_k": longest if static else max(lengths),
-        "score_at": torch.from_numpy(np.concatenate([at, np.zeros(width_scored - num_targets, dtype=np.int64)])),
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "score_at": torch.from_numpy(at),
         "targets": torch.from_numpy(targets),
         "num_tokens": num_tokens,
         "num_targets": num_targets,
     }
 
 
-def _up(number: int) -> int:
-    return -(-number // ROUND) * ROUND
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _draw(seed: int, epoch: int, row: int) -> bytes:

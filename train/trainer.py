@@ -46,8 +46,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Any:
         """Return the packs of an epoch, in order."""
-        loader = DataLoader(self.packs, batch_size=1, collate_fn=_only, pin_memory=self.args.dataloader_pin_memory)
-        return self.accelerator.prepare(loader)
+        ahead: dict[str, Any] = {"num_workers": 1, "prefetch_factor": 4, "pin_memory": True} if self.args.device.type == "cuda" else {}
+        return self.accelerator.prepare(DataLoader(self.packs, batch_size=1, collate_fn=_only, **ahead))
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> torch.Tensor:
         count = torch.tensor(sum(batch["num_targets"] for batch in batch_samples), device=device)
@@ -211,7 +211,7 @@ def make_trainer(
     told: dict[str, Any] = {"batch_tokens": batch_tokens, "pad": chat.pad_id}
     steps = math.ceil(len(train) / config.batch_size) * config.epochs
     compiled = device != "cpu" and steps >= COMPILED_STEPS if config.compile is None else config.compile
-    packs = Packs(train, batch_size=config.batch_size, seed=config.seed, epochs=epochs, workers=workers, static=compiled, **told)
+    packs = Packs(train, batch_size=config.batch_size, seed=config.seed, epochs=epochs, workers=workers, padded=device != "cpu", **told)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers 5.24 renames gradient_checkpointing, 5.17 knows no other name
         arguments = _arguments(config, checkpoints, device, half, packs.parts // workers, bool(validation))
@@ -254,7 +254,7 @@ def token_flops(model: Any, mean_length: float) -> float:
 def compile_layers(model: Any) -> None:
     """Compile each decoder layer in place: layers share their code, so it is compiled once, in seconds, and not the model in minutes."""
     for layer in model.base_model.layers:
-        layer.compile(dynamic=False)
+        layer.compile(dynamic=True)  # packs differ in length: one piece of code serves them all
 
 
 def unwrapped(trainer: Trainer) -> Any:
@@ -297,6 +297,7 @@ def _arguments(
         seed=config.seed,
         data_seed=config.seed,
         dataloader_pin_memory=device != "cpu",
+        accelerator_config={"non_blocking": True},
         disable_tqdm=True,
         report_to="none",
     )

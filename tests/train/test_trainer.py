@@ -65,14 +65,13 @@ def test_a_pack_is_its_rows_end_to_end() -> None:
     assert (batch["num_tokens"], batch["num_targets"]) == (len(ids), len(wanted))
 
 
-def test_static_packs_all_have_the_same_shapes_and_the_same_content() -> None:
-    made, plain = packs(static=True), packs()
-    shapes = {tuple((name, tuple(value.shape)) for name, value in made[n].items() if hasattr(value, "shape")) for n in range(len(made))}
-    assert len(shapes) == 1
-    assert len({made[n]["max_length_q"] for n in range(len(made))}) == 1
+def test_padded_packs_have_round_shapes_and_the_same_content() -> None:
+    made, plain = packs(padded=True), packs()
     for n in range(len(made)):
         batch, other = made[n], plain[n]
+        assert batch["input_ids"].shape[1] % 128 == batch["targets"].shape[0] % 128 == 0
         size = other["num_tokens"]
+        assert batch["input_ids"].shape[1] - size < 128
         assert batch["input_ids"][0, :size].tolist() == other["input_ids"][0].tolist()
         assert set(batch["input_ids"][0, size:].tolist()) <= {1}
         assert batch["targets"][: other["num_targets"]].tolist() == other["targets"].tolist()
@@ -83,8 +82,8 @@ def test_static_packs_all_have_the_same_shapes_and_the_same_content() -> None:
         assert max(np.diff(bounds)) <= made.longest
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_the_loss_of_a_pack_is_that_of_its_rows_alone(tiny_model, static: bool) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_loss_of_a_pack_is_that_of_its_rows_alone(tiny_model, padded: bool) -> None:
     rows = [row(length) for length in (5, 60, 2, 33, 90, 17)]
     model = load_model(resolve_model(tiny_model), dtype="float32")
     alone = 0.0
@@ -98,7 +97,7 @@ def test_the_loss_of_a_pack_is_that_of_its_rows_alone(tiny_model, static: bool) 
     grads = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     model.zero_grad()
     use_packed_attention(model)
-    batch = packs(rows, batch_size=6, batch_tokens=4096, static=static)[0]
+    batch = packs(rows, batch_size=6, batch_tokens=4096, padded=padded)[0]
     together = loss_sum(model, batch)
     together.backward()
     assert float(together) == pytest.approx(alone, rel=1e-5)
