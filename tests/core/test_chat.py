@@ -4,6 +4,7 @@ import json
 import logging
 import random
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -723,3 +724,24 @@ def test_tool_conversations_render_wherever_the_template_knows_tools() -> None:
             assert "Rome" in said, name
             assert '"sunny"' not in said, name
             assert "\nsunny" not in said, name
+
+
+QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen2.5", "llama3.1", "plain"])
+def test_a_tokenizer_that_normalises_and_keeps_newlines_together(name: str) -> None:
+    """As Qwen's: NFC, and a run of newlines is one piece, so that an answer's first newline joins the one before it."""
+    from tokenizers import Regex
+
+    template, strips, end = EXACT[name]
+    tokenizer = make_tokenizer(template, specials="<|im_end|><|im_start|><|eot_id|></s>")
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    chat = Chat(tokenizer)
+    for messages in conversations(seed=13, count=60):
+        composed = [{**each, "content": unicodedata.normalize("NFC", each["content"])} for each in messages]
+        check_properties(chat, composed, strips=strips, end=end)
+        assert chat.render(messages) == chat.render(composed)
