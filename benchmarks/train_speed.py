@@ -173,7 +173,9 @@ def main() -> None:
     parser.add_argument("--shapes", default="135m,0.5b,1.5b,lora-0.6b")
     parser.add_argument("--out", default="train_speed.jsonl")
     parser.add_argument("--step-tokens", type=int, default=65_536)
-    parser.add_argument("--variants", default="", help="words that a variant's name must hold, separated by commas; all without")
+    parser.add_argument(
+        "--variants", default="", help="words of which a variant's name must hold one, separated by semicolons; all without"
+    )
     arguments = parser.parse_args()
     chat = load_chat(resolve_model(arguments.tokenizer))
     quiet = TrainConfig(validation=0)
@@ -202,7 +204,7 @@ def main() -> None:
                     )
                 )
         for name, measure in variants:
-            if arguments.variants and not any(word in name for word in arguments.variants.split(",")):
+            if arguments.variants and not any(word in name for word in arguments.variants.split(";")):
                 continue
             torch.cuda.empty_cache()
             if DEVICE == "cuda":

@@ -16,17 +16,24 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, softcap: float, scale: float
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        softcap: float,
+        scale: float,
+        compiled: bool = False,
     ) -> torch.Tensor:
         """hidden [N, H], weight [V, H], bias [V], targets [N] → a float32 scalar. softcap 0 is none; scale multiplies the logits."""
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        size = max(256, ELEMENTS // weight.shape[0])
+        size = -(-len(hidden) // -(-len(hidden) * weight.shape[0] // ELEMENTS))  # pieces of one size: their code is compiled once or twice
         matrix = weight.to(hidden.dtype)
         total = torch.zeros((), device=hidden.device, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
-        losses = _compiled_losses if hidden.is_cuda else _losses
+        losses = _compiled_losses if compiled else _losses
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), size):
                 part, wanted = hidden[start : start + size], targets[start : start + size]
@@ -52,7 +59,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             None if grad is None else (grad * outer[0].to(grad.dtype)).to(kind)
             for grad, kind in zip(ctx.saved_tensors, ctx.formats, strict=True)
         ]
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 def _losses(logits: torch.Tensor, targets: torch.Tensor, softcap: float, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,7 +79,7 @@ def _losses(logits: torch.Tensor, targets: torch.Tensor, softcap: float, scale: 
     return loss, (grad * scale).to(logits.dtype)
 
 
-_compiled_losses = torch.compile(_losses, dynamic=True)
+_compiled_losses = torch.compile(_losses, dynamic=False)
 
 
 def head_of(model: Any) -> tuple[Any, float, float] | None:
@@ -98,4 +105,4 @@ def loss_sum(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     scored = hidden[batch["score_at"]]
     if torch.is_autocast_enabled(hidden.device.type):
         scored = scored.to(torch.get_autocast_dtype(hidden.device.type))
-    return LinearCrossEntropy.apply(scored, head.weight, head.bias, batch["targets"], softcap, scale)
+    return LinearCrossEntropy.apply(scored, head.weight, head.bias, batch["targets"], softcap, scale, batch["static"])

@@ -13,35 +13,45 @@ from torch.utils.data import Dataset
 from .data import Row
 
 Ids = npt.NDArray[np.int32]
-ROUND = 128  # padded shapes are multiples of this: what matrix units like
+GROUP = 16  # updates among which rows are dealt by length
+ROUND = 128  # static shapes are multiples of this: what matrix units like
 
 
 class Packs(Dataset[dict[str, Any]]):
     """The forward passes of an epoch. Item i is one pack: whole rows, one after another, as the tensors of one forward pass.
 
-    An update of the optimizer has `batch_size` rows, drawn by seed and epoch alone. They are spread over `parts` packs of at most
-    `batch_tokens` tokens (a longer row is a pack of its own), so what an update learns from does not depend on the memory. With
-    `padded` a pack is filled up to a multiple of ROUND tokens, which matrix units like. The pack that comes first is as large as any:
-    what does not fit fails at once, not in the night.
+    An update of the optimizer has `batch_size` rows, drawn by seed and epoch alone, short and long ones in like shares. They are spread
+    over `parts` packs of at most `batch_tokens` tokens (a longer row is a pack of its own), so what an update learns from does not
+    depend on the memory. The pack that comes first is as large as any: what does not fit fails at once, not in the night.
     """
 
     def __init__(
-        self, rows: Sequence[Row], *, batch_size: int, batch_tokens: int, seed: int, pad: int,
-        epochs: int = 1, workers: int = 1, padded: bool = False,
-    ) -> None:  # fmt: skip
+        self, rows: Sequence[Row], *, batch_size: int, batch_tokens: int, seed: int, pad: int, epochs: int = 1, workers: int = 1
+    ) -> None:
         self._ids: list[Ids] = [np.asarray(row.ids, dtype=np.int32) for row in rows]
         # position t is scored on token t + 1: the first token of a row is never learned
         self._scored: list[Ids] = [np.flatnonzero(np.asarray(row.mask[1:], dtype=bool)).astype(np.int32) for row in rows]
         self._lengths = [len(row.ids) for row in rows]
-        self._seed, self._pad, self._size = seed, pad, batch_size
+        self._seed, self._pad, self._size, self._epochs = seed, pad, batch_size, epochs
         self.longest = max(self._lengths)
         self._capacity = max(batch_tokens, self.longest)
+        self._shape: tuple[int, int, int] | None = None
         updates = [update for epoch in range(epochs) for update in self._updates(epoch)]
         least = max(-(-sum(self._lengths[row] for row in update) // self._capacity) for update in updates)
         self.parts = next(parts for parts in range(least, max(map(len, updates)) + 1) if all(self._fits(each, parts) for each in updates))
         self.parts = -(-self.parts // workers) * workers
-        self._round = ROUND if padded else 1
         self.set_epoch(0)
+
+    def largest_shape(self) -> tuple[int, int, int]:
+        """Return the most tokens, scored positions and rows that a pack of any epoch has, rounded up for matrix units."""
+        packs = [pack for epoch in range(self._epochs) for update in self._updates(epoch) for pack in self._spread(update, self.parts)]
+        scored = max(sum(len(self._scored[row]) for row in pack) for pack in packs)
+        return _up(max(map(self._tokens, packs))), _up(scored), max(map(len, packs))
+
+    def pad_to(self, shape: tuple[int, int, int]) -> None:
+        """Give all packs one shape, which compiled code needs: the rest is pad tokens that nothing attends to or learns from."""
+        width, scored, rows = shape
+        self._shape = width, scored, rows + -(-width // self.longest)  # what is filled in comes in rows of at most `longest`
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose packs are given."""
@@ -52,19 +62,28 @@ class Packs(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return collate([self._ids[row] for row in self._packs[index]], [self._scored[row] for row in self._packs[index]],
-                       pad=self._pad, longest=self.longest, multiple=self._round)  # fmt: skip
+                       pad=self._pad, longest=self.longest, static=self._shape)  # fmt: skip
 
     def rows(self) -> list[list[int]]:
         """Return the places of the rows in each pack of this epoch."""
         return self._packs
 
     def _updates(self, epoch: int) -> list[list[int]]:
+        """Draw the rows of each update: shuffled, then dealt by length within a group of updates, so that these are nearly of one size."""
         shuffled = sorted(range(len(self._lengths)), key=lambda row: _draw(self._seed, epoch, row))
-        updates = [shuffled[start : start + self._size] for start in range(0, len(shuffled), self._size)]
-        largest = max(range(len(updates)), key=lambda place: self._tokens(updates[place]))
-        if largest and len(updates[largest]) == self._size:
+        whole = len(shuffled) - len(shuffled) % self._size
+        updates: list[list[int]] = []
+        for start in range(0, whole, GROUP * self._size):
+            group = sorted(shuffled[start : min(start + GROUP * self._size, whole)], key=lambda row: -self._lengths[row])
+            dealt: list[list[int]] = [[] for _ in range(len(group) // self._size)]
+            for place, row in enumerate(group):
+                turn, seat = divmod(place, len(dealt))
+                dealt[seat if turn % 2 == 0 else -1 - seat].append(row)
+            updates += sorted(dealt, key=lambda update: _draw(self._seed, epoch, update[0]))
+        if updates:
+            largest = max(range(len(updates)), key=lambda place: self._tokens(updates[place]))
             updates.insert(0, updates.pop(largest))
-        return updates
+        return [*updates, shuffled[whole:]] if whole < len(shuffled) else updates
 
     def _tokens(self, pack: Sequence[int]) -> int:
         return sum(self._lengths[row] for row in pack)
@@ -83,43 +102,46 @@ class Packs(Dataset[dict[str, Any]]):
         return sorted(packs, key=self._tokens, reverse=True)
 
 
-def collate(ids: Sequence[Ids], scored: Sequence[Ids], *, pad: int, longest: int, multiple: int = 1) -> dict[str, Any]:
+def collate(
+    ids: Sequence[Ids], scored: Sequence[Ids], *, pad: int, longest: int, static: tuple[int, int, int] | None = None
+) -> dict[str, Any]:
     """Return one forward pass over rows put end to end.
 
     `input_ids` and `position_ids` are [1, width]; `cu_seq_lens_q` the places where rows begin, and the end, int32; `score_at` the
-    positions whose next token is learned and `targets` those tokens, [scored]. Up to a `multiple` the width is filled with rows of pad
-    tokens, which nothing learns from, and `targets` with -100. `max_length_q` is `longest`, the same for every pack. `num_tokens` and
-    `num_targets` count without what is filled.
+    positions whose next token is learned and `targets` those tokens, [scored]. In static shapes the tails are pads: rows of pad
+    tokens, empty rows at the end, positions scored against -100. `num_tokens` and `num_targets` count without them.
     """
     lengths = [len(each) for each in ids]
     num_tokens, num_targets = sum(lengths), sum(map(len, scored))
-    width = _up(max(num_tokens, 2), multiple)
+    width, width_scored, sequences = static or (max(num_tokens, 2), max(num_targets, 1), 0)
     filling = width - num_tokens
     lengths += [longest] * (filling // longest) + ([filling % longest] if filling % longest else [])
     starts = np.cumsum([0, *lengths])
     flat = np.concatenate([*ids, np.full(filling, pad, dtype=np.int32)]).astype(np.int64)
-    at = np.zeros(_up(max(num_targets, 1), multiple), dtype=np.int64)
-    targets = np.full(len(at), -100, dtype=np.int64)
-    if num_targets:
-        at[:num_targets] = np.concatenate([each + start for each, start in zip(scored, starts, strict=False)])
-        targets[:num_targets] = flat[at[:num_targets] + 1]
-    bounds = torch.from_numpy(starts.astype(np.int32))
+    at = np.concatenate([*(each + start for each, start in zip(scored, starts, strict=False)), np.zeros(0, dtype=np.int64)]).astype(
+        np.int64
+    )
+    targets = np.full(width_scored, -100, dtype=np.int64)
+    targets[:num_targets] = flat[at + 1]
+    places = np.concatenate([starts, np.full(max(sequences + 1 - len(starts), 0), width)]).astype(np.int32)
+    bounds = torch.from_numpy(places)
     return {
         "input_ids": torch.from_numpy(flat)[None],
         "position_ids": torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
-        "max_length_q": longest,
-        "max_length_k": longest,
-        "score_at": torch.from_numpy(at),
+        "max_length_q": longest if static else max(lengths),
+        "max_length_k": longest if static else max(lengths),
+        "score_at": torch.from_numpy(np.concatenate([at, np.zeros(width_scored - num_targets, dtype=np.int64)])),
         "targets": torch.from_numpy(targets),
         "num_tokens": num_tokens,
         "num_targets": num_targets,
+        "static": static is not None,
     }
 
 
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+def _up(number: int) -> int:
+    return -(-number // ROUND) * ROUND
 
 
 def _draw(seed: int, epoch: int, row: int) -> bytes:
