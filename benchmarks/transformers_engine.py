@@ -68,7 +68,9 @@ def main() -> None:
         for name, run in (("generate", theirs), ("sftkit", ours)):
             tokens, seconds, waited = run(engine, requests)
             results[name].append((tokens / seconds, waited))
-            print(f"{name:9} {tokens:7,} tokens  {seconds:6.1f} s  {tokens / seconds:7.1f} tokens/s  answers wait {waited:5.1f} s", flush=True)
+            print(
+                f"{name:9} {tokens:7,} tokens  {seconds:6.1f} s  {tokens / seconds:7.1f} tokens/s  answers wait {waited:5.1f} s", flush=True
+            )
     rates = {name: statistics.median(rate for rate, _ in found) for name, found in results.items()}
     print(f"median ratio sftkit / generate: {rates['sftkit'] / rates['generate']:.2f}")
 

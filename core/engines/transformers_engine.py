@@ -273,4 +273,3 @@ def open(model: str, config: EngineConfig, *, revision: str | None = None) -> Tr
     if config.dtype == "auto" and loaded.dtype != torch.float32:
         loaded = loaded.to(half_precision(device) or torch.float32)
     return TransformersEngine(loaded.to(device), chat, identity=model_identity(ref), batch_tokens=config.batch_tokens)
-
