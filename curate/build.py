@@ -101,7 +101,8 @@ def planned_stages(config: BuildConfig) -> list[str]:
     """Return the stages that decide in a build, in order."""
     stages = ["best"] * bool(config.best) + ["filter"] * bool(config.filter)
     if config.dedup:
-        stages += ["dedup_exact"] * config.dedup.exact + ["dedup_semantic"] * (config.dedup.semantic is not None)
+        asked = (config.dedup.exact, config.dedup.minhash is not None, config.dedup.semantic is not None)
+        stages += [f"dedup_{name}" for name, wanted in zip(("exact", "minhash", "semantic"), asked, strict=True) if wanted]
     return stages + ["heldout"] * bool(config.heldout) + ["select"] * bool(config.select)
 
 

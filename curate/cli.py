@@ -239,10 +239,13 @@ def filter_(run: str, out: Path | None, settings: Path | None, **options: Any) -
 @curate.command()
 @decide_options
 @config_option(DedupConfig, "exact")
+@config_option(DedupConfig, "minhash")
+@config_option(DedupConfig, "candidates")
 @config_option(DedupConfig, "semantic")
-@click.option("--no-semantic", is_flag=True, help="Exact duplicates only: no embeddings are made.")
+@click.option("--no-semantic", is_flag=True, help="No duplicates by meaning: no embeddings are made.")
 @config_option(DedupConfig, "on")
 @config_option(DedupConfig, "by")
+@config_option(DedupConfig, "against")
 @config_option(EmbedConfig, "model")
 def dedup(run: str, out: Path | None, settings: Path | None, no_semantic: bool, **options: Any) -> None:
     """Remove rows of a RUN that an earlier (or better) row stands for; each names that row.
@@ -250,7 +253,8 @@ def dedup(run: str, out: Path | None, settings: Path | None, no_semantic: bool, 
     \b
     sftkit curate dedup runs/a
     sftkit curate dedup runs/a --semantic 0.9 --on prompt --by numeric
-    sftkit curate dedup data.jsonl -o runs/b --no-semantic
+    sftkit curate dedup data.jsonl -o runs/b --no-semantic --minhash 0.8      the same words, nearly
+    sftkit curate dedup runs/a --against older.jsonl                          what that set has already goes too
     """
     from .dedup import dedup
     from .intake import open_run

@@ -162,16 +162,43 @@ class DedupConfig:
     """What counts as the same row."""
 
     exact: bool = setting(True, "Remove rows whose text is the same after NFKC, case folding and collapse of white space.")
+    minhash: float | None = setting(None, "Remove rows whose 5-word shingles have this Jaccard similarity with a kept row's, as 0.8.")
+    candidates: str = setting(
+        "exact", "What proposes near duplicates: exact misses none; lsh takes 25 bands of 10 MinHashes.", choices=("exact", "lsh")
+    )
     semantic: float | None = setting(0.95, "Remove rows whose cosine with a kept row is this or more; none skips the embeddings.")
     on: str = setting("pair", "What is compared: prompt and answer, or the prompt alone.", choices=TEXTS)
     by: tuple[str, ...] = setting((), "Score that decides which of two stays, highest first (`-NAME` lowest); else the earlier one stays.")
+    against: str | None = setting(None, "A second set, never changed: rows that one of its rows stands for are removed too.")
     embed: EmbedConfig = field(default_factory=EmbedConfig, metadata={"help": "How texts become vectors."})
 
     def __post_init__(self) -> None:
-        if self.semantic is not None and not 0 < self.semantic <= 1:
-            raise UserError(f"semantic: expected a cosine above 0 and up to 1, found {self.semantic}")
-        if not self.exact and self.semantic is None:
-            raise UserError("dedup: neither exact nor semantic is asked for, so there is nothing to do")
+        for name, measure in (("minhash", "a Jaccard similarity"), ("semantic", "a cosine")):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise UserError(f"{name}: expected {measure} above 0 and up to 1, found {value}; a distance of d is given as 1 - d")
+        if not self.exact and self.minhash is None and self.semantic is None:
+            raise UserError("dedup: neither exact nor semantic is asked for, nor minhash, so there is nothing to do")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecontaminateConfig:
+    """What counts as a copy of a benchmark's item."""
+
+    benchmarks: tuple[str, ...] = setting(
+        ("gsm8k", "ifeval", "mmlu", "humaneval", "mt-bench"), "Benchmarks: the names of those that come along, or data files."
+    )
+    ngram: int = setting(8, "Words in a row that count as copied: 8 finds more, 13 is the stricter and older measure.")
+    min_coverage: float = setting(0.5, "Share of an item's words that copied runs must cover; 0: any copied run will do.")
+    on: str = setting("pair", "Where copies are looked for: in every turn, or in all but the answer.", choices=TEXTS)
+
+    def __post_init__(self) -> None:
+        if self.ngram < 8:
+            raise UserError(f"ngram: expected 8 words or more (13 is the other usual one), found {self.ngram}")
+        if not 0 <= self.min_coverage <= 1:
+            raise UserError(f"min_coverage: expected a share between 0 and 1, found {self.min_coverage}")
+        if not self.benchmarks:
+            raise UserError("decontaminate: no benchmark is given; without the section `decontaminate` nothing is looked for")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +245,9 @@ class BuildConfig:
     score: ScoreConfig | None = field(default=None, metadata={"help": "Attach scores."})
     best: BestConfig | None = field(default=None, metadata={"help": "Choose among the samples of each prompt."})
     filter: FilterConfig | None = field(default=None, metadata={"help": "Reject rows by rules."})
+    decontaminate: DecontaminateConfig | None = field(
+        default_factory=DecontaminateConfig, metadata={"help": "Remove rows that hold an item of a benchmark; null leaves them in."}
+    )
     dedup: DedupConfig | None = field(default_factory=DedupConfig, metadata={"help": "Remove duplicates."})
     heldout: HeldoutConfig | None = field(default=None, metadata={"help": "Set prompts aside for evaluation."})
     select: SelectConfig | None = field(default=None, metadata={"help": "Take the rows that fit a budget."})

@@ -1,44 +1,71 @@
-"""Remove rows that another row stands for: the same text, or nearly the same meaning."""
+"""Remove rows that another row stands for: the same text, nearly the same words, or nearly the same meaning."""
 
 import hashlib
 import json
+import logging
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from ..core.config import to_mapping
 from ..core.example import Decision
+from ..core.formats import read_examples
 from ..core.progress import Progress
 from ..core.run import Run
 from .config import DedupConfig
 from .embed import embed_rows
-from .rows import Outcome, input_rows, keys, record, row_ids
+from .rows import Outcome, input_rows, keys, record, row_ids, split_texts
 from .score import best_first, sort_columns
 from .similarity import BLOCK, MARGIN, TILE, Candidates, Cosines, Indices, Vectors, exact_cosines
 
+log = logging.getLogger(__name__)
+
 
 def dedup(run: Run, config: DedupConfig) -> list[Outcome]:
-    """Remove duplicates, as the stages "dedup_exact" and "dedup_semantic"; return what each did.
+    """Remove duplicates, as the stages "dedup_exact", "dedup_minhash" and "dedup_semantic"; return what each did.
 
     Rows are visited in the order of the scores `by`, best first, without any in input order. A row stays unless a row that
-    stayed before it stands for it; that row is its witness.
+    stayed before it stands for it; that row is its witness. The rows of a second set, `against`, are visited before all others
+    and all of them stay; as witnesses they are called FILE:ID.
     """
+    second = read_second(config.against, config.on) if config.against is not None else pl.DataFrame(schema=COMPARED)
     outcomes = []
     run.configure("dedup", to_mapping(config), free=("*",))
     if config.exact:
-        rows = input_rows(run, "dedup_exact")
-        order = visiting_order(run, rows, config.by)
-        outcomes.append(_record(run, "dedup_exact", rows, "exact_duplicate", exact_duplicates(texts(rows, config.on), order)))
+        stage = _Stage(run, "dedup_exact", "exact_duplicate", second, config.by)
+        outcomes.append(stage.decided(exact_duplicates(texts(stage.all, config.on), stage.order, given=len(second))))
+    if config.minhash is not None:
+        from .minhash import band_keys, near_duplicates, shingle_sets
+
+        stage = _Stage(run, "dedup_minhash", "near_duplicate", second, config.by)
+        shingles = shingle_sets(["\n".join(parts) for parts in texts(stage.all, config.on)])
+        keys = band_keys(shingles) if config.candidates == "lsh" else None
+        witness, near = near_duplicates(shingles, config.minhash, stage.order, keys=keys, given=len(second))
+        outcomes.append(stage.decided(_removed(witness, near), config.minhash))
     if config.semantic is not None:
-        rows = input_rows(run, "dedup_semantic")
-        order = visiting_order(run, rows, config.by)
-        vectors = embed_rows(run, rows, config.on, config.embed)
-        witness, cosine = cover(vectors, config.semantic, order)
-        removed = {int(row): (int(witness[row]), float(cosine[row])) for row in np.flatnonzero(witness >= 0)}
-        outcomes.append(_record(run, "dedup_semantic", rows, "semantic_duplicate", removed, config.semantic))
+        stage = _Stage(run, "dedup_semantic", "semantic_duplicate", second, config.by)
+        vectors = embed_rows(run, stage.all, config.on, config.embed)
+        witness, near = cover(vectors, config.semantic, stage.order, given=len(second))
+        outcomes.append(stage.decided(_removed(witness, near), config.semantic))
     return outcomes
+
+
+COMPARED = {"id": pl.String, "messages": pl.String, "prompt": pl.String, "response": pl.String}
+
+
+def read_second(source: str, on: str) -> pl.DataFrame:
+    """Return the rows of a second set, columns as in COMPARED; each is called by the file's name and its id."""
+    rows = []
+    for example in read_examples(source):
+        prompt, response = split_texts(example.messages)
+        rows.append((f"{Path(source).name}:{example.id}", json.dumps(example.messages, ensure_ascii=False), prompt, response))
+    found = pl.DataFrame(rows, schema=COMPARED, orient="row")
+    if on == "pair" and found["response"].null_count() == len(found):
+        log.warning("%s: its rows have no answers, so none is like a pair of prompt and answer; compare prompts alone, on: prompt", source)
+    return found
 
 
 def visiting_order(run: Run, rows: pl.DataFrame, by: Sequence[str]) -> list[int]:
@@ -55,28 +82,34 @@ def texts(rows: pl.DataFrame, on: str) -> list[tuple[str, ...]]:
 
 
 def normalised(text: str) -> str:
-    """Return a text after NFKC, case folding and collapse of white space."""
+    """Return a text after NFKC, case folding and collapse of white space. Of ASCII, lower case is all of that, and quicker."""
+    if text.isascii():
+        return " ".join(text.lower().split())
     return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
-def exact_duplicates(texts: Sequence[tuple[str, ...]], order: Sequence[int]) -> dict[int, tuple[int, None]]:
-    """Return for each repeated text but the first in `order` that first one, by their places in `texts`."""
+def exact_duplicates(texts: Sequence[tuple[str, ...]], order: Sequence[int], *, given: int = 0) -> dict[int, tuple[int, None]]:
+    """Return for each repeated text but the first in `order` that first one, by their places in `texts`.
+
+    The first `given` rows of the order stay even if repeated.
+    """
     first: dict[bytes, int] = {}
     removed: dict[int, tuple[int, None]] = {}
-    for row in order:
+    for place, row in enumerate(order):
         parts = json.dumps([normalised(part) for part in texts[row]])
         digest = hashlib.sha256(parts.encode()).digest()[:16]
-        if first.setdefault(digest, row) != row:
+        if first.setdefault(digest, row) != row and place >= given:
             removed[row] = (first[digest], None)
     return removed
 
 
-def cover(vectors: Vectors, threshold: float, order: Sequence[int], *, block: int = BLOCK) -> tuple[Indices, Cosines]:
+def cover(vectors: Vectors, threshold: float, order: Sequence[int], *, block: int = BLOCK, given: int = 0) -> tuple[Indices, Cosines]:
     """Return the witness of each row, -1 for those that stay, and the cosine with it: greedy cover.
 
     Rows are visited in `order`; one stays if and only if its cosine with every row that stayed before is below the threshold
     (cosines by `exact_cosines`). The witness is the most similar of these, of equals the one visited first. The outcome
-    depends on the order and not on the block size. Costs n²·d/2 multiplications at most, and memory for block × 8192 cosines.
+    depends on the order and not on the block size. The first `given` rows of the order stay whatever they are like.
+    Costs n²·d/2 multiplications at most, and memory for block × 8192 cosines.
     """
     visit = np.asarray(order, dtype=np.int64)
     witness, cosine = np.full(len(vectors), -1, dtype=np.int64), np.zeros(len(vectors))
@@ -99,7 +132,7 @@ def cover(vectors: Vectors, threshold: float, order: Sequence[int], *, block: in
                     where = np.concatenate([where, rows[close]])
                     near = np.concatenate([near, exact_cosines(vectors, np.full(len(close), row), rows[close])])
                 best = int(np.argmax(near)) if len(near) else -1
-                if best >= 0 and near[best] >= threshold:
+                if best >= 0 and near[best] >= threshold and start + place >= given:
                     witness[row], cosine[row] = where[best], near[best]
                 else:
                     here[place] = True
@@ -110,20 +143,29 @@ def cover(vectors: Vectors, threshold: float, order: Sequence[int], *, block: in
     return witness, cosine
 
 
-def _record(
-    run: Run,
-    stage: str,
-    rows: pl.DataFrame,
-    rule: str,
-    removed: dict[int, tuple[int, float]] | dict[int, tuple[int, None]],
-    threshold: float | None = None,
-) -> Outcome:
-    names, ids = keys(rows), row_ids(rows)
-    decisions = []
-    for row, (example_id, index) in enumerate(names):
-        if row in removed:
-            witness, score = removed[row]
-            decisions.append(Decision(example_id, index, stage, "rejected", rule, score, threshold, ids[witness]))
-        else:
-            decisions.append(Decision(example_id, index, stage, "kept"))
-    return record(run, stage, rows, decisions)
+class _Stage:
+    """The rows that a stage decides on, behind those of the second set."""
+
+    def __init__(self, run: Run, name: str, rule: str, second: pl.DataFrame, by: Sequence[str]) -> None:
+        self.run, self.name, self.rule = run, name, rule
+        self.rows = input_rows(run, name)
+        own = self.rows.select(pl.Series("id", row_ids(self.rows), pl.String), "messages", "prompt", "response")
+        self.all = pl.concat([second, own])
+        self.num_given = len(second)
+        self.order = [*range(len(second)), *(len(second) + row for row in visiting_order(run, self.rows, by))]
+
+    def decided(self, removed: Mapping[int, tuple[int, float | None]], threshold: float | None = None) -> Outcome:
+        """Record the stage: for each row that was removed, by its place in `all`, its witness and how like it is."""
+        ids = self.all["id"].to_list()
+        decisions = []
+        for row, (example_id, index) in enumerate(keys(self.rows), start=self.num_given):
+            if row in removed:
+                witness, score = removed[row]
+                decisions.append(Decision(example_id, index, self.name, "rejected", self.rule, score, threshold, ids[witness]))
+            else:
+                decisions.append(Decision(example_id, index, self.name, "kept"))
+        return record(self.run, self.name, self.rows, decisions)
+
+
+def _removed(witness: Indices, near: Cosines) -> dict[int, tuple[int, float]]:
+    return {int(row): (int(witness[row]), float(near[row])) for row in np.flatnonzero(witness >= 0)}
