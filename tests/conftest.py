@@ -1,9 +1,14 @@
 """Models and data for the tests: tiny checkpoints made on the spot, two real small ones, and the shared data where it lies."""
 
+import logging
 import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from sftkit.cli import sftkit
+from sftkit.core.cli import run_command_line
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -100,3 +105,23 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no shared data: set SFTKIT_SHARED_DATA")
     return folder
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """Run the command line in this process; return exit code, stdout, stderr. Afterwards the log is as it was."""
+    logger = logging.getLogger("sftkit")
+    before = logger.handlers, logger.level, logger.propagate
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sftkit", *map(str, arguments)])
+        code = 0
+        try:
+            run_command_line(sftkit)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    yield call
+    logger.handlers, logger.level, logger.propagate = before

@@ -6,17 +6,14 @@ import hashlib
 import json
 import logging
 import re
-import sys
 import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sftkit.cli import sftkit
 from sftkit.core import catalogue
 from sftkit.core.catalogue import CATALOGUE, CatalogueEntry, Wheel, cache_dir, cached, entry, fetch, model_dir, table
-from sftkit.core.cli import run_command_line
 from sftkit.core.errors import UserError
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -68,23 +65,6 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for each in added:
         monkeypatch.setitem(CATALOGUE, each.alias, each)
     return folder
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """Run the command line in this process; return exit code, stdout, stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sftkit", *arguments])
-        code = 0
-        try:
-            run_command_line(sftkit)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
 
 
 def test_each_entry_is_pinned() -> None:

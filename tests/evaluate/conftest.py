@@ -1,16 +1,12 @@
 """Models to compare: the tiny chat model, one that was trained a little, and a watch on what is opened and asked."""
 
-import logging
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sftkit.cli import sftkit
 from sftkit.core.chat import load_chat
-from sftkit.core.cli import run_command_line
 from sftkit.core.models import load_model, resolve_model
 from sftkit.evaluate import models as models_module
 
@@ -48,26 +44,6 @@ def trained_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The tiny chat model after it has learnt to answer every question with ANSWER, and to stop."""
     rows = [conversation(question, ANSWER) for question in QUESTIONS]
     return retrain(tiny_model, tmp_path_factory.mktemp("models") / "trained", rows, 60)
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[int, str, str]]]:
-    """Run `sftkit evaluate` in this process; return exit code, stdout, stderr. Afterwards the log is as it was."""
-    logger = logging.getLogger("sftkit")
-    before = logger.handlers, logger.level, logger.propagate
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sftkit", "evaluate", *map(str, arguments)])
-        code = 0
-        try:
-            run_command_line(sftkit)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    yield call
-    logger.handlers, logger.level, logger.propagate = before
 
 
 class Watch:

@@ -58,7 +58,7 @@ def test_a_wrong_model_option_is_one_line(texts: list[str], message: str) -> Non
 )
 def test_mistakes(arguments: tuple[str, ...], words: list[str], cli: Cli, tiny_model: Path, heldout: Path) -> None:
     filled = [each.replace("TINY", str(tiny_model)).replace("HELDOUT", str(heldout)) for each in arguments]
-    code, out, err = cli(*filled)
+    code, out, err = cli("evaluate", *filled)
     assert (code, out) == (1, "")
     line = err.strip().splitlines()[-1]
     assert line.startswith("error: ")
@@ -70,7 +70,7 @@ def test_mistakes(arguments: tuple[str, ...], words: list[str], cli: Cli, tiny_m
 def test_an_unknown_setting_names_the_nearest(tmp_path: Path, tiny_model: Path, cli: Cli) -> None:
     config = tmp_path / "compare.yaml"
     config.write_text("max_tokens: 5\n")
-    code, _, err = cli("compare", "--model", f"a={tiny_model}", "--config", config)
+    code, _, err = cli("evaluate", "compare", "--model", f"a={tiny_model}", "--config", config)
     assert code == 1
     assert "compare.yaml: unknown setting 'max_tokens': did you mean 'max_new_tokens'?" in err
 
@@ -80,7 +80,7 @@ def test_compare_prints_the_answers_and_options_win_over_the_file(tmp_path: Path
     config.write_text("max_new_tokens: 50\nengine: {dtype: float32, device: cpu}\n")
     run = tmp_path / "run"
     arguments = ("compare", "--model", f"base={tiny_model}", "--model", f"sft={trained_model}", "--config", config, "-o", run)
-    code, out, err = cli(*arguments, "--max-new-tokens", 9, "--engine", "transformers")
+    code, out, err = cli("evaluate", *arguments, "--max-new-tokens", 9, "--engine", "transformers")
     assert code == 0, err
     assert "question 3 of 3: What's the difference between thread and process?" in out
     assert "cut after 9 tokens" in out
@@ -99,7 +99,7 @@ def test_loss_prints_the_numbers_and_keeps_nothing_without_a_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    code, out, err = cli("loss", heldout, "--model", f"base={tiny_model}", "--model", f"sft={trained_model}", "--resamples", 1000)
+    code, out, err = cli("evaluate", "loss", heldout, "--model", f"base={tiny_model}", "--model", f"sft={trained_model}", "--resamples", 1000)
     assert code == 0, err
     assert "4 of 4 rows, 4 prompts" in out
     assert "bits per byte" in out

@@ -215,7 +215,7 @@ def test_without_a_run_folder_nothing_is_kept_and_ctrl_c_says_so(tiny_model: Pat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compare_module, "_generate", interrupted)
-    code, _, err = cli("compare", "--model", f"a={tiny_model}")
+    code, _, err = cli("evaluate", "compare", "--model", f"a={tiny_model}")
     assert code == 130
     assert err.endswith("stopped. Nothing is kept without -o RUN.\n")
     assert not seen[0].exists()
