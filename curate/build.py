@@ -93,7 +93,7 @@ def check_early(out: Path, config: BuildConfig) -> None:
             check_score_name(Run(out), name.removeprefix("-"))
     if config.dedup and config.dedup.semantic is not None:
         resolve_model(config.dedup.embed.model)
-    if config.select and config.select.method == "k-center":
+    if config.select and config.select.needs_vectors:
         resolve_model(config.select.embed.model)
 
 

@@ -272,14 +272,29 @@ def dedup(run: str, out: Path | None, settings: Path | None, no_semantic: bool, 
 @config_option(SelectConfig, "budget_tokens")
 @config_option(SelectConfig, "on")
 @config_option(SelectConfig, "by")
+@config_option(SelectConfig, "quality_weight")
+@config_option(SelectConfig, "controls")
 @config_option(SelectConfig, "seed")
 @config_option(EmbedConfig, "model")
 def select(run: str, out: Path | None, settings: Path | None, **options: Any) -> None:
-    """Take the rows of a RUN that cover it best, or random ones, within a budget. The ranking stands in curate/selection.parquet.
+    """Take the rows of a RUN that a method ranks first, within a budget. The ranking stands in curate/selection.parquet.
+
+    \b
+    k-center            the row farthest from all taken ones (first: the best --by, or the nearest to the mean)
+    facility-location   the row that makes the taken ones stand best for all rows
+    qdit                the same and the score --by, weighed by --quality-weight
+    mmr                 the score --by less the cosine with the nearest taken row, weighed
+    dpp                 the row that the taken ones explain least (and --by, weighed)
+    deita               best --by first, none with a cosine of 0.9 (max_cosine) or more to a taken one
+    stratified          every source × length × cluster (strata) has its share
+    cluster-balanced    a row of every cluster in turn
+    top, longest        the highest --by (`--by=-NAME`: the lowest); the longest answers
+    random              a control
 
     \b
     sftkit curate select runs/a --budget 1000
-    sftkit curate select runs/a --budget 1000 --method random --seed 1        a control
+    sftkit curate select runs/a --budget-tokens 200000 --method qdit --by logprob --controls
+    sftkit curate select runs/a --budget 1000 --method random --seed 1
     """
     from .intake import open_run
     from .selection import select

@@ -213,27 +213,60 @@ class HeldoutConfig:
             raise UserError(f"prompts: expected 1 or more, found {self.prompts}")
 
 
-SELECTORS = ("k-center", "random")
+SELECTORS = {  # what each method needs: "vectors" of the texts, scores to choose "by"
+    "k-center": {"vectors"},
+    "facility-location": {"vectors"},
+    "qdit": {"vectors", "by"},
+    "mmr": {"vectors", "by"},
+    "dpp": {"vectors"},
+    "deita": {"vectors", "by"},
+    "stratified": set(),
+    "cluster-balanced": {"vectors"},
+    "longest": set(),
+    "top": {"by"},
+    "random": set(),
+}
+STRATA = ("source", "length", "cluster")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig:
     """Which rows are taken, and how many."""
 
-    method: str = setting("k-center", "k-center covers what is there most widely; random is the control.", choices=SELECTORS)
+    method: str = setting("k-center", "How rows are ranked; the list above says what each does.", choices=tuple(SELECTORS))
     budget: int | None = setting(None, "Rows to take.")
     budget_tokens: int | None = setting(None, "Tokens of answers to take: the longest beginning of the ranking that fits.")
     on: str = setting("pair", "What is compared: prompt and answer, or the prompt alone.", choices=TEXTS)
-    by: tuple[str, ...] = setting((), "Score whose best row is taken first; else the row nearest to the mean.")
-    seed: int = setting(0, "Seed of the method random.")
+    by: tuple[str, ...] = setting((), "Score that says which rows are better, highest first (`-NAME` lowest). Several: the first decides.")
+    quality_weight: float = setting(0.5, "Weight of the score in qdit, mmr and dpp, from 0 (difference alone) to 1 (score alone).")
+    max_cosine: float = setting(0.9, "Cosine with a taken row from which deita leaves a row out.")
+    strata: tuple[str, ...] = setting(STRATA, "What stratified gives shares by.", choices=STRATA)
+    clusters: int | None = setting(
+        None, "Clusters of stratified and cluster-balanced; when not given the root of the number of rows."
+    )
+    controls: bool = setting(False, "Also write random rows, and random rows of the same lengths, to curate/controls/.")
+    seed: int = setting(0, "Seed of what is drawn: random, controls, clusters, the order within them.")
     embed: EmbedConfig = field(default_factory=EmbedConfig, metadata={"help": "How texts become vectors."})
+
+    @property
+    def needs_vectors(self) -> bool:
+        """Say whether texts are embedded."""
+        return "vectors" in SELECTORS[self.method] or (self.method == "stratified" and "cluster" in self.strata)
 
     def __post_init__(self) -> None:
         if self.budget is None and self.budget_tokens is None:
             raise UserError("select: give --budget ROWS or --budget-tokens TOKENS")
-        for name in ("budget", "budget_tokens"):
+        for name in ("budget", "budget_tokens", "clusters"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name}: expected 1 or more, found {getattr(self, name)}")
+        if "by" in SELECTORS[self.method] and not self.by:
+            raise UserError(f"select: {self.method} needs a score: give --by SCORE (`--by num_chars` is always there)")
+        if not 0 <= self.quality_weight <= 1:
+            raise UserError(f"quality_weight: expected a share between 0 and 1, found {self.quality_weight}")
+        if not 0 < self.max_cosine <= 1:
+            raise UserError(f"max_cosine: expected a cosine above 0 and up to 1, found {self.max_cosine}")
+        if not self.strata:
+            raise UserError(f"strata: expected some of {', '.join(STRATA)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
-"""Selection: rankings whose every beginning is a selection, equal to the definition, and what a budget does."""
+"""Selection as a step: what a budget takes, what becomes of the others, what a score does, and the controls."""
 
+import json
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -8,67 +10,11 @@ import pytest
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate import selection
-from sftkit.curate.config import SelectConfig
+from sftkit.curate.config import SELECTORS, SelectConfig
+from sftkit.curate.controls import length_bucket, rank_correlation
 from sftkit.curate.rows import load_rows, row_ids
-from sftkit.curate.selection import k_center, nearest_to_mean, select
-from sftkit.curate.similarity import MARGIN, Vectors, unit_vectors
-
-
-def cosine_table(vectors: Vectors) -> np.ndarray:
-    wide = vectors.astype(np.float64)
-    lengths = np.sqrt((wide * wide).sum(axis=1))
-    return np.round(wide @ wide.T / np.outer(lengths, lengths), 9)
-
-
-def oracle(vectors: Vectors, first: int) -> list[tuple[int, float | None, int | None]]:
-    """k-center by the definition; copies of picked rows last, in row order."""
-    table, picks = cosine_table(vectors), [(first, None, None)]
-    taken = [first]
-    while len(taken) < len(vectors):
-        rest = [row for row in range(len(vectors)) if row not in taken]
-        closest = {row: max(table[row, taken]) for row in rest}
-        far = min(rest, key=lambda row: closest[row])
-        for row in rest if closest[far] >= 1 - MARGIN else [far]:
-            picks.append((row, 1 - closest[row], next(pick for pick in taken if table[row, pick] == closest[row])))
-        taken = [row for row, _, _ in picks]
-    return picks
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_k_center_equals_its_oracle(seed: int) -> None:
-    random = np.random.default_rng(seed)
-    size, dimensions = int(random.integers(1, 60)), int(random.integers(2, 20))
-    base = random.normal(size=(max(size // 2, 1), dimensions))  # some rows twice or more, so that there are ties
-    vectors = unit_vectors(base[random.integers(len(base), size=size)])
-    first = int(random.integers(size))
-    found, expected = list(k_center(vectors, first)), oracle(vectors, first)
-    assert [row for row, _, _ in found] == [row for row, _, _ in expected]
-    assert [gain for _, gain, _ in found] == pytest.approx([gain for _, gain, _ in expected], abs=1e-9)
-    table = cosine_table(vectors)
-    for (row, _, witness), (_, _, other) in zip(found[1:], expected[1:], strict=True):
-        assert table[row, witness] == table[row, other]
-
-
-def test_gains_fall_and_cover_twice_as_well_as_any_choice() -> None:
-    vectors = unit_vectors(np.random.default_rng(0).normal(size=(12, 2)))
-    table = np.sqrt(np.maximum(2 - 2 * cosine_table(vectors), 0))  # distances
-    picks = list(k_center(vectors, 0))
-    gains = [gain for _, gain, _ in picks[1:]]
-    assert gains == sorted(gains, reverse=True)
-    from itertools import combinations
-
-    for size in (2, 3, 4):
-        radius = table[:, [row for row, _, _ in picks[:size]]].min(axis=1).max()
-        best = min(table[:, list(chosen)].min(axis=1).max() for chosen in combinations(range(12), size))
-        assert radius <= 2 * best + 1e-9
-
-
-def test_orthogonal_rows_come_in_row_order() -> None:
-    assert [row for row, _, _ in k_center(unit_vectors(np.eye(40)), 7)] == [7, *range(7), *range(8, 40)]
-
-
-def test_nearest_to_the_mean_of_equals_is_the_lowest() -> None:
-    assert nearest_to_mean(unit_vectors([[1, 0], [1, 1], [0, 1], [1, 1]])) == 1
+from sftkit.curate.selection import row_lengths, select, share_of_rows
+from sftkit.curate.similarity import Vectors, unit_vectors
 
 
 @pytest.fixture
@@ -150,3 +96,161 @@ def test_a_budget_is_needed() -> None:
         SelectConfig()
     with pytest.raises(UserError, match="budget: expected 1 or more, found 0"):
         SelectConfig(budget=0)
+
+
+def test_a_config_says_what_is_missing_or_wrong() -> None:
+    with pytest.raises(UserError, match="mmr needs a score: give --by SCORE"):
+        SelectConfig(budget=1, method="mmr")
+    with pytest.raises(UserError, match="quality_weight: expected a share between 0 and 1, found 2"):
+        SelectConfig(budget=1, quality_weight=2)
+    with pytest.raises(UserError, match="max_cosine: expected a cosine above 0"):
+        SelectConfig(budget=1, max_cosine=-0.9)
+    with pytest.raises(UserError, match="strata: expected some of source, length, cluster"):
+        SelectConfig(budget=1, strata=())
+    with pytest.raises(UserError, match="clusters: expected 1 or more, found 0"):
+        SelectConfig(budget=1, clusters=0)
+
+
+def ranked(run: Run) -> list[str]:
+    return pl.read_parquet(run.path / "curate" / "selection.parquet")["example_id"].to_list()
+
+
+METHODS = [(method, SelectConfig(budget=1, method=method, by=("num_tokens",)).by) for method in SELECTORS]
+
+
+@pytest.mark.parametrize(("method", "by"), METHODS)
+def test_every_method_is_a_ranking_that_neither_the_order_of_rows_nor_the_budget_changes(
+    placed: Callable[..., Run], toy_run: Callable[..., Run], method: str, by: tuple[str, ...]
+) -> None:
+    random = np.random.default_rng(1)
+    angles = [*random.integers(0, 360, size=40).tolist(), *[7.5] * 3]  # some rows are copies of others: ties
+    rows = [
+        {"id": f"{number:02}", "prompt": f"{angle}", "response": "r" * int(1 + angle % 50), "num_tokens": int(angle) % 10}
+        for number, angle in enumerate(angles)
+    ]
+    run, turned = toy_run(rows), toy_run([rows[place] for place in random.permutation(len(rows))], name="turned")
+    rankings = []
+    for each, budget in ((run, 40), (turned, 40), (run, 9)):
+        select(each, SelectConfig(budget=budget, method=method, by=by, seed=3))
+        rankings.append(ranked(each))
+    assert rankings[0] == rankings[1]
+    assert rankings[2] == rankings[0][:9]
+    assert len(rankings[2]) == 9
+    decided = run.ledger.read().filter(pl.col("stage") == "select")
+    assert Counter(decided["action"]) == {"kept": 9, "rejected": len(rows) - 9}
+    if SelectConfig(budget=1, method=method, by=by).needs_vectors:
+        left = decided.filter(pl.col("action") == "rejected")
+        assert left["witness_id"].is_in(rankings[2]).all()  # the certificate: a taken row and the cosine with it
+
+
+def test_top_and_longest_rank_by_what_they_say(toy_run: Callable[..., Run]) -> None:
+    run = toy_run([{"id": name, "response": "r" * size, "logprob": -size} for name, size in (("a", 3), ("b", 9), ("c", 3), ("d", 1))])
+    select(run, SelectConfig(budget=3, method="top", by=("logprob",)))
+    assert pl.read_parquet(run.path / "curate" / "selection.parquet").select("example_id", "gain").rows() == [
+        ("d", -1),
+        ("a", -3),
+        ("c", -3),
+    ]
+    select(run, SelectConfig(budget=4, method="longest"))
+    assert pl.read_parquet(run.path / "curate" / "selection.parquet").select("example_id", "gain").rows() == [
+        ("b", 9), ("a", 3), ("c", 3), ("d", 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["top", "deita", "qdit", "mmr", "dpp"])
+def test_a_row_without_the_score_is_never_taken(
+    placed: Callable[..., Run], toy_run: Callable[..., Run], rejections: Callable, method: str
+) -> None:
+    run = toy_run(
+        [
+            {"id": f"{angle}", "prompt": f"{angle}", "response": "r", "logprob": score}
+            for angle, score in ((0, -1.0), (90, None), (180, -2.0))
+        ]
+    )
+    outcome = select(run, SelectConfig(budget=3, method=method, by=("logprob",)))
+    assert set(ranked(run)) == {"0", "180"}
+    assert rejections(run, "select") == {"90": ("unscored", None, None, None)}
+    assert "1 of 3 rows have no score 'logprob' and are not taken" in outcome.notes
+
+
+def test_rows_without_the_score_come_last_within_a_cluster(placed: Callable[..., Run], toy_run: Callable[..., Run]) -> None:
+    run = toy_run(
+        [{"id": f"{angle}", "prompt": f"{angle}", "response": "r", "logprob": score} for angle, score in ((0, None), (1, -1.0), (2, -2.0))]
+    )
+    select(run, SelectConfig(budget=3, method="cluster-balanced", clusters=1, by=("logprob",)))
+    assert ranked(run) == ["1", "2", "0"]
+
+
+def test_a_score_that_no_row_has_is_an_error(toy_run: Callable[..., Run]) -> None:
+    with pytest.raises(UserError, match="none of 2 rows has a score 'logprob', which top chooses by"):
+        select(toy_run([{"response": "a"}, {"response": "b"}]), SelectConfig(budget=1, method="top", by=("logprob",)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_embedding_that_is_no_number_is_an_error(toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, bad: float) -> None:
+    monkeypatch.setattr(selection, "embed_rows", lambda *_: unit_vectors([[1.0, bad], [1.0, 0.0]]))
+    with pytest.raises(UserError, match="expected a table of finite numbers"):
+        select(toy_run([{"response": "a"}, {"response": "b"}]), SelectConfig(budget=1))
+
+
+@pytest.mark.parametrize(("method", "by"), METHODS)
+def test_rows_of_zeros_do_no_harm(toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, method: str, by: tuple[str, ...]) -> None:
+    vectors = unit_vectors([[0.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
+    monkeypatch.setattr(selection, "embed_rows", lambda *_: vectors)
+    run = toy_run([{"id": name, "response": "r", "num_tokens": 1} for name in "abcde"])
+    select(run, SelectConfig(budget=5, method=method, by=by, max_cosine=0.9))
+    assert sorted(ranked(run)) == list("abcde")
+
+
+def test_deita_names_what_a_row_is_too_similar_to(placed: Callable[..., Run], toy_run: Callable[..., Run], rejections: Callable) -> None:
+    rows = [{"id": f"{angle}", "prompt": f"{angle}", "response": "r", "num_tokens": 100 - angle} for angle in (0, 20, 40, 95)]
+    run = toy_run(rows)
+    outcome = select(run, SelectConfig(budget=4, method="deita", by=("num_tokens",)))
+    assert ranked(run) == ["0", "40", "95"]
+    assert rejections(run, "select") == {"20": ("too_similar", pytest.approx(np.cos(np.radians(20))), 0.9, "0")}
+    assert "only 3 rows are less similar than 0.9 to each other: the budget is not used up" in outcome.notes
+    select(run, SelectConfig(budget=2, method="deita", by=("num_tokens",)))
+    assert rejections(run, "select")["95"] == ("not_selected", pytest.approx(np.cos(np.radians(55))), None, "40")
+
+
+def test_controls_are_as_many_and_as_long(toy_run: Callable[..., Run]) -> None:
+    random = np.random.default_rng(0)
+    run = toy_run([{"id": f"{number:03}", "response": "r" * int(size)} for number, size in enumerate(random.integers(1, 500, size=200))])
+    outcome = select(run, SelectConfig(budget=30, method="longest", controls=True, seed=2))
+    taken, controls = load_rows(run), {}
+    for name in ("random", "length_matched"):
+        lines = (run.path / "curate" / "controls" / f"{name}.jsonl").read_text().splitlines()
+        controls[name] = [len(json.loads(line)["messages"][-1]["content"]) for line in lines]
+        assert any(note.startswith(f"control {name}: 30 rows, ") and f"controls/{name}.jsonl" in note for note in outcome.notes)
+    buckets = {name: Counter(length_bucket(length, 4) for length in lengths) for name, lengths in controls.items()}
+    wanted = Counter(length_bucket(length, 4) for length in row_lengths(taken))
+    assert buckets["length_matched"] == wanted
+    assert buckets["random"] != wanted
+    assert set(json.loads(lines[0])) == {"id", "messages", "source", "meta"}  # what a run's dataset.jsonl has
+
+
+def test_a_control_of_a_token_budget_spends_it_too(placed: Callable[..., Run]) -> None:
+    run = placed(*range(0, 300, 7), num_tokens=10)
+    select(run, SelectConfig(budget_tokens=105, controls=True))
+    assert len((run.path / "curate" / "controls" / "random.jsonl").read_text().splitlines()) == 10
+
+
+def test_the_correlation_of_score_and_length_is_told(toy_run: Callable[..., Run]) -> None:
+    run = toy_run([{"response": "r" * size, "logprob": -float(size**3)} for size in (1, 2, 5, 9)])
+    outcome = select(run, SelectConfig(budget=1, method="top", by=("logprob",)))
+    assert outcome.notes == ("rank correlation (Spearman) of logprob and length: -1.00 over 4 rows",)
+    outcome = select(run, SelectConfig(budget=1, method="top", by=("-logprob",)))
+    assert outcome.notes == ("rank correlation (Spearman) of logprob and length: -1.00 over 4 rows",)
+    assert rank_correlation([1.0, None, 1.0], [1, 2, 3]) == (None, 2)
+    from scipy.stats import spearmanr
+
+    random = np.random.default_rng(0)
+    scores, lengths = random.integers(0, 5, size=50).astype(float), random.integers(0, 30, size=50).astype(float)
+    assert rank_correlation(scores.tolist(), lengths.tolist())[0] == pytest.approx(spearmanr(scores, lengths).statistic)
+
+
+def test_quality_is_the_share_of_worse_rows() -> None:
+    assert share_of_rows([[3.0, 1.0, 2.0]]).tolist() == [1, 0, 0.5]
+    assert share_of_rows([[1.0, 1.0, 5.0]]).tolist() == [0.25, 0.25, 1]
+    assert share_of_rows([[1.0, 1.0], [0.0, 2.0]]).tolist() == [0, 1]
+    assert share_of_rows([[4.0]]).tolist() == [0]

@@ -1,0 +1,62 @@
+"""Controls of a selection: rows drawn at random from the same rows, as many, or of the same lengths."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+
+from ..core.run import Run
+from .rows import export_rows, keys
+from .score import random_number
+
+BUCKETS_PER_DOUBLING = 4
+
+
+def random_order(rows: pl.DataFrame, seed: int) -> list[int]:
+    """Return the rows in the order of a number drawn from the seed and each row's own id."""
+    names = keys(rows)
+    return sorted(range(len(rows)), key=lambda row: random_number(seed, *names[row]))
+
+
+def length_bucket(length: float, per_doubling: int = 1) -> int:
+    """Return the bucket of a length: in each rise of so many buckets lengths double."""
+    return math.floor(per_doubling * math.log2(length + 1))
+
+
+def length_matched(order: Sequence[int], lengths: Sequence[float], taken: Sequence[int]) -> list[int]:
+    """Return rows, first come first taken in `order`, so that each bucket of lengths has as many as the `taken` rows have."""
+    buckets = [length_bucket(length, BUCKETS_PER_DOUBLING) for length in lengths]
+    wanted: dict[int, int] = {}
+    for row in taken:
+        wanted[buckets[row]] = wanted.get(buckets[row], 0) + 1
+    matched = []
+    for row in order:
+        if wanted.get(buckets[row], 0):
+            wanted[buckets[row]] -= 1
+            matched.append(row)
+    return matched
+
+
+def write_controls(run: Run, rows: pl.DataFrame, drawn: dict[str, list[int]], lengths: Sequence[float], taken: Sequence[int]) -> list[str]:
+    """Write curate/controls/NAME.jsonl for each control; return a line about each, beside the selection."""
+    told = []
+    of_selection = np.mean([lengths[row] for row in taken])
+    for name, chosen in drawn.items():
+        path = run.room("curate") / "controls" / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        export_rows(rows[sorted(chosen)], path)
+        shared = len(set(chosen) & set(taken))
+        told.append(
+            f"control {name}: {len(chosen):,} rows, {shared:,} of them selected too; mean length "
+            f"{np.mean([lengths[row] for row in chosen]):,.1f}, of the selection {of_selection:,.1f}: {path}"
+        )
+    return told
+
+
+def rank_correlation(scores: Sequence[float | None], lengths: Sequence[float]) -> tuple[float | None, int]:
+    """Return Spearman's correlation of score and length over the rows with a score, None where one is constant, and their number."""
+    both = pl.DataFrame({"score": scores, "length": lengths}, schema={"score": pl.Float64, "length": pl.Float64}).drop_nulls()
+    if both["score"].n_unique() < 2 or both["length"].n_unique() < 2:
+        return None, len(both)
+    return float(both.select(pl.corr("score", "length", method="spearman")).item()), len(both)

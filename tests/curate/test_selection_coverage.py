@@ -1,0 +1,141 @@
+"""Coverage: k-center and facility location equal their definitions, whatever is remembered and compared at a time."""
+
+import numpy as np
+import pytest
+from sftkit.curate.coverage import k_center, nearest_to_mean
+from sftkit.curate.facility_location import UNIT, Covering, facility_location
+from sftkit.curate.similarity import MARGIN, Vectors, unit_vectors
+
+
+def cosine_table(vectors: Vectors) -> np.ndarray:
+    wide = vectors.astype(np.float64)
+    lengths = np.sqrt((wide * wide).sum(axis=1))
+    lengths[lengths == 0] = 1
+    return np.round(wide @ wide.T / np.outer(lengths, lengths), 9)
+
+
+def k_center_oracle(vectors: Vectors, first: int) -> list[tuple[int, float | None, int | None]]:
+    """k-center by the definition; copies of picked rows last, in row order."""
+    table, picks = cosine_table(vectors), [(first, None, None)]
+    taken = [first]
+    while len(taken) < len(vectors):
+        rest = [row for row in range(len(vectors)) if row not in taken]
+        closest = {row: max(table[row, taken]) for row in rest}
+        far = min(rest, key=lambda row: closest[row])
+        for row in rest if closest[far] >= 1 - MARGIN else [far]:
+            picks.append((row, 1 - closest[row], next(pick for pick in taken if table[row, pick] == closest[row])))
+        taken = [row for row, _, _ in picks]
+    return picks
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_k_center_equals_its_oracle(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    size, dimensions = int(random.integers(1, 60)), int(random.integers(2, 20))
+    base = random.normal(size=(max(size // 2, 1), dimensions))  # some rows twice or more, so that there are ties
+    vectors = unit_vectors(base[random.integers(len(base), size=size)])
+    first = int(random.integers(size))
+    found, expected = list(k_center(vectors, first)), k_center_oracle(vectors, first)
+    assert [row for row, _, _ in found] == [row for row, _, _ in expected]
+    assert [gain for _, gain, _ in found] == pytest.approx([gain for _, gain, _ in expected], abs=1e-9)
+    table = cosine_table(vectors)
+    for (row, _, witness), (_, _, other) in zip(found[1:], expected[1:], strict=True):
+        assert table[row, witness] == table[row, other]
+
+
+def test_gains_fall_and_cover_twice_as_well_as_any_choice() -> None:
+    vectors = unit_vectors(np.random.default_rng(0).normal(size=(12, 2)))
+    table = np.sqrt(np.maximum(2 - 2 * cosine_table(vectors), 0))  # distances
+    picks = list(k_center(vectors, 0))
+    gains = [gain for _, gain, _ in picks[1:]]
+    assert gains == sorted(gains, reverse=True)
+    from itertools import combinations
+
+    for size in (2, 3, 4):
+        radius = table[:, [row for row, _, _ in picks[:size]]].min(axis=1).max()
+        best = min(table[:, list(chosen)].min(axis=1).max() for chosen in combinations(range(12), size))
+        assert radius <= 2 * best + 1e-9
+
+
+def test_orthogonal_rows_come_in_row_order() -> None:
+    assert [row for row, _, _ in k_center(unit_vectors(np.eye(40)), 7)] == [7, *range(7), *range(8, 40)]
+
+
+def test_nearest_to_the_mean_of_equals_is_the_lowest() -> None:
+    assert nearest_to_mean(unit_vectors([[1, 0], [1, 1], [0, 1], [1, 1]])) == 1
+
+
+def location_oracle(
+    vectors: Vectors, quality: np.ndarray | None = None, weight: float = 0.0, size: int | None = None
+) -> list[tuple[int, float]]:
+    """Greedy by the definition: every row's gain is computed anew for every pick."""
+    table = np.rint(np.maximum(cosine_table(vectors), 0) * UNIT).astype(np.int64)
+    covered, left, picks = np.zeros(len(vectors), dtype=np.int64), list(range(len(vectors))), []
+    while left and len(picks) != size:
+        added = [int(np.maximum(table[row] - covered, 0).sum()) / UNIT for row in left]
+        gains = [gain if gain >= MARGIN else 0.0 for gain in added]
+        if quality is not None:
+            gains = [(1 - weight) * gain + weight * quality[row] for row, gain in zip(left, gains, strict=True)]
+        place = int(np.argmax(gains))
+        picks.append((left[place], gains[place]))
+        covered = np.maximum(covered, table[left.pop(place)])
+    return picks
+
+
+def scattered(random: np.random.Generator, size: int) -> Vectors:
+    """Random rows, some of them copies or nearly, at times one of zeros."""
+    dimensions = int(random.integers(2, 20))
+    base = random.normal(size=(max(size // 2, 1), dimensions))
+    vectors = base[random.integers(len(base), size=size)] + random.choice([0, 1e-6, 0.1]) * random.normal(size=(size, dimensions))
+    if random.random() < 0.2:
+        vectors[0] = 0
+    return unit_vectors(vectors)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_facility_location_and_qdit_equal_their_oracle(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    for number in range(20):
+        size = int(random.integers(1, 60))
+        vectors = scattered(random, size)
+        quality, weight = (
+            (None, 0.0) if number % 2 else (random.integers(0, 4, size=size) / 3.0, float(random.choice([0.1, 0.5, 0.9, 1.0])))
+        )
+        neighbors, block = int(random.choice([1, 3, 8, 100])), int(random.choice([1, 2, 32]))
+        found = list(facility_location(vectors, quality, weight, neighbors=neighbors, block=block))
+        expected = location_oracle(vectors, quality, weight)
+        assert [row for row, _, _ in found] == [row for row, _ in expected]
+        assert [gain for _, gain, _ in found] == pytest.approx([gain for _, gain in expected], abs=1e-12)
+
+
+def test_a_pick_of_facility_location_names_the_pick_that_stood_for_it() -> None:
+    vectors = scattered(np.random.default_rng(5), 50)
+    table, picks = cosine_table(vectors), []
+    for row, _, witness in facility_location(vectors, neighbors=4):
+        near = max(picks, key=lambda pick: table[row, pick], default=None)  # of equals the earliest
+        assert witness == (near if near is not None and table[row, near] > 0 else None)
+        picks.append(row)
+
+
+@pytest.mark.parametrize(("neighbors", "block"), [(1, 1), (16, 32), (31, 5), (400, 1024)])
+def test_what_is_remembered_and_compared_at_a_time_changes_no_ranking(neighbors: int, block: int) -> None:
+    random = np.random.default_rng(3)
+    vectors = unit_vectors(random.normal(size=(400, 24)) + random.normal(size=(20, 24)).repeat(20, axis=0))
+    found = [row for row, _, _ in facility_location(vectors, neighbors=neighbors, block=block)]
+    assert found == [row for row, _ in location_oracle(vectors)]
+
+
+def test_of_two_rows_that_add_the_same_the_lower_comes_first_however_rows_are_turned() -> None:
+    vectors = unit_vectors([[1, 0, 0], [0, 3, 4], [0, 4, 3]])  # the last two are alike only to each other: they add exactly the same
+    assert [row for row, _, _ in facility_location(vectors)] == [1, 0, 2]
+    assert [row for row, _, _ in facility_location(vectors[[0, 2, 1]])] == [1, 0, 2]
+
+
+def test_many_rows_alike_are_not_all_remembered() -> None:
+    random = np.random.default_rng(0)
+    vectors = unit_vectors(np.concatenate([np.ones((450, 8)) + 1e-4 * random.normal(size=(450, 8)), random.normal(size=(150, 8))]))
+    state = Covering(vectors, neighbors=10)
+    remembered = int(np.diff(state._column_starts).sum())
+    assert remembered <= 8 * 10 * len(vectors)
+    found = facility_location(vectors, neighbors=10)
+    assert [next(found)[0] for _ in range(20)] == [row for row, _ in location_oracle(vectors, size=20)]
