@@ -99,7 +99,9 @@ def test_loss_prints_the_numbers_and_keeps_nothing_without_a_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    code, out, err = cli("evaluate", "loss", heldout, "--model", f"base={tiny_model}", "--model", f"sft={trained_model}", "--resamples", 1000)
+    code, out, err = cli(
+        "evaluate", "loss", heldout, "--model", f"base={tiny_model}", "--model", f"sft={trained_model}", "--resamples", 1000
+    )
     assert code == 0, err
     assert "4 of 4 rows, 4 prompts" in out
     assert "bits per byte" in out
