@@ -260,7 +260,7 @@ class SelectConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name}: expected 1 or more, found {getattr(self, name)}")
         if "by" in SELECTORS[self.method] and not self.by:
-            raise UserError(f"select: {self.method} needs a score: give --by SCORE (`--by num_chars` is always there)")
+            raise UserError(f"select: {self.method} needs a score to choose by: give --by SCORE")
         if not 0 <= self.quality_weight <= 1:
             raise UserError(f"quality_weight: expected a share between 0 and 1, found {self.quality_weight}")
         if not 0 < self.max_cosine <= 1:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -10,6 +11,7 @@ from ..core.run import Run
 from .rows import export_rows, keys
 from .score import random_number
 
+CONTROLS = ("random", "length_matched")
 BUCKETS_PER_DOUBLING = 4
 
 
@@ -38,13 +40,18 @@ def length_matched(order: Sequence[int], lengths: Sequence[float], taken: Sequen
     return matched
 
 
-def write_controls(run: Run, rows: pl.DataFrame, drawn: dict[str, list[int]], lengths: Sequence[float], taken: Sequence[int]) -> list[str]:
-    """Write curate/controls/NAME.jsonl for each control; return a line about each, beside the selection."""
+def clear_controls(run: Run) -> None:
+    """Remove the controls of an earlier selection: they are none of this one."""
+    for name in CONTROLS:
+        _path(run, name).unlink(missing_ok=True)
+
+
+def write_controls(run: Run, rows: pl.DataFrame, drawn: Sequence[list[int]], lengths: Sequence[float], taken: Sequence[int]) -> list[str]:
+    """Write curate/controls/NAME.jsonl for each of CONTROLS; return a line about each, beside the selection."""
     told = []
     of_selection = np.mean([lengths[row] for row in taken])
-    for name, chosen in drawn.items():
-        path = run.room("curate") / "controls" / f"{name}.jsonl"
-        path.parent.mkdir(exist_ok=True)
+    for name, chosen in zip(CONTROLS, drawn, strict=True):
+        path = _path(run, name)
         export_rows(rows[sorted(chosen)], path)
         shared = len(set(chosen) & set(taken))
         told.append(
@@ -52,6 +59,10 @@ def write_controls(run: Run, rows: pl.DataFrame, drawn: dict[str, list[int]], le
             f"{np.mean([lengths[row] for row in chosen]):,.1f}, of the selection {of_selection:,.1f}: {path}"
         )
     return told
+
+
+def _path(run: Run, name: str) -> Path:
+    return run.path / "curate" / "controls" / f"{name}.jsonl"
 
 
 def rank_correlation(scores: Sequence[float | None], lengths: Sequence[float]) -> tuple[float | None, int]:

@@ -13,7 +13,7 @@ from ..core.files import write_atomically
 from ..core.progress import Progress
 from ..core.run import Run
 from .config import SelectConfig
-from .controls import length_bucket, length_matched, random_order, rank_correlation, write_controls
+from .controls import clear_controls, length_bucket, length_matched, random_order, rank_correlation, write_controls
 from .coverage import Pick, k_center, nearest_to_mean
 from .diversity import deita_filter, dpp, mmr
 from .embed import embed_rows
@@ -24,6 +24,7 @@ from .score import best_first, read_score, sort_columns
 from .similarity import Cosines, Indices, Vectors, nearest
 
 ONLY_SCORED = ("top", "deita", "qdit", "mmr", "dpp")  # these never take a row without the score
+WEIGHED = ("qdit", "mmr", "dpp")  # these weigh the score against how different a row is
 
 
 def select(run: Run, config: SelectConfig) -> Outcome:
@@ -60,12 +61,10 @@ def select(run: Run, config: SelectConfig) -> Outcome:
     notes = _budget_notes(len(rows), len(eligible), len(taken), size, spent, config)
     if config.by and not config.by[0].endswith("random"):
         notes.append(_told_correlation(config.by[0], columns[0], lengths))
+    clear_controls(run)
     if config.controls:
         order = random_order(rows, config.seed)
-        drawn = {
-            "random": _fitting(order, len(taken), tokens, config.budget_tokens),
-            "length_matched": length_matched(order, lengths, taken),
-        }
+        drawn = [_fitting(order, len(taken), tokens, config.budget_tokens), length_matched(order, lengths, taken)]
         notes += write_controls(run, rows, drawn, lengths, taken)
     return record(run, "select", rows, _decide(rows, eligible, taken, vectors, config), notes)
 
@@ -82,13 +81,13 @@ def _ranking(
     """Yield the eligible rows as the method ranks them, `size` of them at least."""
     own = [[column[row] for row in eligible] for column in columns]
     best = sorted(range(len(eligible)), key=lambda row: best_first(own, row))
-    drawn = random_order(rows[eligible], config.seed)
-    within = best if config.by else drawn  # the order within a stratum or cluster
-    quality = share_of_rows(own) if config.by else None
+    draws = config.method == "random" or (config.method in ("stratified", "cluster-balanced") and not config.by)
+    within = random_order(rows[eligible], config.seed) if draws else best  # the order within a stratum or cluster, too
+    quality = share_of_rows(own) if config.by and config.method in WEIGHED else None
     near = vectors if vectors is None or len(eligible) == len(rows) else vectors[eligible]
     ranking: Iterator[Pick]
     if config.method == "random":
-        ranking = ((row, None, None) for row in drawn)
+        ranking = ((row, None, None) for row in within)
     elif config.method == "top":
         ranking = ((row, own[0][row], None) for row in best)
     elif config.method == "longest":
@@ -161,7 +160,7 @@ def _eligible(run: Run, rows: pl.DataFrame, columns: Sequence[Sequence[float | N
     eligible = np.array([row for row, value in enumerate(columns[0]) if value is not None], dtype=np.int64)
     if not len(eligible):
         raise UserError(
-            f"{run.path}: none of {len(rows):,} rows has a score {config.by[0]!r}, which {config.method} chooses by; "
+            f"{run.path}: none of {len(rows):,} rows has a score {config.by[0].removeprefix('-')!r}, which {config.method} chooses by; "
             "`sftkit curate score` says why, or choose by another"
         )
     return eligible
@@ -170,7 +169,7 @@ def _eligible(run: Run, rows: pl.DataFrame, columns: Sequence[Sequence[float | N
 def _budget_notes(num_rows: int, num_eligible: int, num_taken: int, size: int, spent: float, config: SelectConfig) -> list[str]:
     notes = []
     if num_eligible < num_rows:
-        notes.append(f"{num_rows - num_eligible:,} of {num_rows:,} rows have no score {config.by[0]!r} and are not taken")
+        notes.append(f"{num_rows - num_eligible:,} of {num_rows:,} rows have no score {config.by[0].removeprefix('-')!r} and are not taken")
     if num_taken == num_rows:
         notes.append(f"the budget holds all {num_rows:,} rows: every one is kept")
     elif config.method == "deita" and num_taken < size and (config.budget_tokens is None or spent <= config.budget_tokens):

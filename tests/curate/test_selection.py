@@ -99,7 +99,7 @@ def test_a_budget_is_needed() -> None:
 
 
 def test_a_config_says_what_is_missing_or_wrong() -> None:
-    with pytest.raises(UserError, match="mmr needs a score: give --by SCORE"):
+    with pytest.raises(UserError, match="mmr needs a score to choose by: give --by SCORE"):
         SelectConfig(budget=1, method="mmr")
     with pytest.raises(UserError, match="quality_weight: expected a share between 0 and 1, found 2"):
         SelectConfig(budget=1, quality_weight=2)
@@ -115,7 +115,7 @@ def ranked(run: Run) -> list[str]:
     return pl.read_parquet(run.path / "curate" / "selection.parquet")["example_id"].to_list()
 
 
-METHODS = [(method, SelectConfig(budget=1, method=method, by=("num_tokens",)).by) for method in SELECTORS]
+METHODS = [(method, by) for method in SELECTORS for by in ((), ("num_tokens",)) if by or "by" not in SELECTORS[method]]
 
 
 @pytest.mark.parametrize(("method", "by"), METHODS)
@@ -254,3 +254,42 @@ def test_quality_is_the_share_of_worse_rows() -> None:
     assert share_of_rows([[1.0, 1.0, 5.0]]).tolist() == [0.25, 0.25, 1]
     assert share_of_rows([[1.0, 1.0], [0.0, 2.0]]).tolist() == [0, 1]
     assert share_of_rows([[4.0]]).tolist() == [0]
+
+
+COMMANDS = [  # what is asked, what is said
+    ("--method top --budget 2", "error: select: top needs a score to choose by: give --by SCORE"),
+    ("--method top --by num_char --budget 2", "no score 'num_char': there are logprob, num_chars, num_tokens, num_words, random"),
+    ("--method top --by=-logprob --budget 2", "none of 6 rows has a score 'logprob', which top chooses by"),
+    ("--method longest --budget 0", "error: budget: expected 1 or more, found 0"),
+    ("--method longest", "error: select: give --budget ROWS or --budget-tokens TOKENS"),
+    ("--method qdit --by num_chars --budget 2 --quality-weight 7", "error: quality_weight: expected a share between 0 and 1, found 7"),
+    ("--method stratifed --budget 2", "'stratifed' is not one of 'k-center', 'facility-location'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), COMMANDS)
+def test_the_command_says_what_is_wrong(
+    toy_run: Callable[..., Run], cli: Callable[..., tuple[int, str, str]], arguments: str, said: str
+) -> None:
+    run = toy_run([{"response": "r" * size} for size in range(1, 7)])
+    run.close()
+    code, _, talk = cli("curate", "select", str(run.path), *arguments.split())
+    assert code in (1, 2)
+    assert said in talk
+
+
+def test_the_command_tells_controls_and_correlation_and_clears_old_controls(
+    toy_run: Callable[..., Run], cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    run = toy_run([{"id": f"{size}", "response": "r" * size} for size in range(1, 40)])
+    run.close()
+    controls = run.path / "curate" / "controls"
+    code, out, _ = cli("curate", "select", str(run.path), *["--method", "top", "--by=-num_chars", "--budget", "3", "--controls"])
+    assert code == 0
+    assert ranked(run) == ["1", "2", "3"]
+    assert "select: control random: 3 rows" in out
+    assert "select: control length_matched: 3 rows" in out
+    assert "select: rank correlation (Spearman) of num_chars and length: +1.00 over 39 rows" in out
+    assert {path.name for path in controls.iterdir()} == {"random.jsonl", "length_matched.jsonl"}
+    assert cli("curate", "select", str(run.path), "--method", "longest", "--budget", "3")[0] == 0
+    assert not list(controls.iterdir())  # they were controls of another selection
