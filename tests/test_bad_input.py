@@ -187,7 +187,10 @@ def test_ctrl_c_says_how_to_go_on_and_loses_nothing(tmp_path: Path, tiny_model: 
     path, run = prompts(tmp_path / "p.jsonl", 300), tmp_path / "run"
     arguments = ["curate", "distill", path, "-o", run, "--teacher", tiny_model, "--max-new-tokens", "100", "-k", "4"]
     command = [sys.executable, "-m", "sftkit", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/")
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs are started with it ignored
+    )  # fmt: skip
     store = run / "curate" / "samples.sqlite"
     deadline = time.monotonic() + 90
 

@@ -33,7 +33,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
-        losses = _compiled_losses if compiled else _losses
+        losses = _compiled_losses if compiled and hidden.is_cuda else _losses
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), size):
                 part, wanted = hidden[start : start + size], targets[start : start + size]
