@@ -35,7 +35,10 @@ class Distillation:
     def start(self) -> subprocess.Popen[str]:
         """Start it in a process group of its own, as a terminal does."""
         with open(self.errors, "w") as errors:
-            return subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd="/", start_new_session=True)
+            return subprocess.Popen(
+                self.command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd="/", start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs have it ignored
+            )  # fmt: skip
 
     def stored(self) -> dict[str, str]:
         """Return the text of each committed sample by its key."""
