@@ -130,10 +130,10 @@ def _read(model: NamedModel, row: HeldOut) -> Reading:
         log.warning("%s: %s", row.example.source, error)
         return Reading(error="refused_by_template")
     last = [here and not following for here, following in zip(rendered.mask, [*rendered.mask[1:], False], strict=True)]
-    ends = [here and token == chat.end_of_turn for here, token in zip(last, rendered.ids, strict=True)]
+    ends = [here and token in chat.stop_ids for here, token in zip(last, rendered.ids, strict=True)]
     if sum(last) < sum(each["role"] == "assistant" for each in row.example.messages):
         return Reading(error="turn_left_out")
-    if chat.end_of_turn is not None and sum(ends) < sum(last):
+    if sum(ends) < sum(last):
         return Reading(error="no_end_of_turn")
     if model.context is not None and len(rendered.ids) > model.context:
         return Reading(error="too_long")
