@@ -14,6 +14,7 @@ from ..core.progress import timed
 from ..core.run import Run
 from .best import best
 from .config import BuildConfig, ImportConfig, parse_gate
+from .decontaminate import decontaminate, open_benchmark
 from .dedup import dedup
 from .filters import filter_rows, text_rules
 from .heldout import hold_out
@@ -34,8 +35,9 @@ class BuildResult:
 
 
 def build(source: str | Path | None, out: Path, config: BuildConfig) -> BuildResult:
-    """Distill or take in the rows of `source`, then score, best, filter, dedup, hold out and select, as far as the config has them.
+    """Distill or take in the rows of `source`, then score, best, filter, decontaminate, dedup, hold out and select.
 
+    Only the steps that the config has are done.
     Answers and embeddings that are there are used again; to decide takes seconds and is done anew. Without `source` the run's
     own rows are decided on. Raises UserError when a step leaves nothing for the next.
     """
@@ -65,6 +67,9 @@ def build(source: str | Path | None, out: Path, config: BuildConfig) -> BuildRes
         if config.filter:
             with timed("filter", seconds):
                 outcomes.append(filter_rows(run, config.filter))
+        if config.decontaminate:
+            with timed("decontaminate", seconds):
+                outcomes.append(decontaminate(run, config.decontaminate))
         if config.dedup:
             with timed("dedup", seconds):
                 outcomes += dedup(run, config.dedup)
@@ -84,6 +89,8 @@ def check_early(out: Path, config: BuildConfig) -> None:
         open_scorer(name, options)
     if config.filter:
         text_rules(config.filter)
+    for benchmark in config.decontaminate.benchmarks if config.decontaminate else ():
+        open_benchmark(benchmark)
     names = [name for step in (config.best, config.dedup, config.select) if step for name in step.by]
     names += [parse_gate(text).name for text in config.best.gate] if config.best else []
     names += [*config.filter.min_score, *config.filter.max_score] if config.filter else []
@@ -99,7 +106,7 @@ def check_early(out: Path, config: BuildConfig) -> None:
 
 def planned_stages(config: BuildConfig) -> list[str]:
     """Return the stages that decide in a build, in order."""
-    stages = ["best"] * bool(config.best) + ["filter"] * bool(config.filter)
+    stages = ["best"] * bool(config.best) + ["filter"] * bool(config.filter) + ["decontaminate"] * bool(config.decontaminate)
     if config.dedup:
         asked = (config.dedup.exact, config.dedup.minhash is not None, config.dedup.semantic is not None)
         stages += [f"dedup_{name}" for name, wanted in zip(("exact", "minhash", "semantic"), asked, strict=True) if wanted]

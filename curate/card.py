@@ -67,7 +67,7 @@ def write_card(run: Run, rows: pl.DataFrame) -> None:
     write_text(run.room("curate") / "README.md", text)
 
 
-SECTIONS = ("distill", "intake", "score", "best", "filter", "dedup", "select", "embed", "heldout")
+SECTIONS = ("distill", "intake", "score", "best", "filter", "decontaminate", "dedup", "select", "embed", "heldout")
 
 
 def _sources(config: dict[str, Any], rows: pl.DataFrame) -> str:

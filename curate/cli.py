@@ -15,6 +15,7 @@ from ..core.errors import UserError
 from .config import (
     BestConfig,
     BuildConfig,
+    DecontaminateConfig,
     DedupConfig,
     DistillConfig,
     EmbedConfig,
@@ -238,6 +239,30 @@ def filter_(run: str, out: Path | None, settings: Path | None, **options: Any) -
 
 @curate.command()
 @decide_options
+@config_option(DecontaminateConfig, "benchmarks", "--benchmark")
+@config_option(DecontaminateConfig, "ngram")
+@config_option(DecontaminateConfig, "min_coverage")
+@config_option(DecontaminateConfig, "on")
+def decontaminate(run: str, out: Path | None, settings: Path | None, **options: Any) -> None:
+    """Remove rows of a RUN that hold an item of a benchmark: copied runs of words, short items word for word.
+
+    Hashes of GSM8K (test), IFEval, MMLU (test), HumanEval and MT-bench come along. curate/contamination.parquet lists
+    what was found, the longest copied run first.
+
+    \b
+    sftkit curate decontaminate runs/a
+    sftkit curate decontaminate runs/a --benchmark gsm8k --benchmark my_test.jsonl --ngram 13 --min-coverage 0
+    """
+    from .decontaminate import decontaminate
+    from .intake import open_run
+
+    config = load_config(DecontaminateConfig, {**(read_yaml(settings) if settings else {}), **given(options)})
+    with closing(open_run(run, out)) as opened:
+        _tell(opened, decontaminate(opened, config))
+
+
+@curate.command()
+@decide_options
 @config_option(DedupConfig, "exact")
 @config_option(DedupConfig, "minhash")
 @config_option(DedupConfig, "candidates")
@@ -316,10 +341,11 @@ def select(run: str, out: Path | None, settings: Path | None, **options: Any) ->
 @config_option(DedupConfig, "on")
 @config_option(EmbedConfig, "model")
 def build(data: str | None, out: Path, settings: Path | None, **options: Any) -> None:
-    """Make a data set of DATA in one go: distill or import, score, best, filter, dedup, hold out, select.
+    """Make a data set of DATA in one go: distill or import, score, best, filter, decontaminate, dedup, hold out, select.
 
-    The steps are those with a section in the config file; without one, rows are taken in and exact and semantic
-    duplicates removed. A budget adds the selection. Without DATA the rows that RUN has are decided on anew.
+    The steps are those with a section in the config file; without one, rows are taken in, and those that hold items
+    of benchmarks and exact and semantic duplicates removed (`decontaminate: null` leaves the former in). A budget
+    adds the selection. Without DATA the rows that RUN has are decided on anew.
 
     \b
     sftkit curate build data.jsonl -o runs/a --budget 1000
@@ -330,6 +356,7 @@ def build(data: str | None, out: Path, settings: Path | None, **options: Any) ->
                   score: {scorers: {numeric: {}}}
                   best: {by: [numeric, logprob]}
                   filter: {max_words: 400}
+                  decontaminate: {benchmarks: [gsm8k, my_test.jsonl]}
                   dedup: {semantic: 0.95, on: prompt}
                   heldout: {prompts: 200}                    not trained on; curate/heldout.jsonl
                   select: {budget: 1000}
@@ -363,6 +390,7 @@ STEPS: dict[str, Any] = {
     "score": ScoreConfig,
     "best": BestConfig,
     "filter": FilterConfig,
+    "decontaminate": DecontaminateConfig,
     "dedup": DedupConfig,
     "heldout": HeldoutConfig,
     "select": SelectConfig,

@@ -186,7 +186,7 @@ class DecontaminateConfig:
     """What counts as a copy of a benchmark's item."""
 
     benchmarks: tuple[str, ...] = setting(
-        ("gsm8k", "ifeval", "mmlu", "humaneval", "mt-bench"), "Benchmarks: the names of those that come along, or data files."
+        ("gsm8k", "ifeval", "mmlu", "humaneval", "mt-bench"), "Benchmark to look for: one of those that come along, or a data file."
     )
     ngram: int = setting(8, "Words in a row that count as copied: 8 finds more, 13 is the stricter and older measure.")
     min_coverage: float = setting(0.5, "Share of an item's words that copied runs must cover; 0: any copied run will do.")

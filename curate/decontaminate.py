@@ -1,0 +1,287 @@
+"""Remove rows that hold an item of a benchmark: copied runs of words, and short items word for word.
+
+Of the benchmarks that come along only hashes of 8-word runs are kept (curate/data/, made by benchmarks/build_indexes.py), in the
+order of their items. A longer run is a row of them that also stands in a row in the text, so one index serves every length.
+"""
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from ..core.config import to_mapping
+from ..core.errors import UserError, unknown_name
+from ..core.example import Decision
+from ..core.files import write_atomically
+from ..core.formats import iterate_examples
+from ..core.progress import Progress
+from ..core.run import Run
+from .config import DecontaminateConfig
+from .ngrams import Hashes, Lookup, Offsets, Runs, gathered, hash_words, ngrams, whole_texts, words
+from .rows import Outcome, input_rows, keys, message_text, record, row_ids
+
+log = logging.getLogger(__name__)
+
+STAGE = "decontaminate"
+GRAM = 8  # words of the runs whose hashes are stored
+SHORT = 5  # items of fewer words count only where they are a whole turn of the user's
+LEAST = 3  # and of fewer still say nothing
+BUNDLED = Path(__file__).parent / "data"
+MOST = 5  # items told of one turn: a template that hundreds of them share would tell all
+TURNS_AT_A_TIME = 20_000
+SENTENCE_END = re.compile(r"[.!?:;。！？：；\n]+")
+COLUMNS = {
+    "row": pl.String,
+    "turn": pl.Int32,
+    "benchmark": pl.String,
+    "item": pl.String,
+    "longest": pl.Int32,  # words in a row that stand in both
+    "coverage": pl.Float64,
+    "text": pl.String,  # the longest run, as normalised words
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """A benchmark as hashes. An item may have several entries: its turns, or its question without and with the choices."""
+
+    name: str
+    items: list[str]
+    sizes: Offsets  # words
+    grams: Runs  # the 8-word runs, in order; none for an entry of fewer words
+    whole: Hashes  # all words of the entry
+
+    def save(self, path: Path) -> None:
+        """Write the index as .npz."""
+        with write_atomically(path) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(
+                file,
+                items=np.array(self.items),
+                sizes=self.sizes,
+                grams=self.grams.values,
+                starts=self.grams.starts,
+                whole=self.whole,
+            )
+
+
+def build_index(name: str, entries: Sequence[tuple[str, str]]) -> Index:
+    """Make the index of a benchmark from (item, text) pairs."""
+    hashed = hash_words(_plain(text) for _, text in entries)
+    return Index(name, [item for item, _ in entries], hashed.sizes, ngrams(hashed, GRAM), whole_texts(hashed))
+
+
+def open_benchmark(name: str) -> Index:
+    """Return a benchmark by its name, or from a data file: the user's turns of its rows, called FILE:ROW.
+
+    Raises UserError for a name that is neither, and for a file whose items are all too short to be told.
+    """
+    stored = BUNDLED / f"{name}.npz"
+    if stored.exists():
+        with np.load(stored, allow_pickle=False) as arrays:
+            return Index(name, arrays["items"].tolist(), arrays["sizes"], Runs(arrays["grams"], arrays["starts"]), arrays["whole"])
+    if not Path(name).expanduser().exists() and "/" not in name and "." not in name:
+        raise unknown_name("benchmark", name, [*bundled(), "any data file"])
+    file = Path(name).name
+    entries = [
+        (f"{file}:{example.source.rpartition(':')[2]}", message_text(message))
+        for example in iterate_examples(name)
+        for message in example.messages
+        if message["role"] == "user"
+    ]
+    index = build_index(file.partition(".")[0], entries)
+    if not (index.sizes >= LEAST).any():
+        raise UserError(f"{name}: none of its {len(entries):,} items has {LEAST} words, so none can be told from other texts")
+    return index
+
+
+def bundled() -> list[str]:
+    """Return the names of the benchmarks that come along."""
+    return sorted(path.stem for path in BUNDLED.glob("*.npz"))
+
+
+def decontaminate(run: Run, config: DecontaminateConfig) -> Outcome:
+    """Remove rows that hold an item of a benchmark, as the stage "decontaminate", rule contaminated:BENCHMARK.
+
+    A row is removed where runs of `ngram` words that it shares with an item cover `min_coverage` of the item's words, or where it
+    has the item whole; the score is that coverage, the witness the item with the longest run. An item of 5 to 7 words must stand
+    whole in a turn of the user's, or be a whole sentence of an answer; one of 3 or 4 must be a whole turn of the user's.
+    curate/contamination.parquet lists the items, longest run first, of one turn 5 at most.
+    """
+    matcher = Matcher([open_benchmark(name) for name in config.benchmarks], config.ngram, config.min_coverage)
+    rows = input_rows(run, STAGE)
+    run.configure(STAGE, to_mapping(config), free=("*",))
+    texts: list[str] = []
+    owners: list[tuple[int, int]] = []
+    asked: list[bool] = []
+    for row, conversation in enumerate(rows["messages"]):
+        turns = json.loads(conversation)
+        if config.on == "prompt" and turns and turns[-1].get("role") == "assistant":
+            turns = turns[:-1]
+        for turn, message in enumerate(turns):
+            texts.append(message_text(message))
+            owners.append((row, turn))
+            asked.append(message.get("role") != "assistant")
+    matches = []
+    with Progress(STAGE, total=len(texts), unit="turns") as progress:
+        for start in range(0, len(texts), TURNS_AT_A_TIME):
+            part = texts[start : start + TURNS_AT_A_TIME]
+            matches += [(*owners[start + each.text], each) for each in matcher.find(part, asked[start : start + TURNS_AT_A_TIME])]
+            progress.advance(len(part))
+    matches.sort(key=lambda found: (found[0], -found[2].longest, -found[2].coverage, found[2].entry, found[1]))
+    best: dict[int, Match] = {}
+    for row, _, match in matches:
+        best.setdefault(row, match)
+    _report(run, rows, matches, matcher, {owner: text for owner, text in zip(owners, texts, strict=True) if owner[0] in best})
+    decisions = []
+    for row, name in enumerate(keys(rows)):
+        if row in best:
+            benchmark, item = matcher.item(best[row].entry)
+            rule = f"contaminated:{benchmark}"
+            decisions.append(Decision(*name, STAGE, "rejected", rule, best[row].coverage, config.min_coverage, item))
+        else:
+            decisions.append(Decision(*name, STAGE, "kept"))
+    notes = [
+        f"{count:,} rows hold an item of {name}" for name, count in Counter(matcher.item(each.entry)[0] for each in best.values()).items()
+    ]
+    return record(run, STAGE, rows, decisions, [*notes, *(["curate/contamination.parquet has the items"] if best else [])])
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """An item found in a text: by their numbers, with the place in the text where the longest run begins."""
+
+    text: int
+    entry: int
+    longest: int
+    coverage: float
+    place: int
+
+
+class Matcher:
+    """Finds the entries of several indexes in texts."""
+
+    def __init__(self, indexes: Sequence[Index], ngram: int, min_coverage: float) -> None:
+        self._indexes, self._ngram, self._min_coverage = indexes, ngram, min_coverage
+        self._firsts = np.cumsum([0, *(len(index.items) for index in indexes)])
+        self._sizes = np.concatenate([index.sizes for index in indexes])
+        self._whole = np.concatenate([index.whole for index in indexes])
+        values = np.concatenate([index.grams.values for index in indexes])
+        per_entry = np.concatenate([index.grams.sizes for index in indexes])
+        order = np.argsort(values, kind="stable")
+        table, first, counts = np.unique(values[order], return_index=True, return_counts=True)
+        self._lookup, self._first, self._counts = Lookup(table), first, counts
+        self._entry = np.repeat(np.arange(len(per_entry)), per_entry)[order]  # by posting
+        self._place = gathered([0] * len(per_entry), per_entry)[order]
+
+    def item(self, entry: int) -> tuple[str, str]:
+        """Return the benchmark and the item of an entry."""
+        which = int(np.searchsorted(self._firsts, entry, side="right")) - 1
+        return self._indexes[which].name, self._indexes[which].items[entry - self._firsts[which]]
+
+    def find(self, texts: Sequence[str], asked: Sequence[bool]) -> list[Match]:
+        """Return what the texts hold; `asked` says which are no answers."""
+        hashed = hash_words(_plain(text) for text in texts)
+        return self._long(hashed) + self._short(hashed, texts, np.asarray(asked, dtype=bool))
+
+    def _long(self, hashed: Runs) -> list[Match]:
+        grams = ngrams(hashed, GRAM)
+        where, known = self._lookup.find(grams.values)
+        if not len(where):
+            return []
+        times = self._counts[known]
+        postings = gathered(self._first[known], times)
+        text = np.repeat(np.searchsorted(grams.starts, where, side="right") - 1, times)
+        at = np.repeat(where, times) - grams.starts[text]
+        entry, place = self._entry[postings], self._place[postings]
+        order = np.lexsort((place, at - place, entry, text))
+        text, entry, place, at = text[order], entry[order], place[order], at[order]
+        begins = _changes(text, entry, at - place, place - np.arange(len(place)))  # runs that go on in the item as in the text
+        length = np.diff(np.append(begins, len(text)))  # in grams
+        text, entry, place, at = text[begins], entry[begins], place[begins], at[begins]
+        enough = (length >= self._ngram - GRAM + 1) | (length == self._sizes[entry] - GRAM + 1)
+        text, entry, place, at, length = text[enough], entry[enough], place[enough], at[enough], length[enough]
+        order = np.lexsort((place, entry, text))
+        text, entry, place, at, length = text[order], entry[order], place[order], at[order], length[order]
+        pairs = _changes(text, entry)
+        if not len(pairs):
+            return []
+        size, longest = self._sizes[entry[pairs]], np.maximum.reduceat(length, pairs) + GRAM - 1
+        coverage = _covered(pairs, place, length + GRAM - 1) / size
+        chosen = np.flatnonzero((coverage >= self._min_coverage) | (longest == size))
+        chosen = chosen[np.lexsort((entry[pairs[chosen]], -coverage[chosen], -longest[chosen], text[pairs[chosen]]))]
+        rank = np.arange(len(chosen)) - np.maximum.accumulate(np.where(_is_first(text[pairs[chosen]]), np.arange(len(chosen)), 0))
+        ends, found = np.append(pairs[1:], len(text)), []
+        for pair in chosen[rank < MOST].tolist():
+            best = pairs[pair] + int(np.argmax(length[pairs[pair] : ends[pair]]))
+            found.append(Match(int(text[best]), int(entry[best]), int(longest[pair]), float(coverage[pair]), int(at[best])))
+        return found
+
+    def _short(self, hashed: Runs, texts: Sequence[str], asked: npt.NDArray[np.bool_]) -> list[Match]:
+        found = []
+        for size in range(LEAST, GRAM):
+            entries = np.flatnonzero(self._sizes == size)
+            table, first = np.unique(self._whole[entries], return_index=True)
+            grams = ngrams(hashed, size)
+            where, known = Lookup(table).find(grams.values)
+            text = np.searchsorted(grams.starts, where, side="right") - 1
+            if size < SHORT:
+                alone = asked[text] & (hashed.sizes[text] == size)
+                where, known, text = where[alone], known[alone], text[alone]
+            places = where - grams.starts[text]
+            entry = entries[first[known]]
+            matches = [Match(int(t), int(e), size, 1.0, int(p)) for t, e, p in zip(text, entry, places, strict=True)]
+            found += [each for each in matches if asked[each.text] or _is_sentence(texts[each.text], each)]
+        return found
+
+
+def _is_sentence(text: str, match: Match) -> bool:
+    """Say whether a match is all of a sentence or a line: within one, five words may be a title that anyone cites."""
+    copied = words(_plain(text))[match.place : match.place + match.longest]
+    return any(words(part) == copied for part in SENTENCE_END.split(_plain(text)))
+
+
+def _is_first(*columns: Offsets) -> npt.NDArray[np.bool_]:
+    """Say of each row of a table whether it differs from the one before; the first does."""
+    differs = np.zeros(len(columns[0]), dtype=bool)
+    differs[:1] = True
+    for column in columns:
+        differs[1:] |= column[1:] != column[:-1]
+    return differs
+
+
+def _changes(*columns: Offsets) -> Offsets:
+    return np.flatnonzero(_is_first(*columns))
+
+
+def _covered(pairs: Offsets, starts: Offsets, sizes: Offsets) -> Offsets:
+    """Return for each pair how many places its intervals cover together; `pairs` are where each begins, and its starts rise."""
+    apart = np.int64(starts.max() + sizes.max() + 1)  # put the pairs one after the other on one line
+    shift = np.repeat(np.arange(len(pairs)), np.diff(np.append(pairs, len(starts)))) * apart
+    ends = np.maximum.accumulate(starts + sizes + shift)
+    before = np.concatenate([[0], ends[:-1]])
+    return np.add.reduceat(np.maximum(ends - np.maximum(starts + shift, before), 0), pairs)
+
+
+def _plain(text: str) -> str:
+    return text.replace("’", "'")  # one sign in two shapes, which benchmarks and their copies mix
+
+
+def _report(
+    run: Run, rows: pl.DataFrame, matches: Sequence[tuple[int, int, Match]], matcher: Matcher, texts: dict[tuple[int, int], str]
+) -> None:
+    ids = row_ids(rows)
+    found = []
+    for row, turn, match in matches:
+        run_of_words = words(_plain(texts[row, turn]))[match.place : match.place + match.longest]
+        text = b" ".join(run_of_words).decode("utf-8", "replace")
+        found.append((ids[row], turn, *matcher.item(match.entry), match.longest, match.coverage, text))
+    table = pl.DataFrame(found, schema=COLUMNS, orient="row").sort("longest", "coverage", descending=True, maintain_order=True)
+    with write_atomically(run.room("curate") / "contamination.parquet") as temporary:
+        table.write_parquet(temporary)
