@@ -51,21 +51,22 @@ def facility_location(
 
 def _contenders(state: "Covering", share: float, bonus: Cosines, taken: npt.NDArray[np.bool_], block: int) -> Indices:
     """Return the rows, rising, that may have the largest gain, within what float32 rounds."""
-    fresh = np.full(len(taken), state.num_open == 0)
-    slack = state.slack()
+    computed = np.full(len(taken), state.num_open == 0)
     while True:
-        most = np.where(taken, -np.inf, share * (state.bound + slack) + bonus)
-        surely = state.bound - slack
+        most = np.where(taken, -np.inf, share * (state.bound + state.error) + bonus)
+        surely = state.bound - state.error
         surely[surely < MARGIN] = 0  # what is less counts as nothing
-        least = (share * surely + bonus)[fresh & ~taken].max(initial=-np.inf)
-        open_ended = most >= least
-        stale = np.flatnonzero(open_ended & ~fresh & ~taken)
-        if not len(stale):
-            return np.flatnonzero(open_ended & ~taken)
-        if len(stale) > block:
-            stale = stale[np.argpartition(-most[stale], block)[:block]]
-        state.compute(stale)
-        fresh[stale] = True
+        least = (share * surely + bonus)[state.exact & ~taken].max(initial=-np.inf)
+        near = np.flatnonzero((most >= least) & ~taken)
+        ask = near[~state.exact[near]]
+        if not len(ask):
+            ask = near[~computed[near]]  # what was carried on may be rounded too roughly to tell them apart
+            if len(near) == 1 or not len(ask):
+                return near
+        if len(ask) > block:
+            ask = ask[np.argpartition(-most[ask], block)[:block]]
+        state.compute(ask)
+        computed[ask] = True
         block = min(2 * block, 1024)
 
 
@@ -74,7 +75,8 @@ class Covering:
 
     Of each row the similarities above its `floor` are remembered, about `neighbors` of them. A row is open until it is covered
     better than its floor: only then it is certain that no other row than those remembered can cover it better. What a row
-    adds is the sum over closed rows, kept up to date by what is remembered, and over open rows, computed anew by `compute`.
+    adds to closed rows is kept up to date by what is remembered. What it adds to open rows is computed anew by `compute` when
+    it is asked for, or brought up to date for all rows after a pick, whichever is likely to be less work.
     """
 
     def __init__(self, vectors: Vectors, neighbors: int) -> None:
@@ -86,6 +88,9 @@ class Covering:
         self.witness = np.full(num_rows, -1, dtype=np.int64)
         self._floor = _floors(vectors, neighbors)
         self.bound = np.zeros(num_rows)  # what each row adds, at most
+        self.exact = np.ones(num_rows, dtype=bool)  # where the bound is what the row adds,
+        self.error = np.full(num_rows, ROUNDING * num_rows)  # but for this at most
+        self._expected = self._asked = num_rows  # rows that are computed between two picks
         starts, columns, cosines = self._look_at_all(neighbors)
         by_row = csr_array((cosines, columns, starts), shape=(num_rows, num_rows))
         by_column = by_row.tocsc()
@@ -113,10 +118,6 @@ class Covering:
         """Return how many rows are open."""
         return self._num_open
 
-    def slack(self) -> Cosines:
-        """Return by how much `bound` may miss for each row, after `compute`, through rounding."""
-        return ROUNDING * (self._num_open + 1 + np.diff(self._column_starts))
-
     def compute(self, rows: Indices) -> None:
         """Make the bound of these rows what they add now, in float32."""
         total = self._closed_gain[rows].copy()
@@ -128,6 +129,9 @@ class Covering:
             np.maximum(cosines, 0, out=cosines)
             total += cosines.sum(axis=1)
         self.bound[rows] = total
+        self.exact[rows] = True
+        self.error[rows] = self._least_error(rows)
+        self._asked += len(rows)
 
     def rises(self, pick: int) -> tuple[Indices, Indices]:
         """Return the rows that this one covers better than the picks do, and their exact cosines with it in UNITs."""
@@ -151,6 +155,8 @@ class Covering:
 
     def take(self, pick: int, rows: Indices, cosines: Indices) -> None:
         """Add a pick that covers `rows` so well."""
+        opened = self._open[rows]
+        self._carry_on(rows[opened], cosines[opened])
         for part in _chunks(np.arange(len(rows)), max(len(self._columns) // len(self._floor), 1)):
             self._cover(rows[part], cosines[part])
         self.witness[rows] = pick
@@ -163,6 +169,26 @@ class Covering:
             self._gather_open()
         if not self._num_open:
             self.bound = self._closed_gain
+            self.exact[:] = True
+            self.error = self._least_error(np.arange(len(self._floor)))
+
+    def _carry_on(self, rows: Indices, cosines: Indices) -> None:
+        """Take from all bounds what is gained no more when these open rows are covered so well, or leave the bounds inexact."""
+        self._carried = len(rows) * len(self._floor) <= self._expected * self._num_open
+        self._expected = int(0.9 * self._expected) if self._carried else self._asked
+        self._asked = 0
+        if not self._carried:
+            self.exact[:] = not len(rows) and self.exact
+            return
+        old, new = ((values / UNIT).astype(np.float32)[:, None] for values in (self.covered[rows], cosines))
+        height = max(CELLS // len(self._floor), 1)
+        for start in range(0, len(rows), height):
+            part = slice(start, start + height)
+            tile = self._vectors[rows[part]] @ self._vectors.T
+            np.clip(tile, old[part], new[part], out=tile)
+            tile -= old[part]
+            self.bound -= tile.sum(axis=0)
+        self.error += ROUNDING * len(rows)
 
     def _cover(self, rows: Indices, cosines: Indices) -> None:
         """Cover rows so well, and take what that leaves less to add from all rows that are remembered for them."""
@@ -175,10 +201,17 @@ class Covering:
         before = np.maximum(near - (old / UNIT)[which], 0)
         after = np.maximum(near - (cosines / UNIT)[which], 0)
         if self.bound is not self._closed_gain:
-            self.bound -= np.bincount(columns, before - after, num_rows)
+            less = before - after
+            if self._carried:
+                less[was_open[which]] = 0  # that was done
+            self.bound -= np.bincount(columns, less, num_rows)
         after[self._open[rows][which]] = 0
         before[was_open[which]] = 0
         self._closed_gain += np.bincount(columns, after - before, num_rows)
+
+    def _least_error(self, rows: Indices) -> Cosines:
+        """Return what `compute` may miss for these rows through rounding."""
+        return ROUNDING * (self._num_open + 1 + self._column_starts[rows + 1] - self._column_starts[rows])
 
     def _is_open(self, rows: Indices) -> npt.NDArray[np.bool_]:
         return self.covered[rows] < (self._floor[rows] + MARGIN) * UNIT

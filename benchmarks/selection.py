@@ -1,0 +1,115 @@
+"""Seconds and memory of selection: facility location beside apricot's lazy greedy, k-center, and how memory grows.
+
+    python benchmarks/selection.py [--vectors FILE.npy] [--apricot PYTHON] [--repeats 3] [--center-rows 100000] [--only NAME]
+
+FILE.npy holds embeddings (a run's curate/embeddings.npy); without it rows are drawn around 500 centres in 384 dimensions. PYTHON is
+an interpreter that has apricot-select and numpy: `python -m venv /tmp/apricot && /tmp/apricot/bin/pip install apricot-select`.
+Every measurement is a process of its own, variants in turn; medians. Memory is the process's peak, with the interpreter and
+the vectors; the value of a selection is Σ_i max(0, max_s cos(i, s)), computed here for all alike.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+OURS = """
+import json, resource, sys, time
+import numpy as np
+from itertools import islice
+vectors, method, size = np.load(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+from sftkit.curate.coverage import k_center, nearest_to_mean
+from sftkit.curate.facility_location import facility_location
+import scipy.sparse
+start = time.perf_counter()
+ranking = facility_location(vectors) if method == "facility-location" else k_center(vectors, nearest_to_mean(vectors))
+picks = [row for row, _, _ in islice(ranking, size)]
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "picks": picks}))
+"""
+
+APRICOT = """
+import json, resource, sys, time
+import numpy as np
+vectors, size = np.load(sys.argv[1]), int(sys.argv[3])
+from apricot import FacilityLocationSelection
+warm = np.maximum(vectors[:200] @ vectors[:200].T, 0).astype(np.float64)
+FacilityLocationSelection(5, metric="precomputed", optimizer="lazy").fit(warm)  # numba compiles
+start = time.perf_counter()
+similarities = np.maximum(vectors @ vectors.T, 0).astype(np.float64)
+chosen = FacilityLocationSelection(size, metric="precomputed", optimizer="lazy").fit(similarities)
+seconds = time.perf_counter() - start
+picks = [int(row) for row in chosen.ranking]
+print(json.dumps({"seconds": seconds, "mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "picks": picks}))
+"""
+
+
+def drawn(num_rows: int, dimensions: int = 384) -> np.ndarray:
+    """Return unit vectors around 500 centres, as texts on 500 topics lie: cosines about .5 within one, about 0 between."""
+    random = np.random.default_rng(0)
+    centers = random.normal(size=(500, dimensions))
+    vectors = centers[random.integers(500, size=num_rows)] + random.normal(size=(num_rows, dimensions))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def value(vectors: np.ndarray, picks: list[int]) -> float:
+    """Return how well the picks stand for all rows."""
+    tiles = (vectors[start : start + 2048] @ vectors[picks].T for start in range(0, len(vectors), 2048))
+    return float(sum(np.maximum(tile.max(axis=1), 0).sum(dtype=np.float64) for tile in tiles))
+
+
+def measure(variants: dict[str, tuple[str, str, str]], file: Path, size: int, repeats: int) -> None:
+    """Run every variant (interpreter, program, method) in turn; print medians."""
+    results: dict[str, list[dict]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, (python, program, method) in variants.items():
+            done = subprocess.run([python, "-c", program, str(file), method, str(size)], capture_output=True, text=True)
+            if done.returncode:
+                print(f"{name}: failed: {done.stderr.strip().splitlines()[-1]}")
+                continue
+            results[name].append(json.loads(done.stdout))
+    vectors = np.load(file)
+    for name, found in results.items():
+        if found:
+            seconds, mb = (statistics.median(each[key] for each in found) for key in ("seconds", "mb"))
+            print(
+                f"{name:34} n {len(vectors):>7,} d {vectors.shape[1]} k {size:>6,}: {seconds:7.2f} s  {mb:7,.0f} MB  "
+                f"value {value(vectors, found[0]['picks']):,.3f}  ({len(found)} runs)",
+                flush=True,
+            )
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vectors", type=Path)
+    parser.add_argument("--apricot")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument("--center-rows", type=int, default=100_000)
+    parser.add_argument("--only", choices=("location", "center", "growth"))
+    options = parser.parse_args()
+    location = {"facility location, exact": (sys.executable, OURS, "facility-location")}
+    beside = {**location, **({"apricot, lazy": (options.apricot, APRICOT, "")} if options.apricot else {})}
+    center = {"k-center": (sys.executable, OURS, "k-center")}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "vectors.npy"
+        if options.only in (None, "location"):
+            np.save(file, np.load(options.vectors)[: options.rows] if options.vectors else drawn(options.rows))
+            measure(beside, file, options.rows // 10, options.repeats)
+        if options.only in (None, "center"):
+            np.save(file, drawn(options.center_rows))
+            measure(center, file, options.center_rows // 10, 1)
+        if options.only in (None, "growth"):
+            for rows in (options.rows, 2 * options.rows, 4 * options.rows):
+                np.save(file, drawn(rows))
+                measure({**location, **center}, file, 500, 1)
+
+
+if __name__ == "__main__":
+    main()
