@@ -17,7 +17,6 @@ from typing import Any
 
 from sftkit.core.engines.base import EngineConfig
 from sftkit.core.engines.registry import open_engine
-from sftkit.core.store import sample_seed
 from sftkit.curate.config import DistillConfig
 from sftkit.curate.distill import distillation
 
@@ -26,7 +25,7 @@ def raw(engine: Any, wanted: list[Any], config: DistillConfig, *, seeded: bool) 
     """Return tokens and seconds of vLLM itself."""
     inner, start, tokens = engine._engine, time.perf_counter(), 0
     for number, each in enumerate(wanted):
-        params = engine._params(config.sampling, **({"seed": sample_seed(each.key)} if seeded else {}), logprobs=0)
+        params = engine._params(config.sampling, **({"seed": each.seed} if seeded else {}), logprobs=0)
         inner.add_request(f"raw-{start}-{number}", {"type": "token", "prompt_token_ids": list(each.prompt.ids)}, params)
     while inner.has_unfinished_requests():
         tokens += sum(len(each.outputs[0].token_ids) for each in inner.step() if each.finished)

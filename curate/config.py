@@ -19,7 +19,9 @@ class DistillConfig(Sampling):
     system: str | None = setting(None, "System message, put before every prompt that has none.")
     thinking: bool = setting(False, "Render the prompt so that a thinking teacher thinks.")
     limit: int | None = setting(None, "Only the first prompts of the file.")
+    retry_truncated: bool = setting(False, "Ask once more for each cut answer, with twice the tokens; the longer one then counts.")
     budget_tokens: int | None = setting(None, "Most tokens generated into this run folder, over all calls.")
+    budget_hours: float | None = setting(None, "Longest time of asking in one call, in hours; what is under way then still finishes.")
     max_failed: float = setting(0.01, "Share of failed samples above which the command ends with exit code 3.")
     engine: EngineConfig = field(default_factory=EngineConfig, metadata={"help": "How the teacher is run."})
 
@@ -29,6 +31,8 @@ class DistillConfig(Sampling):
             if value is not None and value < least:
                 why = " (one answer can take max_new_tokens)" if name == "budget_tokens" else ""
                 raise UserError(f"{name}: expected {least} or more{why}, found {value}")
+        if self.budget_hours is not None and not self.budget_hours > 0:
+            raise UserError(f"budget_hours: expected more than 0, found {self.budget_hours:g}")
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature: expected 0 (greedy) or more, found {self.temperature}")
         if not 0 < self.top_p <= 1:

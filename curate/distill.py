@@ -5,7 +5,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import polars as pl
 
 from ..core.chat import Chat, load_chat
 from ..core.config import to_mapping
-from ..core.engines.base import Completion, Engine, Request
+from ..core.engines.base import Completion, Engine, Request, Sampling
 from ..core.engines.registry import choose, open_engine
 from ..core.errors import TooManyFailures, UserError
 from ..core.example import Decision, Sample
@@ -29,8 +29,10 @@ from .rows import record
 
 log = logging.getLogger(__name__)
 
-FREE = ("prompts", "k", "limit", "budget_tokens", "max_failed", "engine")  # settings that do not decide what a sample is
-BUDGET = "budget"  # the rule of samples that were not asked for, because the token budget was used up
+FREE = (  # settings that do not decide what a sample is
+    *("prompts", "k", "limit", "retry_truncated", "budget_tokens", "budget_hours", "max_failed", "engine"),
+)
+BUDGET = "budget"  # the rule of samples that were not asked for, because a budget was used up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ class DistillResult:
         if self.failed:
             lines.append("failed: " + ", ".join(f"{count:,} {error}" for error, count in self.failed.items()))
         if self.over_budget:
-            lines.append(f"not asked for: {self.over_budget:,} samples, the token budget is used up; a larger one goes on from here")
+            lines.append(f"not asked for: {self.over_budget:,} samples, a budget is used up; a larger one goes on from here")
         return "\n".join([*lines, f"data set: {self.run / 'curate' / 'dataset.jsonl'}"])
 
 
@@ -116,6 +118,8 @@ class Wanted:
     key: str
     prompt: Prompt
     index: int
+    sampling: Sampling
+    seed: int  # of its own stream of random numbers
 
     @property
     def row(self) -> tuple[str, int]:
@@ -131,6 +135,9 @@ def distill(source: str | Path, run: Path, config: DistillConfig) -> DistillResu
     """
     with distillation(source, run, config) as work:
         new_samples, new_tokens, seconds = work.generate(work.missing())
+        if config.retry_truncated:
+            again = work.generate(work.retries(), label="ask cut ones again")
+            new_samples, new_tokens, seconds = new_samples + again[0], new_tokens + again[1], seconds + again[2]
         return work.finish(new_samples, new_tokens, seconds)
 
 
@@ -144,9 +151,8 @@ def distillation(source: str | Path, path: Path, config: DistillConfig) -> Itera
         check_growth(run, examples, source, limited=config.limit is not None)
         _configure(run, source, teacher)
         prompts = choose_prompts(run, examples, teacher.chat, teacher.context, config)
-        keyed = {"model_identity": teacher.identity, "sampling": config.sampling}
         wanted = [
-            Wanted(sample_key(prompt=prompt.ids or prompt.messages, index=index, **keyed), prompt, index)  # type: ignore[arg-type]
+            _wanted(teacher, prompt, index, config.sampling)
             for prompt in prompts
             for index in range(config.k)  # a prompt's samples stand together, so that engines can share its prefix
         ]
@@ -164,16 +170,34 @@ class Distillation:
     wanted: list[Wanted]
     _spent: int = 0  # tokens of this run so far, in all calls
     _asked: dict[str, Wanted] = field(default_factory=dict)  # sent and not answered yet
+    _deadline: float | None = None  # by time.monotonic, after which nothing more is asked
 
     def missing(self) -> list[Wanted]:
         """Return the wanted samples that are not stored, in order."""
         stored = self.store.keys()
         return [each for each in self.wanted if each.key not in stored]
 
+    def retries(self) -> list[Wanted]:
+        """Return what to ask again: a sample for each that was cut, with twice the tokens, where it fits the context and is not stored."""
+        cut = set(self.samples().filter(pl.col("finish_reason") == "length")["key"])
+        stored, context = self.store.keys(), self.teacher.context
+        again = [self._longer(each) for each in self.wanted if each.key in cut]
+        fitting = [each for each in again if context is None or len(each.prompt.ids) + each.sampling.max_new_tokens <= context]
+        if len(fitting) < len(again):
+            log.info("%s cut answers do not fit the context with twice the tokens", f"{len(again) - len(fitting):,}")
+        return [each for each in fitting if each.key not in stored]
+
+    def _longer(self, wanted: Wanted) -> Wanted:
+        twice = replace(wanted.sampling, max_new_tokens=2 * wanted.sampling.max_new_tokens)
+        return _wanted(self.teacher, wanted.prompt, wanted.index, twice)
+
     def samples(self) -> pl.DataFrame:
-        """Return the wanted samples that are stored, columns as in the store's frame."""
-        keys = pl.Series("key", [each.key for each in self.wanted], pl.String)
-        return self.store.frame().join(keys.to_frame(), on="key", how="semi", maintain_order="left")
+        """Return the wanted samples that are stored, one for each, columns as in the store's frame; asked twice, the second."""
+        stored = self.store.frame()
+        have = set(stored["key"])
+        longer = {each.key: self._longer(each).key for each in self.wanted if each.key in have} if len(self.store.settings()) > 1 else {}
+        keys = [longer[each.key] if longer.get(each.key) in have else each.key for each in self.wanted]
+        return stored.join(pl.Series("key", keys, pl.String).to_frame(), on="key", how="semi", maintain_order="left")
 
     def generate(self, missing: Sequence[Wanted], label: str = "distill") -> tuple[int, int, float]:
         """Generate samples and store each as it finishes; return how many, their tokens, and the seconds it took.
@@ -183,11 +207,14 @@ class Distillation:
         if not missing:
             return 0, 0, 0.0
         config, engine = self.teacher.config, self.teacher.engine
-        sampling_key = self.store.remember(config.teacher, self.teacher.settings())
-        self._spent = int(self.samples()["num_tokens"].sum()) if config.budget_tokens else 0
+        settings = {**self.teacher.settings(), "max_new_tokens": missing[0].sampling.max_new_tokens}
+        sampling_key = self.store.remember(config.teacher, settings)
+        self._spent = int(self.store.frame()["num_tokens"].sum()) if config.budget_tokens else 0
         waiting = deque(missing)
         total = len(self.wanted) if label == "distill" else len(missing)
         start = time.monotonic()
+        if config.budget_hours is not None and self._deadline is None:
+            self._deadline = start + 3600 * config.budget_hours
         with Progress(label, total=total, unit="samples", done=total - len(missing)) as progress:
             began = progress.done
 
@@ -213,7 +240,9 @@ class Distillation:
     def _ask(self, waiting: deque[Wanted]) -> Iterator[Request]:
         config = self.teacher.config
         while waiting:
-            reserved = (len(self._asked) + 1) * config.max_new_tokens  # as if every answer under way took all it may
+            reserved = (len(self._asked) + 1) * waiting[0].sampling.max_new_tokens  # as if every answer under way took all it may
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                return
             if config.budget_tokens is not None and self._spent + reserved > config.budget_tokens:
                 return
             wanted = waiting.popleft()
@@ -222,19 +251,19 @@ class Distillation:
                 key=wanted.key,
                 prompt_ids=wanted.prompt.ids,
                 messages=wanted.prompt.messages,
-                sampling=config.sampling,
-                seed=sample_seed(wanted.key),
+                sampling=wanted.sampling,
+                seed=wanted.seed,
             )
 
     def finish(self, new_samples: int, new_tokens: int, seconds: float) -> DistillResult:
         """Record the stage `distill` and make the samples the run's data set. Raises TooManyFailures afterwards."""
         config = self.teacher.config
         stored, failures = self.samples(), self.store.failures()
-        keys = set(stored["key"])
+        have = set(zip(stored["example_id"], stored["sample_index"], strict=True))
         errors = dict(zip(failures["key"], failures["error"], strict=True))
         decisions = []
         for each in self.wanted:
-            if each.key in keys:
+            if each.row in have:
                 decisions.append(Decision(*each.row, "distill", "kept"))
             else:
                 rule = f"error: {errors[each.key]}" if each.key in errors else BUDGET
@@ -265,6 +294,13 @@ class Distillation:
                 " tries the failed ones again"
             )
         return result
+
+
+def _wanted(teacher: Teacher, prompt: Prompt, index: int, sampling: Sampling) -> Wanted:
+    decisive: dict[str, Any] = {"prompt": prompt.ids or prompt.messages, "model_identity": teacher.identity, "index": index}
+    # the longest length decides what is stored, not how it begins: asked again for more tokens, the same answer goes on
+    stream = sample_key(sampling=replace(sampling, max_new_tokens=0), **decisive)
+    return Wanted(sample_key(sampling=sampling, **decisive), prompt, index, sampling, sample_seed(stream))
 
 
 def _configure(run: Run, source: str | Path, teacher: Teacher) -> None:

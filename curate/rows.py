@@ -98,6 +98,8 @@ def _distilled_rows(curate: Path) -> pl.DataFrame:
         return pl.DataFrame(schema=SCHEMA)
     with SampleStore(curate / "samples.sqlite") as store:
         samples = store.frame().select("example_id", "sample_index", "text", "finish_reason", "num_tokens", "logprob")
+    # asked again because it was cut, an answer is there twice: the one that is whole counts, or the longer
+    samples = samples.sort(pl.col("finish_reason") == "length", -pl.col("num_tokens")).unique(KEY, keep="first", maintain_order=True)
     rows = prompts.join(samples, on="example_id").sort("order", "sample_index")
     answered = [
         _json([*conversations[order], {"role": "assistant", "content": text}])

@@ -295,6 +295,38 @@ def test_a_budget_is_never_exceeded_and_its_leftovers_are_no_failures(tmp_path: 
     assert (rest.samples, rest.new_samples, rest.over_budget) == (40, 40 - result.samples, 0)
 
 
+def test_cut_answers_are_asked_once_more_and_go_on_where_they_were_cut(tmp_path: Path, settings: Any, between: Between) -> None:
+    path, run = prompts(tmp_path / "p.jsonl", 12), tmp_path / "run"
+    first = distill(path, run, settings(k=2, max_new_tokens=6))
+    before = {(row["example_id"], row["sample_index"]): row for row in stored(run).iter_rows(named=True)}
+    cut = [key for key, row in before.items() if row["finish_reason"] == "length"]
+    assert len(cut) == first.cut > 0
+    second = distill(path, run, settings(k=2, max_new_tokens=6, retry_truncated=True))
+    assert (second.samples, second.new_samples) == (24, len(cut))
+    assert len(stored(run)) == 24 + len(cut)  # what was committed stays
+    rows = {each["id"]: each["messages"][-1]["content"] for each in data_set(run)}
+    assert len(rows) == 24
+    longer = {(row["example_id"], row["sample_index"]): row for row in stored(run).iter_rows(named=True) if row["num_tokens"] > 6}
+    assert sorted(longer) == sorted(cut)
+    for key, row in before.items():
+        text = rows[f"{key[0]}/{key[1]}"]
+        assert text == longer.get(key, row)["text"]
+        assert text.startswith(row["text"].rstrip("\ufffd"))
+    asked = len(between.asked)
+    third = distill(path, run, settings(k=2, max_new_tokens=6, retry_truncated=True))
+    assert (third.new_samples, len(between.asked)) == (0, asked)
+    assert ledger(run, "distill")["action"].to_list() == ["kept"] * 24
+
+
+def test_a_budget_of_time_stops_asking_and_is_no_failure(tmp_path: Path, settings: Any) -> None:
+    path, run = prompts(tmp_path / "p.jsonl", 20), tmp_path / "run"
+    result = distill(path, run, settings(k=2, budget_hours=1e-9))
+    assert (result.failed, result.over_budget) == ({}, 40 - result.samples)
+    assert result.over_budget > 0
+    assert "a budget is used up" in result.summary()
+    assert distill(path, run, settings(k=2)).samples == 40
+
+
 def test_more_prompts_are_growth_and_other_prompts_are_refused(
     tmp_path: Path, settings: Any, between: Between, caplog: pytest.LogCaptureFixture
 ) -> None:
