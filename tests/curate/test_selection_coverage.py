@@ -28,14 +28,14 @@ def k_center_oracle(vectors: Vectors, first: int) -> list[tuple[int, float | Non
     return picks
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(100))
 def test_k_center_equals_its_oracle(seed: int) -> None:
     random = np.random.default_rng(seed)
     size, dimensions = int(random.integers(1, 60)), int(random.integers(2, 20))
     base = random.normal(size=(max(size // 2, 1), dimensions))  # some rows twice or more, so that there are ties
     vectors = unit_vectors(base[random.integers(len(base), size=size)])
-    first = int(random.integers(size))
-    found, expected = list(k_center(vectors, first)), k_center_oracle(vectors, first)
+    first, front, batch = int(random.integers(size)), int(random.choice([1, 2, 7, 100])), int(random.choice([1, 3, 100]))
+    found, expected = list(k_center(vectors, first, front=front, batch=batch)), k_center_oracle(vectors, first)
     assert [row for row, _, _ in found] == [row for row, _, _ in expected]
     assert [gain for _, gain, _ in found] == pytest.approx([gain for _, gain, _ in expected], abs=1e-9)
     table = cosine_table(vectors)
@@ -55,6 +55,17 @@ def test_gains_fall_and_cover_twice_as_well_as_any_choice() -> None:
         radius = table[:, [row for row, _, _ in picks[:size]]].min(axis=1).max()
         best = min(table[:, list(chosen)].min(axis=1).max() for chosen in combinations(range(12), size))
         assert radius <= 2 * best + 1e-9
+
+
+@pytest.mark.parametrize(("front", "batch"), [(1, 128), (20, 1), (60, 128), (599, 7), (600, 1000)])
+def test_k_center_of_many_rows_is_the_same_however_many_are_looked_at_first(front: int, batch: int) -> None:
+    vectors = unit_vectors(np.random.default_rng(9).normal(size=(600, 12)))
+    table, taken = cosine_table(vectors), [5]
+    closest = table[5].copy()
+    while len(taken) < 600:
+        taken.append(int(np.argmin(np.where(np.isin(np.arange(600), taken), np.inf, closest))))
+        closest = np.maximum(closest, table[taken[-1]])
+    assert [row for row, _, _ in k_center(vectors, 5, front=front, batch=batch)] == taken
 
 
 def test_orthogonal_rows_come_in_row_order() -> None:
