@@ -219,11 +219,11 @@ def open(model: str, config: EngineConfig, *, revision: str | None = None) -> Vl
         raise UserError(f"{model}: vLLM runs model folders, not .gguf files; give a folder, or the engine transformers")
     chat, identity = load_chat(ref), model_identity(ref)
     _prepare_environment()
+    arguments = _arguments(ref, config)
     log.info("starting vLLM with %s", model)
     processes = Processes()
     try:
-        with processes:
-            engine = _start(ref, config)
+        engine = processes.start(lambda: _start(ref, arguments))
     except BaseException:
         processes.close()
         raise
@@ -245,10 +245,9 @@ def _prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def _start(ref: ModelRef, config: EngineConfig) -> Any:
-    from vllm import EngineArgs, LLMEngine
+def _arguments(ref: ModelRef, config: EngineConfig) -> dict[str, Any]:
+    """Return what vLLM is started with."""
     from vllm.platforms import current_platform
-    from vllm.usage.usage_lib import UsageContext
 
     own = context_length(load_settings(ref))
     given = config.max_model_len
@@ -268,6 +267,13 @@ def _start(ref: ModelRef, config: EngineConfig) -> Any:
     if current_platform.is_cpu():
         arguments["gpu_memory_utilization"] = min(config.gpu_memory_utilization, CPU_SHARE)
         arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES  # VLLM_CPU_KVCACHE_SPACE wins over it
+    return arguments
+
+
+def _start(ref: ModelRef, arguments: dict[str, Any]) -> Any:
+    from vllm import EngineArgs, LLMEngine
+    from vllm.usage.usage_lib import UsageContext
+
     refusals: tuple[type[Exception], ...] = (*_refusals(), RuntimeError, OSError)
     try:
         # the context decides how many sequences and tokens it takes at once: as for LLM, not as for a server

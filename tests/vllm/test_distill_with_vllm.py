@@ -78,6 +78,22 @@ def assert_gone(started: list[psutil.Process]) -> None:
     assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
 
 
+def test_an_interruption_of_the_start_is_not_lost(distillation: Distillation) -> None:
+    process = distillation.start()
+    deadline = time.monotonic() + 120
+    started: list[psutil.Process] = []
+    while not started and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+        started = [each for each in psutil.Process(process.pid).children(recursive=True) if each.name().startswith("VLLM")]
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130, distillation.errors.read_text()
+    assert_gone(started)
+    said = distillation.errors.read_text()
+    assert "goes on from here" in said
+    assert "Traceback" not in said
+    assert distillation.stored() == {}
+
+
 def test_whatever_ends_it_the_same_command_goes_on(distillation: Distillation) -> None:
     process, started = distillation.start_and_wait(more=5)
     os.kill(process.pid, signal.SIGKILL)
