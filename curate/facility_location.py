@@ -91,6 +91,8 @@ class Covering:
         self.exact = np.ones(num_rows, dtype=bool)  # where the bound is what the row adds,
         self.error = np.full(num_rows, ROUNDING * num_rows)  # but for this at most
         self._expected = self._asked = num_rows  # rows that are computed between two picks
+        self._guess = -1 if num_rows <= neighbors else _likely_first(vectors)
+        self._after_guess = np.zeros(num_rows)  # the bounds once that is picked
         starts, columns, cosines = self._look_at_all(neighbors)
         by_row = csr_array((cosines, columns, starts), shape=(num_rows, num_rows))
         by_column = by_row.tocsc()
@@ -156,7 +158,7 @@ class Covering:
     def take(self, pick: int, rows: Indices, cosines: Indices) -> None:
         """Add a pick that covers `rows` so well."""
         opened = self._open[rows]
-        self._carry_on(rows[opened], cosines[opened])
+        self._carry_on(pick, rows[opened], cosines[opened])
         for part in _chunks(np.arange(len(rows)), max(len(self._columns) // len(self._floor), 1)):
             self._cover(rows[part], cosines[part])
         self.witness[rows] = pick
@@ -172,13 +174,16 @@ class Covering:
             self.exact[:] = True
             self.error = self._least_error(np.arange(len(self._floor)))
 
-    def _carry_on(self, rows: Indices, cosines: Indices) -> None:
+    def _carry_on(self, pick: int, rows: Indices, cosines: Indices) -> None:
         """Take from all bounds what is gained no more when these open rows are covered so well, or leave the bounds inexact."""
         self._carried = len(rows) * len(self._floor) <= self._expected * self._num_open
         self._expected = int(0.9 * self._expected) if self._carried else self._asked
         self._asked = 0
         if not self._carried:
             self.exact[:] = not len(rows) and self.exact
+            return
+        if pick == self._guess and not self.covered.any():
+            self.bound = self._after_guess
             return
         old, new = ((values / UNIT).astype(np.float32)[:, None] for values in (self.covered[rows], cosines))
         height = max(CELLS // len(self._floor), 1)
@@ -217,11 +222,13 @@ class Covering:
         return self.covered[rows] < (self._floor[rows] + MARGIN) * UNIT
 
     def _look_at_all(self, neighbors: int) -> tuple[Indices, npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """Compute all similarities once, tile by tile: set `bound` to their sums, return those above the floors, by row."""
+        """Compute all similarities once, tile by tile: set the first bounds, return those above the floors, by row."""
         num_rows = len(self._vectors)
         height = max(CELLS // num_rows, 1)
         counts = np.empty(num_rows, dtype=np.int64)
         columns, cosines = [], []
+        guess = np.full(num_rows, self._guess)
+        covered = np.maximum(exact_cosines(self._vectors, np.arange(num_rows), guess), 0).astype(np.float32)[:, None]
         for start in range(0, num_rows, height):
             tile = self._vectors[start : start + height] @ self._vectors.T
             floor = self._floor[start : start + height]
@@ -235,8 +242,21 @@ class Covering:
             columns.append(np.nonzero(above)[1].astype(np.int32))
             cosines.append(tile[above])
             np.maximum(tile, 0, out=tile)
-            self.bound += tile.sum(axis=0, dtype=np.float64)
+            self.bound += tile.sum(axis=0)
+            if self._guess >= 0:
+                tile -= covered[start : start + height]
+                np.maximum(tile, 0, out=tile)
+                self._after_guess += tile.sum(axis=0)
         return np.concatenate([[0], np.cumsum(counts)]), np.concatenate(columns), np.concatenate(cosines)
+
+
+def _likely_first(vectors: Vectors) -> int:
+    """Return a row that is likely to add most at first: of those nearest to the mean, the one that does. It is only a guess."""
+    mean = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
+    rows = np.argsort(-(vectors @ mean), kind="stable")[:64]
+    height = max(CELLS // 64, 1)
+    added = sum(np.maximum(vectors[start : start + height] @ vectors[rows].T, 0).sum(axis=0) for start in range(0, len(vectors), height))
+    return int(rows[np.argmax(added)])
 
 
 def _floors(vectors: Vectors, neighbors: int) -> npt.NDArray[np.float32]:
