@@ -76,6 +76,8 @@ def _on_disk(path: Path) -> Path:
             return inner
     if (path / "config.json").exists():
         return path
+    if (path / "adapter_config.json").exists():
+        raise UserError(f"{path}: is an adapter, not a whole model; `sftkit train merge {path} -o FOLDER` makes FOLDER one")
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
         return _on_disk(files[0])

@@ -29,6 +29,7 @@ def train() -> None:
 @config_option(TrainConfig, "max_length")
 @config_option(TrainConfig, "limit")
 @config_option(TrainConfig, "init")
+@config_option(TrainConfig, "max_hours")
 @click.option("--config", "settings", type=click.Path(path_type=Path), help="YAML file with all settings; options win over it.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 def sft(data: str, model: str, out: Path, recipe: str | None, settings: Path | None, revision: str | None, **options: Any) -> None:
@@ -40,6 +41,7 @@ def sft(data: str, model: str, out: Path, recipe: str | None, settings: Path | N
     sftkit train sft runs/a --model smollm2-135m-instruct -o runs/b
     sftkit train sft chats.jsonl --model org/name -o runs/c --lora --epochs 3
     sftkit train sft chats.jsonl --model org/name -o runs/d --recipe classic       lr 8e-5, 1 epoch, 8 rows a step
+    sftkit train sft chats.jsonl --model org/name -o runs/e --max-hours 11.5       for notebooks that end after 12
     """
     from ..core.hardware import pick_device
     from .sft import train as run_training
@@ -70,3 +72,23 @@ def preview(data: str, model: str, rows: int, html_path: Path | None, revision: 
     from .preview import preview as show
 
     show(data, model, load_config(TrainConfig, given(options)), limit=rows, html_path=html_path, revision=revision)
+
+
+@train.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--base", help="The unquantised model to merge into; the one that the adapter names, when not given.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="A new folder for the model.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Number format; the base's, when not given.")
+@click.option("--revision", help="Branch, tag or commit of a Hub base.")
+def merge(adapter: Path, base: str | None, out: Path, dtype: str | None, revision: str | None) -> None:
+    """Merge ADAPTER, a folder or the run that trained it, into its base: a whole model, which loads like any other.
+
+    Refused where the merged model does not say the same as base and adapter apart, with the figure.
+
+    \b
+    sftkit train merge runs/b -o models/mine
+    sftkit train merge adapters/a --base org/name -o models/mine --dtype bfloat16
+    """
+    from .merge import merge as run_merge
+
+    click.echo(run_merge(adapter, out, base=base, dtype=dtype, revision=revision).summary())

@@ -20,7 +20,11 @@ class TrainConfig:
     weight_decay: float = setting(0.0, "Weight decay of AdamW.")
     max_grad_norm: float = setting(1.0, "Longest gradient; a longer one is scaled down.")
     max_length: int | None = setting(None, "Longest row in tokens; the model's context when not given. An answer is never cut.")
-    overlong: str = setting("drop", "What happens to longer rows: drop (each is recorded) or raise.", choices=("drop", "raise"))
+    overlong: str = setting(
+        "drop",
+        "What happens to longer rows: drop (each is recorded), split between turns (never in an answer), or raise.",
+        choices=("drop", "split", "raise"),
+    )
     train_on: str = setting("all", "Which answers of a conversation are trained on.", choices=("all", "last"))
     validation: float = setting(0.05, "Share of the rows that are not trained on and give eval_loss; 0 for none.")
     limit: int | None = setting(None, "Only the first rows.")
@@ -40,6 +44,12 @@ class TrainConfig:
     logging_steps: int = setting(5, "Steps between lines of metrics.jsonl.")
     eval_steps: int | None = setting(None, "Steps between evaluations on the validation rows; at the end of each epoch when not given.")
     save_minutes: float = setting(5.0, "Minutes between checkpoints, which a stopped run goes on from.")
+    max_hours: float | None = setting(None, "Stop after so many hours, with a checkpoint that the same command goes on from.")
+    stop_check: int | None = setting(
+        None,
+        "Prompts that the final model answers, to see whether it stops: 32, without a GPU 8 short ones, when not given; 0: none.",
+    )
+    samples: int = setting(0, "Validation prompts that are answered at each evaluation, into train/samples.jsonl.")
 
     def __post_init__(self) -> None:
         least = {
@@ -49,6 +59,8 @@ class TrainConfig:
             "lora_rank": 1,
             "limit": 1,
             "max_length": 2,
+            "stop_check": 0,
+            "samples": 0,
         }
         for name, lowest in least.items():
             value = getattr(self, name)
@@ -56,6 +68,8 @@ class TrainConfig:
                 raise UserError(f"{name}: expected {lowest} or more, found {value}")
         if not self.save_minutes > 0:
             raise UserError(f"save_minutes: expected more than 0, found {self.save_minutes:g}")
+        if self.max_hours is not None and not self.max_hours > 0:
+            raise UserError(f"max_hours: expected more than 0, found {self.max_hours:g}")
         if not self.epochs > 0:
             raise UserError(f"epochs: expected more than 0, found {self.epochs:g}")
         if self.learning_rate is not None and not self.learning_rate > 0:

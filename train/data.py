@@ -2,15 +2,16 @@
 
 import hashlib
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..core.chat import Chat
 from ..core.errors import UserError
-from ..core.example import Decision, Example
+from ..core.example import Decision, Example, Message
 from ..core.ledger import Ledger, RowKey
 from .config import TrainConfig
 
@@ -18,20 +19,38 @@ log = logging.getLogger(__name__)
 
 STAGE = "train_data"
 END_COVERAGE = 0.999  # share of the rows whose answer's end must be trained on, or the model would not learn to stop
+NAMED = 3  # rows that a warning names
+CURES = {
+    "no_assistant_turn": "nothing in them is learned: give rows with answers, or have a teacher write them (sftkit curate distill)",
+    "empty_answer": "fill the answers in, or take the rows out",
+    "refused_by_template": "change the rows as the template wants them, or give a model with another template",
+    "over_max_length": "raise max_length, or give overlong: split, which cuts a conversation between its turns",
+    "no_end_of_turn": "check the chat template, or train on last answers only (train_on: last)",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row, rendered. `labels` are the ids where they are trained on, else -100."""
+    """One row, rendered. `labels` are the ids where they are trained on, else -100. `source` is where it stands, as file:row."""
 
     key: RowKey
     ids: list[int]
     mask: list[bool]
+    source: str = field(default="", compare=False)
+    messages: Sequence[Message] = field(default=(), compare=False, repr=False)
 
     @property
     def labels(self) -> list[int]:
         """Return the ids of the trained tokens, -100 elsewhere."""
         return [token if trained else -100 for token, trained in zip(self.ids, self.mask, strict=True)]
+
+    @property
+    def answer_start(self) -> int:
+        """Return where the last answer begins: the ids before it are what the model goes on from."""
+        place = len(self.mask) - 1 - self.mask[::-1].index(True)
+        while place and self.mask[place - 1]:
+            place -= 1
+        return place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +66,10 @@ class DataReport:
     longest: int
     max_length: int | None
     end_of_turn: str
+    split: int = 0  # rows that were cut between their turns
+    sources: dict[str, int] = field(default_factory=dict)  # rows from each file, trained on or validated on
+    licences: dict[str, int] = field(default_factory=dict)  # rows by their column `license`, where they have one
+    warnings: tuple[str, ...] = ()  # each names rows and the cure
 
     @property
     def trained_share(self) -> float:
@@ -67,6 +90,16 @@ class TrainingData:
     report: DataReport
 
 
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What became of an example: its rows, or the rule that left it out, with its score and what the template said."""
+
+    rows: Sequence[Row] = ()
+    rule: str = ""
+    score: float | None = None
+    said: str = ""
+
+
 def key_of(example: Example) -> RowKey:
     """Return the row's identity: that of the sample it was exported from (`ID/INDEX` in its id), or its own."""
     exported = example.meta.get("id")
@@ -78,42 +111,59 @@ def key_of(example: Example) -> RowKey:
 
 
 def prepare(
-    examples: Sequence[Example], chat: Chat, config: TrainConfig, *, context: int | None, ledger: Path | None = None
+    examples: Sequence[Example],
+    chat: Chat,
+    config: TrainConfig,
+    *,
+    context: int | None,
+    vocabulary: int | None = None,
+    ledger: Path | None = None,
 ) -> TrainingData:
     """Render all rows, decide which are trained on, and record a decision for each in `ledger`, a file.
 
     Rules: `no_assistant_turn`, `empty_answer`, `refused_by_template`, `over_max_length`, `no_end_of_turn`, `over_limit`.
-    Raises UserError when nothing is left, or too few answers end with a token that ends them.
+    Raises UserError when nothing is left, too few answers end with a token that ends them, or a token is beyond the `vocabulary`.
+    What is no error and yet seldom meant stands in the report's warnings, and is said aloud.
     """
     limit = min(each for each in (config.max_length, context, 1 << 62) if each is not None)
     rows: list[Row] = []
     decisions: list[Decision] = []
+    left_out: dict[str, list[str]] = {}
+    kept: list[Example] = []
+    num_split = 0
     for example in examples:
         key = key_of(example)
-        row, rule, score = (
-            _render(example, key, chat, config, limit) if len(rows) < (config.limit or 1 << 62) else (None, "over_limit", None)
-        )
-        if row is None:
-            threshold = float(limit) if rule == "over_max_length" else None
-            decisions.append(Decision(*key, STAGE, "rejected", rule, score, threshold))
-            if rule == "over_max_length" and config.overlong == "raise":
-                raise UserError(
-                    f"{example.source}: {score:g} tokens, longer than the {limit} allowed; raise max_length, or give overlong: drop"
-                )
-        else:
-            rows.append(row)
+        full = len(kept) >= (config.limit or 1 << 62)
+        outcome = _Outcome(rule="over_limit") if full else _render(example, key, chat, config, limit)
+        if outcome.rows:
+            rows += outcome.rows
+            kept.append(example)
+            num_split += len(outcome.rows) > 1
             decisions.append(Decision(*key, STAGE, "kept"))
+            continue
+        if outcome.rule == "over_max_length" and config.overlong == "raise":
+            raise UserError(
+                f"{example.source}: {outcome.score:g} tokens, longer than the {limit} allowed; raise max_length, or give overlong: drop"
+                " or split"
+            )
+        threshold = float(limit) if outcome.rule == "over_max_length" else None
+        decisions.append(Decision(*key, STAGE, "rejected", outcome.rule, outcome.score, threshold))
+        left_out.setdefault(outcome.rule, []).append(f"{example.source} ({outcome.said})" if outcome.said else example.source)
     if ledger:
         Ledger(ledger).record(STAGE, [key_of(each) for each in examples], decisions)
-    rejected = Counter(each.rule for each in decisions if each.action == "rejected")
+    rejected = Counter({rule: len(places) for rule, places in left_out.items()})
     told = ", ".join(f"{rule} {count:,}" for rule, count in rejected.most_common())
     if not rows:
-        raise UserError(f"none of the {len(examples):,} rows can be trained on: {told}")
+        worst = rejected.most_common(1)[0][0] if rejected else ""
+        mend = f" ({_named(left_out[worst])}): {CURES[worst]}" if worst in CURES else ""
+        raise UserError(f"none of the {len(examples):,} rows can be trained on: {told}{mend}")
     if rejected["no_end_of_turn"] > (1 - END_COVERAGE) * (len(rows) + rejected["no_end_of_turn"]):
         raise UserError(
-            f"{rejected['no_end_of_turn']:,} answers do not end with {chat.name}'s end-of-turn token; check the chat template,"
-            " or train on last answers only (train_on: last)"
+            f"{rejected['no_end_of_turn']:,} answers do not end with {chat.name}'s end-of-turn token"
+            f" ({_named(left_out['no_end_of_turn'])}); {CURES['no_end_of_turn']}"
         )
+    if vocabulary is not None:
+        _check_vocabulary(rows, chat, vocabulary)
     train, validation = split(rows, config.validation, config.seed)
     report = DataReport(
         rows=len(examples),
@@ -125,34 +175,132 @@ def prepare(
         longest=max(len(row.ids) for row in rows),
         max_length=None if limit == 1 << 62 else limit,
         end_of_turn=str(chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn)),
+        split=num_split,
+        sources=dict(Counter(Path(each.source.rpartition(":")[0] or each.source).name for each in kept).most_common()),
+        licences=dict(Counter(str(each.meta["license"]) for each in kept if each.meta.get("license")).most_common()),
+        warnings=tuple(_warnings(left_out, kept, train, validation, chat)),
     )
     log.info(
         "data: %s rows to train on, %s to validate on%s; %s tokens, %.1f %% of them trained on, each answer up to its %s",
         f"{report.train_rows:,}", f"{report.validation_rows:,}", f" (left out: {told})" if told else "",
         f"{report.tokens:,}", 100 * report.trained_share, report.end_of_turn,
     )  # fmt: skip
+    for warning in report.warnings:
+        log.warning("data: %s", warning)
     return TrainingData(train, validation, report)
 
 
-def _render(example: Example, key: RowKey, chat: Chat, config: TrainConfig, limit: int) -> tuple[Row | None, str, float | None]:
+def _warnings(
+    left_out: dict[str, list[str]], kept: Sequence[Example], train: Sequence[Row], validation: Sequence[Row], chat: Chat
+) -> list[str]:
+    told = [f"{_rows(places)} left out as {rule} ({_named(places)}): {CURES[rule]}" for rule, places in left_out.items() if rule in CURES]
+    asked = {hash(tuple(row.ids[: row.answer_start])) for row in train} if validation else set()
+    again = [row.source for row in validation if hash(tuple(row.ids[: row.answer_start])) in asked]
+    if again:
+        told.append(
+            f"{_rows(again)} to validate on ask what a training row asks ({_named(again)}), so eval_loss will be too good:"
+            " take repeated prompts out first (sftkit curate dedup)"
+        )
+    pattern = _special_tokens(chat)
+    marked = [each.source for each in kept if any(pattern.search(str(message.get("content") or "")) for message in each.messages)]
+    if marked:
+        told.append(
+            f"{_rows(marked)} with special tokens of the template in their text ({_named(marked)}), which the model reads as real ones:"
+            " take them out of the text, or the rows out of the data"
+        )
+    return told
+
+
+def _rows(places: Sequence[str]) -> str:
+    return f"{len(places):,} row{'s' * (len(places) != 1)}"
+
+
+def _named(places: Sequence[str]) -> str:
+    more = f" and {len(places) - NAMED:,} more" if len(places) > NAMED else ""
+    return ", ".join(places[:NAMED]) + more
+
+
+def _special_tokens(chat: Chat) -> re.Pattern[str]:
+    """Return a pattern of the special tokens that a rendered conversation has, and of those that end or begin one."""
+    turns: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids = {*chat.render(turns).ids, *chat.prompt(turns[:1]), *chat.stop_ids, chat.pad_id}
+    added = chat.tokenizer.added_tokens_decoder
+    tokens = {str(added[each].content) for each in ids if each in added and added[each].special}
+    tokens |= {token for token in (chat.tokenizer.bos_token, chat.tokenizer.eos_token) if token}
+    return re.compile("|".join(re.escape(each) for each in sorted(tokens, key=len, reverse=True)) or r"(?!)")
+
+
+def _check_vocabulary(rows: Sequence[Row], chat: Chat, size: int) -> None:
+    for row in rows:
+        if (token := max(row.ids)) >= size:
+            raise UserError(
+                f"{row.source}: its token {chat.tokenizer.convert_ids_to_tokens(token)!r} is number {token:,}, and {chat.name} has room for"
+                f" {size:,}; tokenizer and weights do not belong together: copy the model's own tokenizer files beside it"
+            )
+
+
+def _render(example: Example, key: RowKey, chat: Chat, config: TrainConfig, limit: int) -> _Outcome:
     answers = [each for each in example.messages if each["role"] == "assistant"]
     if not answers:
-        return None, "no_assistant_turn", None
+        return _Outcome(rule="no_assistant_turn")
     wanted = answers if config.train_on == "all" else answers[-1:]
     if any(not (each.get("content") or "").strip() and not each.get("tool_calls") for each in wanted):
-        return None, "empty_answer", None
+        return _Outcome(rule="empty_answer")
     try:
-        rendered = chat.render(example.messages, train_on=config.train_on)
+        row = _row(example.messages, example, key, chat, config)
+        rows = [row]
+        if len(row.ids) > limit:
+            rows = _cut(example, key, chat, config, limit) if config.overlong == "split" else []
     except UserError as error:
-        log.warning("%s: %s", example.source, error)
-        return None, "refused_by_template", None
-    if len(rendered.ids) > limit:
-        return None, "over_max_length", float(len(rendered.ids))
-    ends = [here and not following for here, following in zip(rendered.mask, [*rendered.mask[1:], False], strict=True)]
-    last = [token for token, end in zip(rendered.ids, ends, strict=True) if end]
-    if len(last) < len(wanted) or any(token not in chat.stop_ids for token in last):
-        return None, "no_end_of_turn", None
-    return Row(key, rendered.ids, rendered.mask), "", None
+        return _Outcome(rule="refused_by_template", said=str(error))
+    if not rows:
+        return _Outcome(rule="over_max_length", score=float(len(row.ids)))
+    for each in rows:
+        ends = [here and not following for here, following in zip(each.mask, [*each.mask[1:], False], strict=True)]
+        last = [token for token, end in zip(each.ids, ends, strict=True) if end]
+        count = sum(message["role"] == "assistant" for message in each.messages) if config.train_on == "all" else 1
+        if len(last) < count or any(token not in chat.stop_ids for token in last):
+            return _Outcome(rule="no_end_of_turn")
+    return _Outcome(rows=rows)
+
+
+def _row(messages: Sequence[Message], example: Example, key: RowKey, chat: Chat, config: TrainConfig) -> Row:
+    rendered = chat.render(messages, train_on=config.train_on)
+    return Row(key, rendered.ids, rendered.mask, example.source, messages)
+
+
+def _cut(example: Example, key: RowKey, chat: Chat, config: TrainConfig, limit: int) -> list[Row]:
+    """Cut a conversation before questions, so that each part fits; none where one question and its answer alone do not.
+
+    Every part begins with the system message. Where the last answer alone is trained on, it keeps as many turns before it as fit.
+    """
+    head = 0
+    while example.messages[head]["role"] == "system":
+        head += 1
+    system, turns = list(example.messages[:head]), example.messages[head:]
+    exchanges: list[list[Message]] = []
+    for place, message in enumerate(turns):
+        if not exchanges or (message["role"] == "user" and turns[place - 1]["role"] != "user"):
+            exchanges.append([])
+        exchanges[-1].append(message)
+    while not any(message["role"] == "assistant" for message in exchanges[-1]):  # a last question without an answer
+        exchanges.pop()
+    from_end = config.train_on == "last"
+    parts: list[Row] = []
+    waiting = exchanges[::-1] if from_end else exchanges
+    while waiting:
+        fitting, used = None, 0
+        for count in range(1, len(waiting) + 1):
+            taken = waiting[:count][::-1] if from_end else waiting[:count]
+            row = _row([*system, *(message for exchange in taken for message in exchange)], example, key, chat, config)
+            if len(row.ids) > limit:
+                break
+            fitting, used = row, count
+        if fitting is None:
+            return []
+        parts.append(fitting)
+        waiting = [] if from_end else waiting[used:]
+    return parts
 
 
 def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -2,8 +2,6 @@
 
 import logging
 import math
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,9 @@ import torch
 from ..core.chat import Chat, load_chat
 from ..core.errors import UserError
 from ..core.files import write_json
-from ..core.models import ModelRef, load_model, resolve_model
+from ..core.models import ModelRef, load_model, model_identity, resolve_model
 from .data import Row
+from .merge import MOST_KL, load_adapter, load_base, merge_adapter, save_model
 
 log = logging.getLogger(__name__)
 
@@ -32,26 +31,27 @@ def save_final(
     """
     checked = sorted(rows, key=lambda row: len(row.ids))[:CHECKED_ROWS]
     trained = answer_loss(model, checked)
-    final, scratch = room / "final", room / ".final.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
-    whole = _merged(model, start, room / "adapter") if hasattr(model, "merge_and_unload") else model
-    whole = whole.to(dtype)
-    chat.configure(whole)
-    whole.save_pretrained(scratch)
-    chat.save(scratch)
-    write_json(scratch / "sftkit.json", facts)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(scratch, final)
+    final = room / "final"
+    if hasattr(model, "merge_and_unload"):
+        model, kl = _merged(model, start, rows, room / "adapter", dtype)
+        facts = {**facts, "merged": {"kl": kl}}
+    save_model(model.to(dtype), chat, final, facts)
     check_saved(final, chat, checked, trained)
 
 
-def _merged(model: Any, start: ModelRef, adapter: Path) -> Any:
+def _merged(model: Any, start: ModelRef, rows: Sequence[Row], adapter: Path, dtype: torch.dtype) -> tuple[Any, float]:
     model.save_pretrained(adapter)
+    (adapter / "README.md").unlink(missing_ok=True)  # PEFT's form with nothing filled in; the card is beside the final model
+    write_json(adapter / "sftkit.json", {"base": start.name, "identity": model_identity(start)})
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model.get_base_model(), "is_loaded_in_4bit", False):
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(load_model(start, dtype="float32"), adapter)
-    return model.float().merge_and_unload()  # in float32: a product of small matrices loses most of itself in 16 bits
+        model = load_adapter(load_base(start), adapter)
+    whole, kl = merge_adapter(model, [row.ids[: row.answer_start] or row.ids for row in rows], dtype)
+    if kl > MOST_KL:
+        log.warning(
+            "merged, the model says something else than base and adapter apart: KL(adapter ‖ merged) is %.2g nats a token, expected at most"
+            " %g; use the adapter in train/adapter, or merge it in float32: sftkit train merge RUN -o FOLDER --dtype float32", kl, MOST_KL,
+        )  # fmt: skip
+    return whole, kl
 
 
 def check_saved(folder: Path, chat: Chat, rows: Sequence[Row], trained: float) -> None:

@@ -32,7 +32,9 @@ def preview(
     """Print the report over the whole set and the tokens of `limit` rows; write `html_path` too when given. Trains nothing."""
     ref = resolve_model(model, revision=revision)
     chat = load_chat(ref)
-    prepared = prepare(read_examples(data), chat, config, context=context_length(load_settings(ref)))
+    settings = load_settings(ref)
+    size = getattr(settings.get_text_config(), "vocab_size", None)
+    prepared = prepare(read_examples(data), chat, config, context=context_length(settings), vocabulary=size)
     console = console or Console()
     for name, value in report_lines(prepared):
         console.print(Text.assemble((f"{name}: ", "bold"), value))
@@ -55,6 +57,8 @@ def report_lines(data: TrainingData) -> list[tuple[str, str]]:
         ("tokens", f"{report.tokens:,}, of which {report.trained_tokens:,} ({report.trained_share:.1%}) are trained on"),
         ("longest row", f"{report.longest:,} tokens" + (f" of {report.max_length:,} allowed" if report.max_length else "")),
         ("each answer ends with", report.end_of_turn),
+        *(("cut between turns", f"{report.split:,} rows") for _ in range(bool(report.split))),
+        *(("mind", warning) for warning in report.warnings),
     ]
 
 

@@ -5,7 +5,10 @@ import json
 import logging
 import math
 import shutil
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,20 @@ from ..core.hardware import half_precision, measured_peak, pick_device
 from ..core.models import ModelRef, context_length, load_model, load_settings, model_identity, resolve_model
 from ..core.progress import duration
 from ..core.run import Run, is_done, mark_done
+from .card import write_card
 from .config import TrainConfig
 from .data import TrainingData, fingerprint, prepare
 from .init import make_start
+from .parity import check_parity
 
 log = logging.getLogger(__name__)
 
-FREE = ("data", "model", "revision", "logging_steps", "save_minutes")  # settings that do not decide what the model becomes
+# settings that do not decide what the model becomes
+FREE = ("data", "model", "revision", "logging_steps", "save_minutes", "max_hours", "stop_check", "samples")
 PREVIEW_ROWS = 20
 CPU_TOKENS, GPU_TOKENS = 2048, 32_768  # in one forward pass, to begin with
+HIGH_RATE = 0.01
+FULL_DISK = ("No space left", "File too large", "Disk quota exceeded", "PytorchStreamWriter failed", "inline_container.cc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +50,7 @@ class TrainResult:
     first_loss: float
     last_loss: float
     validation: tuple[float, ...] | None  # loss on the validation rows before and after
+    stop_check: dict[str, Any] | None = None  # how many answers of the final model ended: sampling.StopCheck, with its text
 
     @property
     def tokens_per_second(self) -> float:
@@ -55,6 +64,8 @@ class TrainResult:
         lines.append(f"training loss: {self.first_loss:.3f} at the first logged step, {self.last_loss:.3f} at the last")
         if self.validation:
             lines.append(f"validation loss: {self.validation[0]:.3f} before, {self.validation[1]:.3f} after")
+        if self.stop_check:
+            lines.append(self.stop_check["text"])
         return "\n".join([*lines, f"model: {self.model}"])
 
 
@@ -65,13 +76,23 @@ def train(data: str | Path, model: str, out: Path, config: TrainConfig, *, revis
     results.json and done.json at the end. Raises UserError for rows or models that cannot be trained, and for a folder that
     holds another run.
     """
+    from .merge import refuse_quantised
+
+    began = time.monotonic()
     ref = resolve_model(model, revision=revision)
-    device = _check_device(config)
+    device = pick_device()
+    _check_settings(config, device, half_precision(device))
+    settings = load_settings(ref)
+    refuse_quantised(ref)
     examples = read_examples(data)
     chat = load_chat(ref)
     with Run.create(out) as run:
         room = run.room("train")
-        prepared = prepare(examples, chat, config, context=context_length(load_settings(ref)), ledger=room / "ledger.parquet")
+        prepared = prepare(
+            examples, chat, config, context=context_length(settings), ledger=room / "ledger.parquet",
+            vocabulary=getattr(settings.get_text_config(), "vocab_size", None),
+        )  # fmt: skip
+        parity = check_parity(prepared.train + prepared.validation, chat)
         marks = {"identity": model_identity(ref), "template": chat.fingerprint(), "rows": fingerprint(prepared.train + prepared.validation)}
         before = run.config().get("train", {})
         free = FREE if before.get("identity") == marks["identity"] else tuple(each for each in FREE if each != "model")
@@ -80,11 +101,20 @@ def train(data: str | Path, model: str, out: Path, config: TrainConfig, *, revis
             log.info("%s: is trained already", out)
             return _result(run)
         _write_plan(room, prepared, chat, config, device)
-        return _train(run, ref, chat, prepared, config, device, marks)
+        deadline = began + config.max_hours * 3600 if config.max_hours is not None else None
+        return _train(run, ref, chat, prepared, config, device, {**marks, "parity": parity}, deadline)
 
 
-def _check_device(config: TrainConfig) -> str:
-    device = pick_device()
+def _check_settings(config: TrainConfig, device: str, half: Any) -> None:
+    """Raise UserError for settings that this machine has no way to follow; say aloud what is seldom meant. `half`: its 16-bit format."""
+    if config.rate > HIGH_RATE:
+        log.warning("learning rate %g: is far above what models bear; 2e-5 is usual, with LoRA 2e-4", config.rate)
+    if config.dtype == "bfloat16" and str(half) != "torch.bfloat16":
+        if device != "cpu":
+            raise UserError("dtype bfloat16: this GPU does not compute in it; leave dtype out (float32 weights, float16 in the products)")
+        log.warning("dtype bfloat16: this processor only imitates it, slowly; leave dtype out to compute in float32")
+    if config.samples and not config.validation:
+        log.warning("samples: are taken at evaluations, and without validation rows there are none; give validation: 0.05")
     if config.qlora:
         if device == "cpu":
             raise UserError("qlora: needs a GPU; on this machine give --lora, or train the whole model")
@@ -92,7 +122,6 @@ def _check_device(config: TrainConfig) -> str:
             import bitsandbytes  # noqa: F401
         except ImportError:
             raise missing_package("bitsandbytes", "quant") from None
-    return device
 
 
 def _write_plan(room: Path, data: TrainingData, chat: Chat, config: TrainConfig, device: str) -> None:
@@ -107,10 +136,13 @@ def _write_plan(room: Path, data: TrainingData, chat: Chat, config: TrainConfig,
              f"{rows:,}", f"{steps:,}", config.rate, device)  # fmt: skip
 
 
-def _train(run: Run, ref: ModelRef, chat: Chat, data: TrainingData, config: TrainConfig, device: str, marks: dict[str, Any]) -> TrainResult:
+def _train(
+    run: Run, ref: ModelRef, chat: Chat, data: TrainingData, config: TrainConfig, device: str, marks: dict[str, Any], deadline: float | None
+) -> TrainResult:
     import torch
 
     from .final import save_final
+    from .sampling import check_stops
     from .trainer import unwrapped
 
     room = run.path / "train"
@@ -119,7 +151,7 @@ def _train(run: Run, ref: ModelRef, chat: Chat, data: TrainingData, config: Trai
     tokens = config.batch_tokens or (GPU_TOKENS if device != "cpu" else CPU_TOKENS)
     while True:
         try:
-            trainer = _run(room, start, chat, data, config, device, own, tokens)
+            trainer = _run(room, start, chat, data, config, device, own, tokens, deadline)
             break
         except torch.OutOfMemoryError:
             if tokens <= data.report.longest:
@@ -132,31 +164,67 @@ def _train(run: Run, ref: ModelRef, chat: Chat, data: TrainingData, config: Trai
         torch.cuda.empty_cache()
         log.info("out of memory: going on with at most %s tokens in a forward pass; the steps stay the same", f"{tokens:,}")
     facts = {"base": ref.name, **marks, "settings": to_mapping(config)}
-    save_final(unwrapped(trainer), start, chat, data.validation or data.train, room, dtype=own, facts=facts)
-    write_json(room / "results.json", _results(room / "metrics.jsonl", data))
+    with _room_on_disk(room / "final"):
+        save_final(unwrapped(trainer), start, chat, data.validation or data.train, room, dtype=own, facts=facts)
+    final = room / "final"
+    if check_parity(data.train + data.validation, load_chat(resolve_model(final))) != marks["parity"]:
+        raise UserError(f"{final}: the saved tokenizer renders the training prompts otherwise than in training; it was not saved whole")
+    del trainer
+    gc.collect()
+    stops = check_stops(final, data, config.stop_check, device)
+    found = {"stop_check": {**asdict(stops), "rate": stops.rate, "text": stops.text()} if stops else None}
+    write_json(room / "results.json", {**_results(room / "metrics.jsonl", data), **found})
+    write_card(room, ref, str(run.config()["train"]["data"]), data.report, config)
     shutil.rmtree(room / "checkpoints", ignore_errors=True)  # the final model stands: what they were for is done
     mark_done(room, model="final")
     return _result(run)
 
 
-def _run(room: Path, start: ModelRef, chat: Chat, data: TrainingData, config: TrainConfig, device: str, own: Any, tokens: int) -> Any:
+@contextmanager
+def _room_on_disk(place: Path) -> Iterator[None]:
+    """Turn what the libraries raise when a disk is full into one line; what stood before still stands."""
+    import safetensors
+
+    try:
+        yield
+    except (RuntimeError, OSError, safetensors.SafetensorError) as error:
+        if not any(each in str(error) for each in FULL_DISK):
+            raise
+        raise UserError(
+            f"{place}: cannot be written, the disk or a quota is full; make room: the same command goes on from the last whole checkpoint"
+        ) from error
+
+
+def _run(
+    room: Path, start: ModelRef, chat: Chat, data: TrainingData, config: TrainConfig, device: str, own: Any, tokens: int,
+    deadline: float | None,
+) -> Any:  # fmt: skip
     """Train, from the last checkpoint if there is one; return the trainer."""
+    from .sampling import Sampler
     from .trainer import Watch, last_checkpoint, make_trainer
 
     weights, half = _formats(config, own, device)
     model = _load_quantised(start, half) if config.qlora else load_model(start, dtype=str(weights).removeprefix("torch."))
-    watch = Watch(room / "metrics.jsonl", chat, save_minutes=config.save_minutes, peak=measured_peak(device))
+    watch = Watch(room / "metrics.jsonl", chat, save_minutes=config.save_minutes, peak=measured_peak(device), deadline=deadline)
     trainer = make_trainer(
         model, chat, data.train, data.validation, config, checkpoints=room / "checkpoints", device=device, half=half,
         batch_tokens=tokens, watch=watch, peft_config=_adapter(config) if config.adapter else None,
     )  # fmt: skip
+    if config.samples and data.validation:
+        trainer.add_callback(Sampler(room / "samples.jsonl", chat, data.validation, config.samples))
     checkpoint = last_checkpoint(room / "checkpoints")
     if checkpoint:
         log.info("going on from step %s", checkpoint.name.rpartition("-")[2])
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with _room_on_disk(room / "checkpoints"):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         watch.close()
+    if watch.late and trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt(
+            f"The {config.max_hours:g} hours of max_hours are over at step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; a"
+            " checkpoint is saved: the same command goes on from here."
+        )
     if watch.stopped:
         raise KeyboardInterrupt
     return trainer

@@ -105,11 +105,16 @@ def learn_from_packs(model: Any) -> None:
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Writes metrics.jsonl, shows progress, saves every few minutes, stops cleanly when asked to, and refuses a loss that is no number."""
 
-    def __init__(self, metrics: Path, chat: Chat, *, save_minutes: float, peak: float = 0.0) -> None:
-        """`peak` is what the device reaches in a matrix product, in operations a second; 0 leaves the share of it out."""
+    def __init__(self, metrics: Path, chat: Chat, *, save_minutes: float, peak: float = 0.0, deadline: float | None = None) -> None:
+        """`peak` is what the device reaches in a matrix product, in operations a second; 0 leaves the share of it out.
+
+        `deadline` is the moment, as time.monotonic() counts, after which it stops with a checkpoint.
+        """
         self.metrics, self.chat, self.peak = metrics, chat, peak
         self.token_flops = 0.0  # operations for one token
         self.stopped = False  # by a signal
+        self.late = False  # stopped by the deadline
+        self._deadline = deadline
         self._tokens, self._seconds = 0, 0.0  # of the training steps, in this process
         self._before = (0, 0.0)  # of those before it
         self._save_seconds = save_minutes * 60
@@ -146,7 +151,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._seconds += time.monotonic() - self._step_began
         if self._progress:
             self._progress.advance()
-        if self.stopped:
+        self.late = self._deadline is not None and time.monotonic() > self._deadline
+        if self.stopped or self.late:
             control.should_save = control.should_training_stop = True
         elif time.monotonic() - self._saved > self._save_seconds:
             control.should_save = True

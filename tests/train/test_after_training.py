@@ -1,0 +1,208 @@
+"""What a person does with a trained model: see whether it stops and what it says, read its card, and go on where a disk was full."""
+
+import json
+import logging
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from sftkit.core.chat import Chat, load_chat
+from sftkit.core.config import to_mapping
+from sftkit.core.errors import UserError
+from sftkit.core.formats import read_examples
+from sftkit.core.models import load_tokenizer, resolve_model
+from sftkit.train.config import TrainConfig
+from sftkit.train.data import Row, prepare
+from sftkit.train.parity import check_parity
+from sftkit.train.sampling import check_stops
+from sftkit.train.sft import TrainResult, _check_settings, train
+from sftkit.train.trainer import last_checkpoint
+
+
+def config(**settings: object) -> TrainConfig:
+    return TrainConfig(**{"learning_rate": 3e-3, "epochs": 2.0, "validation": 0.1, "dtype": "float32", **settings})  # type: ignore[arg-type]
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.getLogger("sftkit"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="sftkit")
+    return caplog
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> TrainResult:
+    folder = tmp_path_factory.mktemp("after")
+    path = folder / "sums.jsonl"
+    rows = [
+        {"messages": [user(f"Calculate {n}+{n}."), assistant(f"The answer is {2 * n}.")], "license": "MIT" if n % 2 else None}
+        for n in range(120)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return train(path, str(tiny_model), folder / "run", config(epochs=6.0, samples=2, max_hours=1.0))
+
+
+def test_a_model_that_stops_is_seen_to(trained: TrainResult) -> None:
+    assert trained.stop_check is not None
+    assert {key: trained.stop_check[key] for key in ("prompts", "stopped", "rate", "max_new_tokens", "held_out")} == {
+        "prompts": 8, "stopped": 8, "rate": 1.0, "max_new_tokens": 64, "held_out": True,
+    }  # fmt: skip
+    assert "8 of 8 answers to held-out prompts ended within 64 tokens (100%)" in trained.summary()
+
+
+def test_a_model_that_does_not_stop_is_warned_about(tiny_model: Path, chats, said: pytest.LogCaptureFixture) -> None:
+    data = prepare(read_examples(chats(30)), load_chat(resolve_model(tiny_model)), config(validation=0.0), context=512)
+    found = check_stops(tiny_model, data, None, "cpu")  # untrained
+    assert found is not None
+    assert not found.held_out
+    assert found.rate < 0.5
+    assert "ended within 64 tokens" in said.text
+    assert "train longer or with a higher learning rate" in said.text
+    assert "measured on training prompts" in said.text
+    assert check_stops(tiny_model, data, 0, "cpu") is None
+
+
+def test_the_same_prompts_are_answered_at_each_evaluation(trained: TrainResult) -> None:
+    lines = [json.loads(line) for line in (trained.run / "train" / "samples.jsonl").read_text().splitlines()]
+    evaluations = [line for line in map(json.loads, (trained.run / "train" / "metrics.jsonl").open()) if "eval_loss" in line]
+    assert [line["step"] for line in lines[::2]] == [line["step"] for line in evaluations]
+    assert len({line["prompt"] for line in lines}) == 2
+    assert lines[-1]["answer"].startswith("The answer is")
+    assert not lines[0]["answer"].startswith("The answer is")
+    assert lines[0]["source"].rpartition("/")[2].startswith("sums.jsonl:")
+
+
+def test_samples_change_nothing_of_the_training(tmp_path: Path, tiny_model: Path, chats) -> None:
+    runs = [
+        train(
+            chats(30),
+            str(tiny_model),
+            tmp_path / str(count),
+            config(epochs=1.0, eval_steps=1, logging_steps=1, samples=count, stop_check=0, lora=True),
+        )
+        for count in (0, 3)
+    ]
+    losses = [[json.loads(line).get("loss") for line in (each.run / "train" / "metrics.jsonl").open()] for each in runs]
+    assert losses[0] == losses[1]
+
+
+def test_the_card_tells_where_a_model_comes_from(trained: TrainResult) -> None:
+    card = ModelCard((trained.model / "README.md").read_text())
+    facts = card.data.to_dict()
+    assert facts["pipeline_tag"] == "text-generation"
+    assert "base_model" not in facts  # a folder is no model of the Hub
+    assert "| sums.jsonl | 120 |" in card.text
+    assert "60 rows of the data: MIT" in card.text
+    assert "60 rows of the data say nothing of their licence" in card.text
+    assert "learning_rate: 0.003" in card.text
+    assert f"{trained.last_loss:.4f} at last" in card.text
+    assert "| 84 | " in card.text
+    assert "8 of 8 greedy answers" in card.text
+    assert str(trained.run.parent) not in card.text  # nothing of this machine
+
+
+def test_prompts_are_those_of_inference_and_their_digest_is_kept(trained: TrainResult, tiny_model: Path, chats) -> None:
+    facts = json.loads((trained.model / "sftkit.json").read_text())
+    assert facts["parity"]["rows"] == 32
+    chat = load_chat(resolve_model(tiny_model))
+    rows = prepare(read_examples(chats(5)), chat, config(validation=0.0), context=512).train
+    assert check_parity(rows, chat) == check_parity(rows, load_chat(resolve_model(trained.model)))
+    tokenizer = load_tokenizer(resolve_model(tiny_model))
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
+    thinking = Chat(tokenizer, name="thinking")
+    rows = prepare(read_examples(chats(5)), thinking, config(validation=0.0), context=512).train
+    with pytest.raises(UserError, match=r"chats\.jsonl:1: is trained on after a prompt that ends .*asked with one that ends .*<think>"):
+        check_parity(rows, thinking)
+
+
+def test_long_conversations_are_cut_between_turns_and_never_in_an_answer(tiny_model: Path, chats) -> None:
+    chat = load_chat(resolve_model(tiny_model))
+    turns = [{"role": "system", "content": "Be brief."}]
+    for n in range(8):
+        turns += [user(f"Calculate {n}+{n}."), assistant(f"The answer is {2 * n}.")]
+    path = chats(0, turns, [user("Explain."), assistant("It is even. " * 60)])
+    data = prepare(read_examples(path), chat, config(validation=0.0, overlong="split", max_length=90), context=512)
+    texts = [chat.tokenizer.decode(row.ids) for row in data.train]
+    assert data.report.split == 1
+    assert len(texts) > 1
+    assert all(len(row.ids) <= 90 and text.startswith("<|im_start|>system\nBe brief.") for row, text in zip(data.train, texts, strict=True))
+    answers = "".join(chat.tokenizer.decode([each for each in row.labels if each != -100]) for row in data.train)
+    assert answers == "".join(f"The answer is {2 * n}.<|im_end|>" for n in range(8))
+    assert data.report.rejected == {"over_max_length": 1}  # one answer alone is too long
+    last = prepare(read_examples(path), chat, config(validation=0.0, overlong="split", max_length=90, train_on="last"), context=512).train
+    assert [chat.tokenizer.decode([each for each in row.labels if each != -100]) for row in last] == ["The answer is 14.<|im_end|>"]
+    assert "Calculate 6+6." in chat.tokenizer.decode(last[0].ids)
+
+
+def test_validation_rows_that_repeat_a_training_prompt_are_named(tiny_model: Path, chats, said: pytest.LogCaptureFixture) -> None:
+    rows = [[user("Calculate 1+1."), assistant(f"The answer is {n}.")] for n in range(20)]
+    data = prepare(read_examples(chats(0, *rows)), load_chat(resolve_model(tiny_model)), config(), context=512)
+    assert "2 rows to validate on ask what a training row asks" in said.text
+    assert "sftkit curate dedup" in data.report.warnings[0]
+
+
+def test_a_token_beyond_the_vocabulary_is_named_with_its_row(tiny_model: Path, chats) -> None:
+    with pytest.raises(UserError, match=r"chats\.jsonl:1: its token .* is number \d+, and .* has room for 100; tokenizer and weights"):
+        prepare(read_examples(chats(1)), load_chat(resolve_model(tiny_model)), config(), context=512, vocabulary=100)
+
+
+def test_learning_rates_and_formats_that_cannot_work_are_said(said: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UserError, match="learning_rate: expected more than 0, as 2e-5, found 0"):
+        config(learning_rate=0.0)
+    _check_settings(config(learning_rate=10.0), "cpu", None)
+    assert "learning rate 10: is far above what models bear" in said.text
+    with pytest.raises(UserError, match="dtype bfloat16: this GPU does not compute in it; leave dtype out"):
+        _check_settings(config(dtype="bfloat16"), "cuda", torch.float16)
+    _check_settings(config(dtype="bfloat16"), "cpu", None)
+    assert "this processor only imitates it" in said.text
+    _check_settings(config(dtype="bfloat16"), "cuda", torch.bfloat16)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path, tiny_model: Path, chats) -> None:
+    run, data = tmp_path / "run", chats(32)
+    told = {"validation": 0.0, "stop_check": 0, "save_minutes": 1e-6}
+    with pytest.raises(KeyboardInterrupt, match=r"max_hours are over at step 1 of 8; a checkpoint is saved: the same command goes on"):
+        train(data, str(tiny_model), run, config(**told, max_hours=1e-9))
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(json.dumps(to_mapping(config(**told))))
+    command = [sys.executable, "-m", "sftkit", "train", "sft", data, "--model", tiny_model, "-o", run, "--config", settings]
+    most = 200_000  # bytes in a file: less than the weights
+    full = subprocess.run(
+        [str(each) for each in command], cwd="/", capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
+    )  # fmt: skip
+    assert full.returncode == 1, full.stderr
+    assert full.stderr.splitlines()[-1].startswith("error: ")
+    assert "the disk or a quota is full; make room: the same command goes on from the last whole checkpoint" in full.stderr
+    assert last_checkpoint(run / "train" / "checkpoints") == run / "train" / "checkpoints" / "checkpoint-1"
+    assert train(data, str(tiny_model), run, config(**told)).steps == 8
+    steps = [line["step"] for line in map(json.loads, (run / "train" / "metrics.jsonl").open()) if "loss" in line]
+    assert sorted(set(steps)) == steps
+    assert (steps[0], steps[-1]) == (1, 8)
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(tmp_path: Path) -> None:
+    for step, whole in ((3, True), (12, True), (20, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text("{}")
+        if whole:
+            (folder / "done.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-12"
+
+
+def test_where_the_last_answer_begins() -> None:
+    assert Row(("a", None), [1, 2, 3, 4, 5], [False, True, False, True, True]).answer_start == 3
+    assert Row(("a", None), [1, 2], [True, True]).answer_start == 0
