@@ -1,10 +1,12 @@
-"""Words and runs of words as 64-bit hashes of their content, so that millions of texts can be compared by numpy alone."""
+"""Words and runs of words as 64-bit hashes of their content, so that millions of texts can be compared by numpy alone.
 
-import hashlib
+The indexes in curate/data/ hold such hashes: whoever changes how they are made runs benchmarks/build_indexes.py.
+"""
+
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +18,8 @@ Offsets = npt.NDArray[np.int64]
 
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing modulo 2^64
 PLAIN = bytes(ord(chr(code).lower()) if WORD.fullmatch(chr(code)) else 32 for code in range(128)) + bytes(128)
-TEXTS_AT_A_TIME = 2000
-MAX_KNOWN = 2_000_000  # words whose hash is remembered; of more, all are forgotten and hashed again
+SPACE = 32
+TEXTS_AT_A_TIME = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +47,6 @@ class Runs:
         return np.repeat(np.arange(len(self)), self.sizes)
 
 
-class _Known(dict[bytes, int]):
-    """The hash of a word: 64 bits of BLAKE2b, the same in every process."""
-
-    def __missing__(self, word: bytes) -> int:
-        value = self[word] = int.from_bytes(hashlib.blake2b(word, digest_size=8).digest(), "little")
-        return value
-
-
 def words(text: str) -> list[bytes]:
     """Return the words of a text, as `score.WORD` finds them after NFKC and case folding, in UTF-8.
 
@@ -65,16 +59,29 @@ def words(text: str) -> list[bytes]:
 
 
 def hash_words(texts: Iterable[str]) -> Runs:
-    """Return the hashes of the words of each text, in their order."""
-    known, parts, sizes = _Known(), [np.empty(0, dtype=np.uint64)], [0]
+    """Return the hashes of the words of each text, in their order: equal for equal words, in every process.
+
+    A word's hash is the sum of its bytes, each times a random number of its place (multilinear hashing), its bits then spread.
+    """
+    parts, sizes = [np.empty(0, dtype=np.uint64)], [np.zeros(1, dtype=np.int64)]
     rest = iter(texts)
-    while found := [words(text) for text in islice(rest, TEXTS_AT_A_TIME)]:
-        lengths = [len(each) for each in found]
-        parts.append(np.fromiter(map(known.__getitem__, chain.from_iterable(found)), dtype=np.uint64, count=sum(lengths)))
-        sizes += lengths
-        if len(known) > MAX_KNOWN:
-            known.clear()
-    return Runs(np.concatenate(parts), np.cumsum(sizes, dtype=np.int64))
+    while found := [_spaced(text) for text in islice(rest, TEXTS_AT_A_TIME)]:
+        letters = np.frombuffer(b"".join(found), dtype=np.uint8)
+        places = np.flatnonzero(letters != SPACE)
+        begins = np.flatnonzero(np.diff(places, prepend=-2) > 1)  # of words, among `places`; every text ends with a space
+        lengths = np.diff(begins, append=len(places))
+        within = np.arange(len(places)) - np.repeat(begins, lengths)
+        factors = mixed(np.arange(1, lengths.max(initial=0) + 1, dtype=np.uint64)) | np.uint64(1)
+        sums = np.add.reduceat(factors[within] * letters[places], begins) if len(begins) else np.empty(0, dtype=np.uint64)
+        parts.append(mixed(sums))
+        ends = np.cumsum([len(each) for each in found])
+        sizes.append(np.diff(np.searchsorted(places[begins], ends), prepend=0))
+    return Runs(np.concatenate(parts), np.cumsum(np.concatenate(sizes)))
+
+
+def _spaced(text: str) -> bytes:
+    """Return the words of a text, each with a space or more behind it."""
+    return text.encode().translate(PLAIN) + b" " if text.isascii() else b" ".join([*words(text), b""]) + b" "
 
 
 def ngrams(hashed: Runs, n: int) -> Runs:
