@@ -68,6 +68,11 @@ class Packs(Dataset[dict[str, Any]]):
         """Return the places of the rows in each pack of this epoch."""
         return self._packs
 
+    def update(self, number: int) -> list[int]:
+        """Return the places of the rows of an update, counted from 0 over all epochs."""
+        epoch, place = divmod(number, len(self._packs) // self.parts)
+        return self._updates(epoch)[place]
+
     def _updates(self, epoch: int) -> list[list[int]]:
         """Draw the rows of each update: shuffled, then dealt by length within a group of updates, so that these are nearly of one size."""
         shuffled = sorted(range(len(self._lengths)), key=lambda row: _draw(self._seed, epoch, row))

@@ -210,6 +210,7 @@ def _run(
         model, chat, data.train, data.validation, config, checkpoints=room / "checkpoints", device=device, half=half,
         batch_tokens=tokens, watch=watch, peft_config=_adapter(config) if config.adapter else None,
     )  # fmt: skip
+    watch.rows_of = lambda step: [data.train[row].source for row in trainer.packs.update(step - 1)]
     if config.samples and data.validation:
         trainer.add_callback(Sampler(room / "samples.jsonl", chat, data.validation, config.samples))
     checkpoint = last_checkpoint(room / "checkpoints")

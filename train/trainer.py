@@ -12,7 +12,7 @@ import threading
 import time
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from .packing import Packs
 
 log = logging.getLogger(__name__)
 
+NAMED = 8  # rows in an error
 COMPILED_STEPS = 300  # a run that is shorter does not earn the minute that compiling takes
 
 
@@ -114,6 +115,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.token_flops = 0.0  # operations for one token
         self.stopped = False  # by a signal
         self.late = False  # stopped by the deadline
+        self.rows_of: Callable[[int], Sequence[str]] = lambda step: ()  # where the rows of a step stand, as file:row
+        self._sound = 0  # the last step whose numbers were logged and finite
         self._deadline = deadline
         self._tokens, self._seconds = 0, 0.0  # of the training steps, in this process
         self._before = (0, 0.0)  # of those before it
@@ -131,6 +134,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         kept = [line for line in lines if json.loads(line)["step"] <= state.global_step and state.global_step > 0]
         steps = [line for line in map(json.loads, kept) if "loss" in line]
         self._before = (steps[-1]["num_tokens"], steps[-1]["seconds"]) if steps else (0, 0.0)
+        self._sound = state.global_step
         self.metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._progress = Progress("train", total=state.max_steps, unit="steps", done=state.global_step).__enter__()
         if threading.current_thread() is threading.main_thread():
@@ -189,10 +193,14 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(facts) + "\n")
         if numbers:
+            learned = [row for step in range(self._sound + 1, state.global_step + 1) for row in self.rows_of(step)]
+            more = f" and {len(learned) - NAMED:,} more" if len(learned) > NAMED else ""
+            told = f"; since the last sound step, {self._sound}, it learned from {', '.join(learned[:NAMED])}{more}" if learned else ""
             raise UserError(
                 f"step {state.global_step}: {numbers[0]} is not a finite number any more; lower the learning rate, or use dtype float32."
-                " The last checkpoint stands before this step"
+                f" The last checkpoint stands before this step{told}"
             )
+        self._sound = state.global_step
 
     def close(self) -> None:
         """End the progress and give the signals back."""

@@ -17,6 +17,7 @@ from sftkit.core.formats import read_examples
 from sftkit.core.models import load_tokenizer, resolve_model
 from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row, prepare
+from sftkit.train.packing import Packs
 from sftkit.train.parity import check_parity
 from sftkit.train.sampling import check_stops
 from sftkit.train.sft import TrainResult, _check_settings, train
@@ -191,6 +192,20 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path, tiny_model:
     steps = [line["step"] for line in map(json.loads, (run / "train" / "metrics.jsonl").open()) if "loss" in line]
     assert sorted(set(steps)) == steps
     assert (steps[0], steps[-1]) == (1, 8)
+
+
+def test_a_loss_that_is_no_number_names_the_rows(tmp_path: Path, tiny_model: Path, chats) -> None:
+    wild = config(learning_rate=1e30, warmup=0.0, max_grad_norm=1e30, logging_steps=1, batch_size=4, validation=0.0)
+    path = chats(16)
+    with pytest.raises(UserError, match=r"is not a finite number .* it learned from .*chats\.jsonl:\d+") as error:
+        train(path, str(tiny_model), tmp_path / "run", wild)
+    step = int(str(error.value).split(":")[0].removeprefix("step "))
+    data = prepare(read_examples(path), load_chat(resolve_model(tiny_model)), wild, context=512)
+    packs = Packs(data.train, batch_size=4, batch_tokens=4096, seed=0, pad=0, epochs=2)
+    assert packs.parts == 1
+    packs.set_epoch((step - 1) // 4)
+    rows = packs.rows()[(step - 1) % 4]
+    assert {data.train[row].source for row in rows} == set(str(error.value).partition("it learned from ")[2].split(", "))
 
 
 def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(tmp_path: Path) -> None:
