@@ -126,6 +126,7 @@ def prepare(
     What is no error and yet seldom meant stands in the report's warnings, and is said aloud.
     """
     limit = min(each for each in (config.max_length, context, 1 << 62) if each is not None)
+    cures = {**CURES, "over_max_length": _longer(config, limit, context)}
     rows: list[Row] = []
     decisions: list[Decision] = []
     left_out: dict[str, list[str]] = {}
@@ -155,7 +156,7 @@ def prepare(
     told = ", ".join(f"{rule} {count:,}" for rule, count in rejected.most_common())
     if not rows:
         worst = rejected.most_common(1)[0][0] if rejected else ""
-        mend = f" ({_named(left_out[worst])}): {CURES[worst]}" if worst in CURES else ""
+        mend = f" ({_named(left_out[worst])}): {cures[worst]}" if worst in cures else ""
         raise UserError(f"none of the {len(examples):,} rows can be trained on: {told}{mend}")
     if rejected["no_end_of_turn"] > (1 - END_COVERAGE) * (len(rows) + rejected["no_end_of_turn"]):
         raise UserError(
@@ -178,7 +179,7 @@ def prepare(
         split=num_split,
         sources=dict(Counter(Path(each.source.rpartition(":")[0] or each.source).name for each in kept).most_common()),
         licences=dict(Counter(str(each.meta["license"]) for each in kept if each.meta.get("license")).most_common()),
-        warnings=tuple(_warnings(left_out, kept, train, validation, chat)),
+        warnings=tuple(_warnings(left_out, cures, kept, train, validation, chat)),
     )
     log.info(
         "data: %s rows to train on, %s to validate on%s; %s tokens, %.1f %% of them trained on, each answer up to its %s",
@@ -190,10 +191,20 @@ def prepare(
     return TrainingData(train, validation, report)
 
 
+def _longer(config: TrainConfig, limit: int, context: int | None) -> str:
+    """Say what helps against rows over the limit."""
+    if config.overlong == "split":
+        alone = "one question and its answer alone are longer: shorten them"
+        return f"{alone}, or give a model with more context than {limit:,}" if limit == context else f"{alone}, or raise max_length"
+    cure = CURES["over_max_length"]
+    return cure if limit != context else cure.replace("raise max_length", f"give a model with more context than {limit:,} tokens")
+
+
 def _warnings(
-    left_out: dict[str, list[str]], kept: Sequence[Example], train: Sequence[Row], validation: Sequence[Row], chat: Chat
-) -> list[str]:
-    told = [f"{_rows(places)} left out as {rule} ({_named(places)}): {CURES[rule]}" for rule, places in left_out.items() if rule in CURES]
+    left_out: dict[str, list[str]], cures: dict[str, str], kept: Sequence[Example], train: Sequence[Row], validation: Sequence[Row],
+    chat: Chat,
+) -> list[str]:  # fmt: skip
+    told = [f"{_rows(places)} left out as {rule} ({_named(places)}): {cures[rule]}" for rule, places in left_out.items() if rule in cures]
     asked = {hash(tuple(row.ids[: row.answer_start])) for row in train} if validation else set()
     again = [row.source for row in validation if hash(tuple(row.ids[: row.answer_start])) in asked]
     if again:

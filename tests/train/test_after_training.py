@@ -141,7 +141,10 @@ def test_long_conversations_are_cut_between_turns_and_never_in_an_answer(tiny_mo
     assert all(len(row.ids) <= 90 and text.startswith("<|im_start|>system\nBe brief.") for row, text in zip(data.train, texts, strict=True))
     answers = "".join(chat.tokenizer.decode([each for each in row.labels if each != -100]) for row in data.train)
     assert answers == "".join(f"The answer is {2 * n}.<|im_end|>" for n in range(8))
-    assert data.report.rejected == {"over_max_length": 1}  # one answer alone is too long
+    assert data.report.rejected == {"over_max_length": 1}
+    assert "one question and its answer alone are longer: shorten them, or raise max_length" in data.report.warnings[0]
+    with pytest.raises(UserError, match="give a model with more context than 100 tokens, or give overlong: split"):
+        prepare(read_examples(path), chat, config(validation=0.0), context=100)
     last = prepare(read_examples(path), chat, config(validation=0.0, overlong="split", max_length=90, train_on="last"), context=512).train
     assert [chat.tokenizer.decode([each for each in row.labels if each != -100]) for row in last] == ["The answer is 14.<|im_end|>"]
     assert "Calculate 6+6." in chat.tokenizer.decode(last[0].ids)
