@@ -4,19 +4,20 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .similarity import MARGIN, TILE, Cosines, Indices, Vectors, exact_cosines, nearest
+from .similarity import MARGIN, TILE, Candidates, Cosines, Indices, Vectors, nearest
 
 Pick = tuple[int, float | None, int | None]  # row, gain, witness: the pick before it that is most similar
 
 
 FRONT = 4096  # rows that are compared with every pick of k-center at once: 6 MB at 384 dimensions
+CELLS = 4_000_000  # cosines held at a time: 16 MB
 BATCH = 128  # picks that the other rows are compared with in one product
 
 
 class NearestPick:
     """The most similar pick of each row: proposed in float32 as picks come, exact for the rows that are asked about.
 
-    Each pair is compared exactly at most once. Of equally similar picks the earliest is the witness.
+    Of equally similar picks the earliest is the witness. Holds a copy of the picks' vectors.
     """
 
     def __init__(self, vectors: Vectors) -> None:
@@ -26,6 +27,7 @@ class NearestPick:
         self.count = 0
         self.witness = np.full(num_rows, -1, dtype=np.int64)
         self._vectors = vectors
+        self._pick_vectors = np.empty((min(num_rows, 1024), vectors.shape[1]), dtype=np.float32)
         self._exact = np.full(num_rows, -np.inf)
         self._compared = np.zeros(num_rows, dtype=np.int64)  # with so many of the picks
 
@@ -37,6 +39,11 @@ class NearestPick:
 
     def note(self, pick: int) -> None:
         """Add a pick, and leave `proposed` to `catch_up`."""
+        if self.count == len(self._pick_vectors):
+            more = np.empty((min(2 * self.count, len(self.picks)), self._vectors.shape[1]), dtype=np.float32)
+            more[: self.count] = self._pick_vectors
+            self._pick_vectors = more
+        self._pick_vectors[self.count] = self._vectors[pick]
         self.picks[self.count] = pick
         self.count += 1
 
@@ -46,22 +53,23 @@ class NearestPick:
         if not len(late):
             return
         for start in range(0, len(self.proposed), TILE):
-            tile = (self._vectors[start : start + TILE] @ self._vectors[late].T).max(axis=1)
+            tile = (self._vectors[start : start + TILE] @ self._pick_vectors[began : self.count].T).max(axis=1)
             np.maximum(self.proposed[start : start + TILE], tile, out=self.proposed[start : start + TILE])
         self.proposed[late] = np.inf
 
     def settle(self, rows: Indices) -> Cosines:
         """Return the exact cosine of each of these rows with its nearest pick, and enter that pick in `witness`."""
-        fresh = self.count - self._compared[rows]
-        ends = np.cumsum(fresh)
-        which = np.arange(ends[-1]) - np.repeat(ends - fresh, fresh) + np.repeat(self._compared[rows], fresh)
-        cosines = exact_cosines(self._vectors, np.repeat(rows, fresh), self.picks[which])
-        for row, start, end in zip(rows, ends - fresh, ends, strict=True):
-            if start == end:
-                continue
-            best = start + int(np.argmax(cosines[start:end]))
-            if cosines[best] > self._exact[row]:
-                self._exact[row], self.witness[row] = cosines[best], self.picks[which[best]]
+        began = int(self._compared[rows].min())
+        picks, own = self.picks[began : self.count], self._pick_vectors[began : self.count]
+        height = max(CELLS // max(len(picks), 1), 1)
+        for start in range(0, len(rows) if len(picks) else 0, height):
+            part = rows[start : start + height]
+            found = Candidates(len(part), floor=-2.0)
+            found.add(self._vectors[part] @ own.T, 0)
+            for row, (places, cosines) in zip(part, found.verified(self._vectors, part, picks), strict=True):
+                best = int(np.argmax(cosines))
+                if cosines[best] > self._exact[row]:
+                    self._exact[row], self.witness[row] = cosines[best], picks[places[best]]
         self._compared[rows] = self.count
         return self._exact[rows]
 
