@@ -89,7 +89,7 @@ def near_duplicates(
 
 def jaccard(shingles: Runs, row: int, others: Indices) -> Similarities:
     """Return the Jaccard similarity of one row's set with those of the others: the size of what is in both by that of what is in either."""
-    sizes = shingles.sizes[others]
+    sizes = shingles.starts[others + 1] - shingles.starts[others]
     own = shingles.of(row)
     theirs = shingles.values[gathered(shingles.starts[others], sizes)]
     places = np.searchsorted(own, theirs)
