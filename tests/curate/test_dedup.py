@@ -106,6 +106,35 @@ def test_cover_equals_its_oracle_and_certifies_itself(seed: int, monkeypatch: py
         assert all(table[first, second] < threshold for second in kept if second != first)
 
 
+@pytest.mark.parametrize("threshold", [0.5, 0.8, 0.95, 0.999999])
+def test_shorter_vectors_bound_every_cosine_and_change_nothing(threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors as embedders make them, their copies at all distances, zeros and repeats among them."""
+    monkeypatch.setattr(deduplicate, "BLOCK", 64)
+    random = np.random.default_rng(4)
+    scale = 1 / np.sqrt(1 + np.arange(128) / 4)
+    base = random.normal(size=(900, 128)) * scale
+    base[300:600] = base[:300] + random.choice([0, 1e-7, 0.05, 0.2, 0.4], size=(300, 1)) * random.normal(size=(300, 128)) * scale
+    base[random.integers(900, size=10)] = 0
+    vectors = unit_vectors(base)
+    short = deduplicate.bounding_vectors(vectors, threshold)
+    assert (short is None) == (threshold == 0.5)
+    if short is not None:
+        assert short.shape[1] < 128
+        assert (short @ short.T >= cosine_table(vectors) - 1e-6).all()
+    order = random.permutation(900).tolist()
+    witness, _ = cover(vectors, threshold, order)
+    assert witness.tolist() == oracle(vectors, threshold, order)[1]
+    for block in (1, 50, 2000):
+        assert cover(vectors, threshold, order, block=block)[0].tolist() == witness.tolist()
+
+
+def test_given_rows_stay_and_copies_among_them_do_not_pile_up() -> None:
+    vectors = at_angles(0, 0, 5, 3, 90, 90)
+    witness, cosine = cover(vectors, 0.99, [0, 1, 2, 3, 4, 5], given=3)
+    assert witness.tolist() == [-1, -1, -1, 2, -1, 4]
+    assert cosine[3] == pytest.approx(np.cos(np.radians(2)))
+
+
 def test_turning_the_input_turns_the_outcome() -> None:
     random = np.random.default_rng(3)
     vectors = unit_vectors(random.normal(size=(300, 3)))
