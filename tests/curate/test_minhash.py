@@ -1,13 +1,17 @@
 """Near duplicates by shingles: every pair at the threshold is found, each decision equals brute force on sets of words."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from sftkit.cli import sftkit
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
-from sftkit.curate.config import DedupConfig
+from sftkit.curate.build import planned_stages
+from sftkit.curate.config import BuildConfig, DedupConfig
 from sftkit.curate.dedup import dedup, normalised
 from sftkit.curate.minhash import band_keys, jaccard, near_duplicates, prefix_keys, probability, shingle_sets
 from sftkit.curate.ngrams import Lookup, hash_words, ngrams, whole_texts, words
@@ -267,6 +271,20 @@ def test_a_text_of_10_mb_is_a_row_like_any_other(toy_run: Callable[..., Run], re
     run = toy_run([*rows, {"id": "c", "prompt": "x", "response": "no"}])
     dedup(run, DedupConfig(semantic=None, minhash=0.8))
     assert set(rejections(run, "dedup_minhash")) == {"b"}
+
+
+def test_a_build_and_the_command_find_near_duplicates_between_the_exact_and_those_by_meaning(tmp_path: Path) -> None:
+    assert planned_stages(BuildConfig(dedup=DedupConfig(minhash=0.8)))[-3:] == ["dedup_exact", "dedup_minhash", "dedup_semantic"]
+    data, second = tmp_path / "data.jsonl", tmp_path / "second.jsonl"
+    rows = [{"prompt": "Write.", "completion": text} for text in (SEA, SEA + " again", "Nothing of that kind stands here at all.")]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    second.write_text(json.dumps({"prompt": "Write!", "completion": rows[2]["completion"] + " Ah"}) + "\n")
+    arguments = ["curate", "dedup", str(data), "-o", str(tmp_path / "run"), "--no-semantic", "--minhash", "0.6", "--against", str(second)]
+    result = CliRunner().invoke(sftkit, arguments)
+    assert result.exit_code == 0, result.output
+    assert "near_duplicate 2" in result.output
+    refused = CliRunner().invoke(sftkit, [*arguments[:-3], "-0.6"])
+    assert "expected a Jaccard similarity above 0" in str(refused.exception)
 
 
 @pytest.mark.parametrize("value", [-0.8, 0.0, 80.0])
