@@ -123,7 +123,7 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
             number = float(value)  # YAML 1.1 reads 8e-5 as a string
         except ValueError:
             number = math.nan
-        if not math.isnan(number):  # which would pass every limit
+        if math.isfinite(number):  # nan would pass every limit, and no file holds infinities
             return number
         raise UserError(f"{place}: expected a number, found {value!r}")
     if hint is Path and isinstance(value, str):

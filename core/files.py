@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,3 +36,20 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Read a file of JSON lines that grows; none where there is no file. A last line that was cut off while it was written is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        last = [json.loads(lines[-1])] if lines else []
+    except ValueError:
+        last = []
+    return [*map(json.loads, lines[:-1]), *last]
+
+
+def write_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write a file of JSON lines atomically."""
+    write_text(path, "".join(f"{json.dumps(each)}\n" for each in values))

@@ -47,7 +47,7 @@ class ModelRef:
 
 
 def resolve_model(name: str | Path, *, revision: str | None = None) -> ModelRef:
-    """Find a model: a folder or .gguf file, a training run of ours (its final model), a catalogue name, or a Hub id.
+    """Find a model: a folder or .gguf file, a training run of ours (its final model), a catalogue name, or a Hub id (`ID@REVISION`).
 
     Raises UserError for whatever is none of these. Nothing is downloaded here.
     """
@@ -62,8 +62,9 @@ def resolve_model(name: str | Path, *, revision: str | None = None) -> ModelRef:
         return ModelRef(text, path=folder)
     if text.endswith(".gguf") or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise UserError(f"{text}: no such model folder or file")
-    if HUB_ID.fullmatch(text):
-        return ModelRef(text, hub_id=text, revision=revision)
+    hub_id, _, at = text.partition("@")
+    if HUB_ID.fullmatch(hub_id):
+        return ModelRef(text, hub_id=hub_id, revision=revision or at or None)
     raise unknown_name("model", text, CATALOGUE, "not a folder, a .gguf file or a Hub id (ORGANISATION/NAME)")
 
 

@@ -48,13 +48,16 @@ def run_chain(recipe: RecipeConfig, out: Path, *, name: str = "", accept_licence
     be known, and for a folder that holds another run.
     """
     seconds: dict[str, float] = {}
-    with Run.create(out) as run:
-        run.configure("recipe", {"name": name, "about": recipe.about}, free=("*",))
+    Run.create(out).close()  # a folder of something else is refused before anything is fetched
+    if recipe.evaluate.compare.questions:
+        read_questions(recipe.evaluate.compare.questions, CompareConfig())
     _fetch_models(recipe, accept_licence)
     check_early(out, recipe.curate)
     for step, do in (("curate", _curate), ("train", _train), ("evaluate", _evaluate)):
         with timed(step, seconds):
             do(recipe, out)
+    with Run.create(out) as run:
+        run.configure("recipe", {"name": name, "about": recipe.about}, free=("*",))
     write_json(out / "times.json", _longest(out / "times.json", seconds))
     report = write_report(out)
     return ChainResult(run=out, report=report, findings=headline(out), seconds=seconds)
@@ -72,7 +75,9 @@ def _fetch_models(recipe: RecipeConfig, accept_licence: bool) -> None:
 
 def _curate(recipe: RecipeConfig, out: Path) -> None:
     room = out / "curate"
-    settings = {"data": recipe.data, **to_mapping(recipe.curate)}
+    path = Path(recipe.data)
+    content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None  # a folder or a Hub id goes by its name
+    settings = {"data": recipe.data, "content": content, **to_mapping(recipe.curate)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     if is_done(room) and read_done(room).get("settings") == digest:
         log.info("curate: done already")
@@ -91,14 +96,19 @@ def _train(recipe: RecipeConfig, out: Path) -> None:
 
 def _evaluate(recipe: RecipeConfig, out: Path) -> None:
     start = out / "train" / "start"
-    models = {"base": str(start) if start.is_dir() else recipe.train.model, "sft": str(out / "train" / "final")}
-    if recipe.evaluate.teacher and recipe.teacher:
-        models["teacher"] = recipe.teacher
+    base = str(start) if start.is_dir() else _at(recipe.train.model, recipe.train.revision)
+    models = {"base": base, "sft": str(out / "train" / "final")}
+    if recipe.evaluate.teacher and recipe.teacher and recipe.curate.distill:
+        models["teacher"] = _at(recipe.teacher, recipe.curate.distill.revision)
     if recipe.evaluate.loss:
         loss(out / "curate" / "heldout.jsonl", models, out, recipe.evaluate.loss)
     step = recipe.evaluate.compare
     settings = CompareConfig(**{each.name: getattr(step, each.name) for each in fields(CompareConfig)})
     compare(models, _questions(recipe, out), out, settings)
+
+
+def _at(model: str, revision: str | None) -> str:
+    return f"{model}@{revision}" if revision else model
 
 
 def _questions(recipe: RecipeConfig, out: Path) -> str | Path | None:

@@ -11,7 +11,7 @@ import yaml
 
 from .. import __version__
 from ..core.errors import UserError
-from ..core.files import read_json, write_text
+from ..core.files import read_json, read_json_lines, write_text
 from ..core.progress import duration
 from ..core.run import Run
 from ..core.text import visible
@@ -68,7 +68,8 @@ def headline(path: Path) -> list[str]:
         found += [_told_loss(models, each) for each in differences if each["model"] == "sft"]
         if {"base", "sft", "teacher"} <= models.keys() and all(each["loss"] for each in differences):
             base, sft, teacher = (models[name]["loss"]["value"] for name in ("base", "sft", "teacher"))
-            if base > teacher:
+            gap = next(each for each in differences if each["model"] == "teacher")
+            if base > teacher and gap["excludes_zero"]:
                 found.append(f"that is {(base - sft) / (base - teacher):.0%} of the way to the teacher's own loss, {teacher:.2f}")
     if "compare" in results:
         models = results["compare"]["models"]
@@ -185,7 +186,7 @@ def _training(path: Path) -> str:
     metrics, results = path / "train" / "metrics.jsonl", path / "train" / "results.json"
     if not results.exists():
         return ""
-    facts, lines = read_json(results), [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    facts, lines = read_json(results), read_json_lines(metrics)
     rate = f"{facts['tokens'] / facts['seconds']:,.0f} tokens/s" if facts["seconds"] else ""
     told = f"{facts['rows']:,} rows, {facts['steps']:,} steps, {facts['tokens']:,} tokens in {duration(facts['seconds'])} ({rate})"
     link = "<a href='train/preview.html'>What is trained on, token by token</a>" if (path / "train" / "preview.html").exists() else ""

@@ -19,13 +19,21 @@ def use_packed_attention(model: Any) -> None:
     """Make a model attend within rows. No mask is built: transformers makes none for a function that it has no mask for."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    if not attends_packed(model):
+        model.own_attention = model.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
     model.set_attn_implementation(NAME)
 
 
+def attends_packed(model: Any) -> bool:
+    """Say whether a model attends within rows now."""
+    return bool(model.config._attn_implementation == NAME)
+
+
 def use_own_attention(model: Any) -> None:
-    """Give a model the attention back that it is loaded with."""
-    model.set_attn_implementation("sdpa")
+    """Give a model the attention back that it had."""
+    if attends_packed(model):
+        model.set_attn_implementation(model.own_attention)
 
 
 def packed_attention(
@@ -38,9 +46,8 @@ def packed_attention(
     Without `cu_seq_lens_q` the whole is one row. Softcapped attention (Gemma 2) and old cards go row by row.
     """
     total = query.shape[2]
-    if cu_seq_lens_q is not None and softcap is None and _has_kernel(query):
-        half = query if query.dtype in (torch.bfloat16, torch.float16) else query.to(value.dtype)
-        q, k, v = (each[0].transpose(0, 1) for each in (half, key.to(half.dtype), value.to(half.dtype)))
+    if cu_seq_lens_q is not None and softcap is None and _has_kernel(query, value):
+        q, k, v = (each[0].transpose(0, 1) for each in (query.to(value.dtype), key.to(value.dtype), value))
         out = _varlen(q, k, v, cu_seq_lens_q, max_length_q or total, scaling, sliding_window)
         return out[None], None
     bounds = [0, total] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
@@ -50,8 +57,9 @@ def packed_attention(
     return torch.cat(rows, dim=2).transpose(1, 2), None
 
 
-def _has_kernel(query: torch.Tensor) -> bool:
-    return query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0) and query.shape[-1] <= 256
+def _has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
+    card = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return card and query.shape[-1] <= 256 and value.dtype in (torch.bfloat16, torch.float16)
 
 
 def _one_row(

@@ -1,6 +1,5 @@
 """The model card of a run: what the model began as, what it learned from and how, what came out, and how to make it again."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import yaml
 from .. import __version__
 from ..core.catalogue import CATALOGUE
 from ..core.config import to_mapping
-from ..core.files import read_json, write_text
+from ..core.files import read_json, read_json_lines, write_text
 from ..core.models import ModelRef
 from .config import TrainConfig
 from .data import DataReport
@@ -104,7 +103,7 @@ def _results(results: dict[str, Any]) -> str:
 def _curve(metrics: Path) -> str:
     """Return losses by step as a table of a few lines."""
     steps: dict[int, dict[str, float | None]] = {}
-    for line in map(json.loads, metrics.read_text(encoding="utf-8").splitlines()):
+    for line in read_json_lines(metrics):
         steps.setdefault(line["step"], {}).update({key: line[key] for key in ("loss", "eval_loss") if key in line})
     places = sorted(steps)
     chosen = sorted({places[round(number * (len(places) - 1) / (POINTS - 1))] for number in range(POINTS)}) if places else []

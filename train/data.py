@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ NAMED = 3  # rows that a warning names
 CURES = {
     "no_assistant_turn": "nothing in them is learned: give rows with answers, or have a teacher write them (sftkit curate distill)",
     "empty_answer": "fill the answers in, or take the rows out",
+    "calls_left_out": "the chat template writes no tool calls: give a model whose template does",
     "refused_by_template": "change the rows as the template wants them, or give a model with another template",
     "over_max_length": "raise max_length, or give overlong: split, which cuts a conversation between its turns",
     "no_end_of_turn": "check the chat template, or train on last answers only (train_on: last)",
@@ -121,7 +123,7 @@ def prepare(
 ) -> TrainingData:
     """Render all rows, decide which are trained on, and record a decision for each in `ledger`, a file.
 
-    Rules: `no_assistant_turn`, `empty_answer`, `refused_by_template`, `over_max_length`, `no_end_of_turn`, `over_limit`.
+    Rules: `no_assistant_turn`, `empty_answer`, `refused_by_template`, `calls_left_out`, `over_max_length`, `no_end_of_turn`, `over_limit`.
     Raises UserError when nothing is left, too few answers end with a token that ends them, or a token is beyond the `vocabulary`.
     What is no error and yet seldom meant stands in the report's warnings, and is said aloud.
     """
@@ -250,6 +252,11 @@ def _check_vocabulary(rows: Sequence[Row], chat: Chat, size: int) -> None:
             )
 
 
+def _shortest_span(row: Row) -> int:
+    """Return how many tokens the shortest trained stretch of a row has."""
+    return min((len(list(group)) for trained, group in groupby(row.mask) if trained), default=0)
+
+
 def _render(example: Example, key: RowKey, chat: Chat, config: TrainConfig, limit: int) -> _Outcome:
     answers = [each for each in example.messages if each["role"] == "assistant"]
     if not answers:
@@ -259,6 +266,8 @@ def _render(example: Example, key: RowKey, chat: Chat, config: TrainConfig, limi
         return _Outcome(rule="empty_answer")
     try:
         row = _row(example.messages, example, key, chat, config)
+        if any(each.get("tool_calls") and not (each.get("content") or "").strip() for each in wanted) and _shortest_span(row) < 2:
+            return _Outcome(rule="calls_left_out")  # nothing of a turn but its end
         rows = [row]
         if len(row.ids) > limit:
             rows = _cut(example, key, chat, config, limit) if config.overlong == "split" else []

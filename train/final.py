@@ -33,7 +33,8 @@ def save_final(
     trained = answer_loss(model, checked)
     final = room / "final"
     if hasattr(model, "merge_and_unload"):
-        model, kl = _merged(model, start, rows, room / "adapter", dtype)
+        asked = rows if next(model.parameters()).is_cuda else checked  # without a GPU few and short: it takes seconds
+        model, kl = _merged(model, start, asked, room / "adapter", dtype)
         facts = {**facts, "merged": {"kl": kl}}
     save_model(model.to(dtype), chat, final, facts)
     check_saved(final, chat, checked, trained)

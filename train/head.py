@@ -94,7 +94,13 @@ def head_of(model: Any) -> tuple[Any, float, float] | None:
 
 
 def loss_sum(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """Return the sum of -log p over a pack's targets, from the model's backbone and head. `batch` is what `packing.collate` makes."""
+    """Return the sum of -log p over a pack's targets, from the model's backbone and head, or from its logits where the row is alone.
+
+    `batch` is what `packing.collate` makes.
+    """
+    if batch["alone"]:
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[0, batch["score_at"]]
+        return torch.nn.functional.cross_entropy(logits.float(), batch["targets"], ignore_index=-100, reduction="sum")
     inner = {name: batch[name] for name in ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
     hidden = model.base_model(**inner, attention_mask=None, use_cache=False).last_hidden_state[0]
     found = head_of(model)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 MOST_KL = 1e-3  # nats a token, KL(adapter ‖ merged)
 PROMPTS, POSITIONS = 32, 8  # what the two are held against each other on: the last positions of so many prompts
-PROMPT_TOKENS = 256
+PROMPT_TOKENS = 64
 PROBES = [
     f"{ask} {topic}."
     for ask in ("Explain in two sentences", "Write a short story about", "List three facts about", "Translate into French: I like")
@@ -132,7 +133,9 @@ def load_adapter(base: Any, folder: Path) -> Any:
     from peft.utils.save_and_load import load_peft_weights
 
     try:
-        model = get_peft_model(base, PeftConfig.from_pretrained(str(folder)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for what 5.24 renames
+            model = get_peft_model(base, PeftConfig.from_pretrained(str(folder)))
         found = load_peft_weights(str(folder), device="cpu")
     except (ValueError, TypeError, KeyError, EOFError, safetensors.SafetensorError) as error:
         raise UserError(f"{folder}: does not fit its base, or is damaged: {' '.join(str(error).split())[:200]}") from error

@@ -22,11 +22,21 @@ class Packs(Dataset[dict[str, Any]]):
 
     An update of the optimizer has `batch_size` rows, drawn by seed and epoch alone, short and long ones in like shares. They are spread
     over `parts` packs of at most `batch_tokens` tokens (a longer row is a pack of its own), so what an update learns from does not
-    depend on the memory. The pack that comes first is as large as any: what does not fit fails at once, not in the night.
+    depend on the memory. With `alone` each row is a pack of its own. The pack that comes first is as large as any: what does not fit
+    fails at once, not in the night.
     """
 
     def __init__(
-        self, rows: Sequence[Row], *, batch_size: int, batch_tokens: int, seed: int, pad: int, epochs: int = 1, workers: int = 1
+        self,
+        rows: Sequence[Row],
+        *,
+        batch_size: int,
+        batch_tokens: int,
+        seed: int,
+        pad: int,
+        epochs: int = 1,
+        workers: int = 1,
+        alone: bool = False,
     ) -> None:
         self._ids: list[Ids] = [np.asarray(row.ids, dtype=np.int32) for row in rows]
         # position t is scored on token t + 1: the first token of a row is never learned
@@ -36,9 +46,11 @@ class Packs(Dataset[dict[str, Any]]):
         self.longest = max(self._lengths)
         self._capacity = max(batch_tokens, self.longest)
         self._shape: tuple[int, int, int] | None = None
+        self._alone = alone
         updates = [update for epoch in range(epochs) for update in self._updates(epoch)]
         least = max(-(-sum(self._lengths[row] for row in update) // self._capacity) for update in updates)
-        self.parts = next(parts for parts in range(least, max(map(len, updates)) + 1) if all(self._fits(each, parts) for each in updates))
+        most = max(map(len, updates))
+        self.parts = most if alone else next(n for n in range(least, most + 1) if all(self._fits(each, n) for each in updates))
         self.parts = -(-self.parts // workers) * workers
         self.set_epoch(0)
 
@@ -61,8 +73,9 @@ class Packs(Dataset[dict[str, Any]]):
         return len(self._packs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return collate([self._ids[row] for row in self._packs[index]], [self._scored[row] for row in self._packs[index]],
+        batch = collate([self._ids[row] for row in self._packs[index]], [self._scored[row] for row in self._packs[index]],
                        pad=self._pad, longest=self.longest, static=self._shape)  # fmt: skip
+        return {**batch, "alone": self._alone}
 
     def rows(self) -> list[list[int]]:
         """Return the places of the rows in each pack of this epoch."""

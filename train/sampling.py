@@ -14,7 +14,8 @@ from ..core.chat import Chat
 from ..core.engines.base import Completion, Engine, EngineConfig, Request, Sampling
 from ..core.engines.registry import open_engine
 from ..core.engines.transformers_engine import TransformersEngine
-from .attention import use_own_attention, use_packed_attention
+from ..core.files import read_json_lines, write_json_lines
+from .attention import attends_packed, use_own_attention, use_packed_attention
 from .data import Row, TrainingData
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ def check_stops(model: Path, data: TrainingData, wanted: int | None, device: str
         if rows:
             break
     if not rows:
-        log.info("the stop rate is not checked: every answer of the data is longer than %s tokens", f"{ROOM * limit:,.0f}")
+        more = f"; stop_check: {count} allows {LENGTHS[-1]:,}" if small else ""
+        log.info("the stop rate is not checked: no answer of the data is shorter than %s tokens%s", f"{ROOM * limit:,.0f}", more)
         return None
     if not data.validation:
         log.info("no validation rows: the stop rate is measured on training prompts")
@@ -112,10 +114,9 @@ class Sampler(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Keep of the file what stands before the step that is gone on from."""
-        lines = self.place.read_text(encoding="utf-8").splitlines() if self.place.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step and state.global_step > 0]
-        self._written = {json.loads(line)["step"] for line in kept}
-        self.place.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        kept = [line for line in read_json_lines(self.place) if line["step"] <= state.global_step and state.global_step > 0]
+        self._written = {line["step"] for line in kept}
+        write_json_lines(self.place, kept)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Answer the prompts."""
@@ -140,13 +141,15 @@ def as_loaded(model: Any) -> Iterator[Any]:
     compiled = {module: module._compiled_call_impl for module in base.modules() if module._compiled_call_impl is not None}
     for module in compiled:
         module._compiled_call_impl = None
+    packed = attends_packed(base)
     use_own_attention(base)
     base.eval()
     try:
         yield base
     finally:
         base.train(training)
-        use_packed_attention(base)
+        if packed:
+            use_packed_attention(base)
         for module, code in compiled.items():
             module._compiled_call_impl = code
         if forward is not None:

@@ -1,7 +1,6 @@
 """Fine-tune a model on a data set: what is trained on is known before the first step, and the run goes on after any stop."""
 
 import gc
-import json
 import logging
 import math
 import shutil
@@ -15,7 +14,7 @@ from typing import Any
 from ..core.chat import Chat, load_chat
 from ..core.config import to_mapping
 from ..core.errors import UserError, missing_package
-from ..core.files import read_json, write_json
+from ..core.files import read_json, read_json_lines, write_json
 from ..core.formats import read_examples
 from ..core.hardware import half_precision, measured_peak, pick_device
 from ..core.models import ModelRef, context_length, load_model, load_settings, model_identity, resolve_model
@@ -29,8 +28,10 @@ from .parity import check_parity
 
 log = logging.getLogger(__name__)
 
-# settings that do not decide what the model becomes
-FREE = ("data", "model", "revision", "logging_steps", "save_minutes", "max_hours", "stop_check", "samples")
+FREE = (  # settings that do not decide what the model becomes
+    *("data", "model", "revision", "logging_steps", "save_minutes", "max_hours", "stop_check", "samples"),
+    *("batch_tokens", "compile", "eval_steps", "gradient_checkpointing"),
+)
 PREVIEW_ROWS = 20
 CPU_TOKENS, GPU_TOKENS = 2048, 32_768  # in one forward pass, to begin with
 HIGH_RATE = 0.01
@@ -175,8 +176,8 @@ def _train(
     found = {"stop_check": {**asdict(stops), "rate": stops.rate, "text": stops.text()} if stops else None}
     write_json(room / "results.json", {**_results(room / "metrics.jsonl", data), **found})
     write_card(room, ref, str(run.config()["train"]["data"]), data.report, config)
-    shutil.rmtree(room / "checkpoints", ignore_errors=True)  # the final model stands: what they were for is done
     mark_done(room, model="final")
+    shutil.rmtree(room / "checkpoints", ignore_errors=True)  # the final model stands: what they were for is done
     return _result(run)
 
 
@@ -272,7 +273,7 @@ def _adapter(config: TrainConfig) -> Any:
 
 
 def _results(metrics: Path, data: TrainingData) -> dict[str, Any]:
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = read_json_lines(metrics)
     steps = [line for line in lines if "loss" in line]
     validation = [line["eval_loss"] for line in lines if "eval_loss" in line]
     return {

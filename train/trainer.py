@@ -24,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..core.chat import Chat
 from ..core.errors import UserError
+from ..core.files import read_json_lines, write_json_lines
 from ..core.progress import Progress
 from ..core.run import is_done, mark_done
 from .attention import use_own_attention, use_packed_attention
@@ -130,12 +131,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Begin the progress, and keep of metrics.jsonl what stands before the step that is gone on from."""
         self.chat.configure(model)  # the trainer has just written the tokenizer's single end of sequence into it
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step and state.global_step > 0]
-        steps = [line for line in map(json.loads, kept) if "loss" in line]
+        kept = [line for line in read_json_lines(self.metrics) if line["step"] <= state.global_step and state.global_step > 0]
+        steps = [line for line in kept if "loss" in line]
         self._before = (steps[-1]["num_tokens"], steps[-1]["seconds"]) if steps else (0, 0.0)
         self._sound = state.global_step
-        self.metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_json_lines(self.metrics, kept)
         self._progress = Progress("train", total=state.max_steps, unit="steps", done=state.global_step).__enter__()
         if threading.current_thread() is threading.main_thread():
             self._former = {each: signal.signal(each, self._stop) for each in (signal.SIGINT, signal.SIGTERM)}
@@ -188,7 +188,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             )  # fmt: skip
         elif "eval_loss" in facts:
             log.info("step %d: validation loss %.4f", state.global_step, facts["eval_loss"])
-        numbers = [name for name in ("loss", "eval_loss", "grad_norm") if name in facts and not math.isfinite(facts[name])]
+        numbers = [
+            name
+            for name in ("loss", "eval_loss", *(() if args.fp16 else ("grad_norm",)))
+            if name in facts and not math.isfinite(facts[name])
+        ]
         facts = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in facts.items()}
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(facts) + "\n")
@@ -219,16 +223,20 @@ def make_trainer(
     `half` is the 16-bit format that the forward pass computes in, None for the weights' own; `batch_tokens` the most tokens of a
     forward pass. Rows of an update that do not fit into one are split over several: the update stays the same.
     """
-    use_packed_attention(model)
+    alone = not keeps_rows_apart(model, train, chat)
+    if not alone:
+        use_packed_attention(model)
     epochs = math.ceil(config.epochs)
     workers = int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1
-    told: dict[str, Any] = {"batch_tokens": batch_tokens, "pad": chat.pad_id}
+    told: dict[str, Any] = {"batch_tokens": batch_tokens, "pad": chat.pad_id, "alone": alone}
     steps = math.ceil(len(train) / config.batch_size) * config.epochs
-    compiled = device != "cpu" and steps >= COMPILED_STEPS if config.compile is None else config.compile
+    compiled = not alone and (device != "cpu" and steps >= COMPILED_STEPS if config.compile is None else config.compile)
     packs = Packs(train, batch_size=config.batch_size, seed=config.seed, epochs=epochs, workers=workers, **told)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers 5.24 renames gradient_checkpointing, 5.17 knows no other name
-        arguments = _arguments(config, checkpoints, device, half, packs.parts // workers, bool(validation))
+        arguments = _arguments(config, checkpoints, device, half, packs.parts // workers, steps, bool(validation))
+        _ = arguments.n_gpu  # looks for cards
+        arguments._n_gpu = 1  # one process, one card: replicas inside a process would each get a part of a pack
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -257,6 +265,39 @@ def make_trainer(
         for callback in [each for each in trainer.callback_handler.callbacks if type(each).__name__ == name]:
             trainer.remove_callback(callback)
     return trainer
+
+
+@torch.no_grad()
+def keeps_rows_apart(model: Any, rows: Sequence[Row], chat: Chat) -> bool:
+    """Say whether a model computes the same for rows end to end as for each alone: some carry a state from token to token, or attend
+    in ways that a kernel for variable lengths does not know. Those are trained row by row, which is said aloud.
+    """
+    few = sorted(rows, key=lambda row: (len(row.ids) < 8, len(row.ids)))[:3]
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    losses, reason = [], ""
+    try:
+        for alone in (True, False):
+            packs = Packs(few, batch_size=len(few), batch_tokens=1 << 30, seed=0, pad=chat.pad_id, alone=alone)
+            if not alone:
+                use_packed_attention(model)
+            batches = [packs[place] for place in range(len(packs))]
+            moved = [{name: each.to(device) if hasattr(each, "to") else each for name, each in batch.items()} for batch in batches]
+            losses.append(sum(float(loss_sum(model, batch)) for batch in moved) / sum(batch["num_targets"] for batch in batches))
+    except (ValueError, AttributeError, TypeError, RuntimeError) as error:
+        if len(losses) == 0 or isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:160]
+    finally:
+        use_own_attention(model)
+        model.train(training)
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 1e-2
+    if len(losses) == 2 and abs(losses[1] - losses[0]) <= tolerance * max(losses[0], 1.0):
+        return True
+    told = reason or f"a loss of {losses[1]:.4f} instead of {losses[0]:.4f}"
+    log.warning("%s does not keep rows apart that stand end to end (%s): each row is a forward pass of its own, which is slower",
+                type(model).__name__, told)  # fmt: skip
+    return False
 
 
 def token_flops(model: Any, mean_length: float) -> float:
@@ -290,7 +331,7 @@ def unwrapped(trainer: Trainer) -> Any:
 
 
 def _arguments(
-    config: TrainConfig, checkpoints: Path, device: str, half: torch.dtype | None, accumulation: int, validate: bool
+    config: TrainConfig, checkpoints: Path, device: str, half: torch.dtype | None, accumulation: int, steps: float, validate: bool
 ) -> SFTConfig:
     return SFTConfig(
         output_dir=str(checkpoints),
@@ -301,7 +342,7 @@ def _arguments(
         num_train_epochs=config.epochs,
         learning_rate=config.rate,
         lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup,
+        warmup_steps=warmup if (warmup := int(steps * config.warmup)) > 1 else 0,  # the first of them has a rate of 0: one alone is lost
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=half is torch.bfloat16,

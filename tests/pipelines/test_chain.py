@@ -66,23 +66,33 @@ def test_from_rows_to_a_report(recipe: Any, tmp_path: Path) -> None:
     assert len(questions) == 5
 
 
-def test_what_is_done_is_not_done_again_and_a_failed_step_is(recipe: Any, tmp_path: Path) -> None:
+def test_what_is_done_is_not_done_again_and_a_failed_step_is(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
-    broken = {"compare": {"questions": "absent.jsonl", "max_new_tokens": 20}}
-    with pytest.raises(UserError, match=r"absent\.jsonl: no such file"):
-        run_chain(load_recipe(recipe(evaluate=broken)), out)
+
+    def fails(*_: Any) -> None:
+        raise UserError("the power is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("sftkit.pipelines.chain.compare", fails)
+        with pytest.raises(UserError, match="the power is gone"):
+            run_chain(load_recipe(recipe()), out)
     model, store = out / "train" / "final" / "model.safetensors", out / "curate" / "dataset.jsonl"
     before = (model.stat().st_mtime_ns, store.stat().st_mtime_ns)
-    first = run_chain(load_recipe(recipe()), out)
+    first = run_chain(load_recipe(recipe()), out, name="first")
     answers = (out / "evaluate" / "answers.sqlite").stat().st_mtime_ns
-    second = run_chain(load_recipe(recipe()), out)
+    second = run_chain(load_recipe(recipe()), out, name="first")
     assert (model.stat().st_mtime_ns, store.stat().st_mtime_ns) == before
     assert (out / "evaluate" / "answers.sqlite").stat().st_mtime_ns == answers
     assert second.findings == first.findings
     other = {"filter": {"max_words": 3}, "dedup": {"semantic": None}}
     with pytest.raises(UserError, match="its model was trained on other data than this recipe makes"):
-        run_chain(load_recipe(recipe(curate=other, evaluate={})), out)
+        run_chain(load_recipe(recipe(curate=other, evaluate={})), out, name="second")
+    with open(tmp_path / "rows.jsonl", "a") as rows:
+        rows.write(json.dumps({"prompt": "One more?", "answer": "Yes."}) + "\n")
+    with pytest.raises(UserError, match="its model was trained on other data than this recipe makes"):
+        run_chain(load_recipe(recipe()), out, name="second")
     assert (model.stat().st_mtime_ns, store.stat().st_mtime_ns) == before
+    assert yaml.safe_load((out / "config.yaml").read_text())["recipe"]["name"] == "first"  # what was refused left no trace
 
 
 @pytest.mark.parametrize(

@@ -95,3 +95,10 @@ def test_a_row_of_a_run_keeps_the_name_of_its_sample(tmp_path: Path) -> None:
     )
     (example,) = read_examples(path)
     assert key_of(example) == ("0123456789abcdef", 2)
+
+
+def test_calls_that_the_template_leaves_out_are_no_empty_answers_to_learn(chat: Chat, chats) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]}
+    data = prepare(read_examples(chats(2, [USER("add"), call])), chat, config(), context=512)
+    assert data.report.rejected == {"calls_left_out": 1}
+    assert any("the chat template writes no tool calls" in each for each in data.report.warnings) or len(data.train) == 2

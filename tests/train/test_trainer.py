@@ -8,6 +8,7 @@ from sftkit.train.attention import use_own_attention, use_packed_attention
 from sftkit.train.data import Row
 from sftkit.train.head import LinearCrossEntropy, loss_sum
 from sftkit.train.packing import Packs
+from sftkit.train.trainer import keeps_rows_apart
 
 RANDOM = np.random.default_rng(0)
 
@@ -144,7 +145,7 @@ def test_the_head_equals_cross_entropy_of_all_logits(softcap: float, scale: floa
     inputs = [each for each in (hidden, weight, offset) if each is not None]
     wanted = torch.autograd.grad(expected / 7, inputs)
     found = LinearCrossEntropy.apply(hidden, weight, offset, targets, softcap, scale)
-    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
     for one, other in zip(torch.autograd.grad(found / 7, inputs), wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -154,3 +155,46 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     LinearCrossEntropy.apply(hidden, weight, None, torch.randint(0, 20, (10,)), 0.0, 1.0).backward()
     assert hidden.grad is not None
     assert weight.grad is None
+
+
+class Leaky(torch.nn.Module):
+    """Carries a running mean from token to token, as a state-space model would, over the borders of rows."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner, self.config = model.model, model.config
+
+    def forward(self, **inputs: torch.Tensor):
+        out = self.inner(**inputs)
+        count = torch.arange(1, out.last_hidden_state.shape[1] + 1)[None, :, None]
+        out.last_hidden_state = out.last_hidden_state + out.last_hidden_state.cumsum(1) / count
+        return out
+
+
+def test_a_model_that_leaks_between_rows_is_trained_row_by_row(tiny_model, tmp_path, chats, monkeypatch, caplog) -> None:
+    from sftkit.core.chat import load_chat
+    from sftkit.train import trainer as module
+
+    chat = load_chat(resolve_model(tiny_model))
+    model = load_model(resolve_model(tiny_model), dtype="float32")
+    assert keeps_rows_apart(model, ROWS[:40], chat)
+    assert model.config._attn_implementation == "sdpa"
+    model.model = Leaky(model)
+    assert not keeps_rows_apart(model, ROWS[:40], chat)
+    assert "does not keep rows apart" in caplog.text
+
+    from sftkit.train.config import TrainConfig
+    from sftkit.train.sft import train
+
+    settings = {"epochs": 1.0, "validation": 0.1, "dtype": "float32", "learning_rate": 1e-3, "logging_steps": 1, "stop_check": 0}
+    packed = train(chats(40), str(tiny_model), tmp_path / "packed", TrainConfig(**settings))
+    monkeypatch.setattr(module, "keeps_rows_apart", lambda *_: False)
+    alone = train(chats(40), str(tiny_model), tmp_path / "alone", TrainConfig(**settings))
+    assert alone.validation == pytest.approx(packed.validation, abs=1e-4)
+
+
+def test_alone_each_row_is_a_pack_of_the_same_updates() -> None:
+    made = packs(alone=True)
+    assert all(len(pack) <= 1 for pack in made.rows())
+    assert updates(made) == updates(packs())
+    assert made[0]["alone"]
