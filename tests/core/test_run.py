@@ -110,3 +110,15 @@ def test_done_is_written_last_and_says_what_was_made(tmp_path: Path) -> None:
         mark_done(tmp_path, loss=float("nan"))
     assert read_done(tmp_path) == {"rows": 3, "model": "m"}
     assert [each.name for each in tmp_path.iterdir()] == ["done.json"], "nothing half-written is left"
+
+
+def test_numpys_full_disk_has_its_number(tmp_path: Path) -> None:
+    import errno
+
+    from sftkit.core.files import write_atomically
+
+    with pytest.raises(OSError, match="No space left") as caught, write_atomically(tmp_path / "vectors.npy") as temporary:
+        temporary.write_bytes(b"half")
+        raise OSError("15360 requested and 5088 written")
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
