@@ -34,6 +34,7 @@ GRAM = 8  # words of the runs whose hashes are stored
 SHORT = 5  # items of fewer words count only where they are a whole turn of the user's
 LEAST = 3  # and of fewer still say nothing
 BUNDLED = Path(__file__).parent / "data"
+POSTINGS_AT_A_TIME = 2_000_000
 MOST = 5  # items told of one turn: a template that hundreds of them share would tell all
 TURNS_AT_A_TIME = 20_000
 SENTENCE_END = re.compile(r"[.!?:;。！？：；\n]+")
@@ -193,8 +194,19 @@ class Matcher:
     def _long(self, hashed: Runs) -> list[Match]:
         grams = ngrams(hashed, GRAM)
         where, known = self._lookup.find(grams.values)
-        if not len(where):
-            return []
+        owner = np.searchsorted(grams.starts, where, side="right") - 1
+        shares = np.cumsum(self._counts[known]) // POSTINGS_AT_A_TIME  # whole texts together, not many more postings than that
+        found: list[Match] = []
+        first = 0
+        while first < len(where):
+            last = int(np.searchsorted(shares, shares[first], side="right"))
+            last = int(np.searchsorted(owner, owner[last - 1], side="right"))
+            found += self._runs(grams, where[first:last], known[first:last])
+            first = last
+        return found
+
+    def _runs(self, grams: Runs, where: Offsets, known: Offsets) -> list[Match]:
+        """Return what the texts hold of which the 8-word runs `where` stand at the places `known` of the table."""
         times = self._counts[known]
         postings = gathered(self._first[known], times)
         text = np.repeat(np.searchsorted(grams.starts, where, side="right") - 1, times)
