@@ -117,8 +117,12 @@ def test_numpys_full_disk_has_its_number(tmp_path: Path) -> None:
 
     from sftkit.core.files import write_atomically
 
-    with pytest.raises(OSError, match="No space left") as caught, write_atomically(tmp_path / "vectors.npy") as temporary:
-        temporary.write_bytes(b"half")
-        raise OSError("15360 requested and 5088 written")
+    def save() -> None:
+        with write_atomically(tmp_path / "vectors.npy") as temporary:
+            temporary.write_bytes(b"half")
+            raise OSError("15360 requested and 5088 written")
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        save()
     assert caught.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
