@@ -245,9 +245,7 @@ class SelectConfig:
     quality_weight: float = setting(0.5, "Weight of the score in qdit, mmr and dpp, from 0 (difference alone) to 1 (score alone).")
     max_cosine: float = setting(0.9, "Cosine with a taken row from which deita leaves a row out.")
     strata: tuple[str, ...] = setting(STRATA, "What stratified gives shares by.", choices=STRATA)
-    clusters: int | None = setting(
-        None, "Clusters of stratified and cluster-balanced; when not given the root of the number of rows."
-    )
+    clusters: int | None = setting(None, "Clusters of stratified and cluster-balanced; when not given the root of the number of rows.")
     controls: bool = setting(False, "Also write random rows, and random rows of the same lengths, to curate/controls/.")
     seed: int = setting(0, "Seed of what is drawn: random, controls, clusters, the order within them.")
     embed: EmbedConfig = field(default_factory=EmbedConfig, metadata={"help": "How texts become vectors."})
