@@ -38,9 +38,9 @@ ENDINGS: dict[str, tuple[Callable[[], Any], int, list[str]]] = {
         ["error: /full/x: No space left on device; make room or name another place: the same command goes on from here"],
     ),
     "a place that may not be written": (
-        fails(PermissionError(errno.EACCES, "Permission denied", "/root/x")),
+        fails(PermissionError(errno.EACCES, "Permission denied", "/locked/x")),
         1,
-        ["error: /root/x: Permission denied"],
+        ["error: /locked/x: Permission denied"],
     ),
 }
 
