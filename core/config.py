@@ -138,6 +138,11 @@ def _name(hint: Any) -> str:
     return words.get(getattr(hint, "__name__", ""), str(hint))
 
 
+def part(config: Any, cls: type[T]) -> T:
+    """Return the settings of a config that its base class `cls` has, as a `cls`."""
+    return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
 def to_mapping(config: Any) -> dict[str, Any]:
     """Return a config as plain YAML-ready values, every default resolved."""
 

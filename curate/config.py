@@ -1,10 +1,10 @@
 """The settings of curation's steps, apart from the steps so that the command line's help needs none of their libraries."""
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..core.config import setting
+from ..core.config import part, setting
 from ..core.engines.base import EngineConfig, Sampling
 from ..core.errors import UserError
 
@@ -45,7 +45,7 @@ class DistillConfig(Sampling):
     @property
     def sampling(self) -> Sampling:
         """What decides an answer, without the rest."""
-        return Sampling(**{each.name: getattr(self, each.name) for each in fields(Sampling)})
+        return part(self, Sampling)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,11 @@
 import hashlib
 import json
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.catalogue import CATALOGUE, cached, fetch
-from ..core.config import to_mapping
+from ..core.config import part, to_mapping
 from ..core.errors import UserError
 from ..core.files import read_json, write_json, write_text
 from ..core.formats import read_examples, split_prompt
@@ -89,9 +89,7 @@ def _curate(recipe: RecipeConfig, out: Path) -> None:
 
 
 def _train(recipe: RecipeConfig, out: Path) -> None:
-    names = [each.name for each in fields(TrainConfig)]
-    settings = TrainConfig(**{name: getattr(recipe.train, name) for name in names})
-    train(out / "curate" / "dataset.jsonl", recipe.train.model, out, settings, revision=recipe.train.revision)
+    train(out / "curate" / "dataset.jsonl", recipe.train.model, out, part(recipe.train, TrainConfig), revision=recipe.train.revision)
 
 
 def _evaluate(recipe: RecipeConfig, out: Path) -> None:
@@ -102,9 +100,7 @@ def _evaluate(recipe: RecipeConfig, out: Path) -> None:
         models["teacher"] = _at(recipe.teacher, recipe.curate.distill.revision)
     if recipe.evaluate.loss:
         loss(out / "curate" / "heldout.jsonl", models, out, recipe.evaluate.loss)
-    step = recipe.evaluate.compare
-    settings = CompareConfig(**{each.name: getattr(step, each.name) for each in fields(CompareConfig)})
-    compare(models, _questions(recipe, out), out, settings)
+    compare(models, _questions(recipe, out), out, part(recipe.evaluate.compare, CompareConfig))
 
 
 def _at(model: str, revision: str | None) -> str:
