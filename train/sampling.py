@@ -15,8 +15,8 @@ from ..core.engines.base import Completion, Engine, EngineConfig, Request, Sampl
 from ..core.engines.registry import open_engine
 from ..core.engines.transformers_engine import TransformersEngine
 from ..core.files import read_json_lines, write_json_lines
-from .attention import attends_packed, use_own_attention, use_packed_attention
 from .data import Row, TrainingData
+from .trainer import undress
 
 log = logging.getLogger(__name__)
 
@@ -137,20 +137,10 @@ class Sampler(TrainerCallback):  # type: ignore[misc]
 def as_loaded(model: Any) -> Iterator[Any]:
     """Give a model in training its own forward and attention back for a while; an adapter stays in it."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    forward, training = base.__dict__.pop("forward", None), base.training
-    compiled = {module: module._compiled_call_impl for module in base.modules() if module._compiled_call_impl is not None}
-    for module in compiled:
-        module._compiled_call_impl = None
-    packed = attends_packed(base)
-    use_own_attention(base)
+    training, put_back = base.training, undress(base)
     base.eval()
     try:
         yield base
     finally:
         base.train(training)
-        if packed:
-            use_packed_attention(base)
-        for module, code in compiled.items():
-            module._compiled_call_impl = code
-        if forward is not None:
-            base.forward = forward
+        put_back()

@@ -27,7 +27,7 @@ from ..core.errors import UserError
 from ..core.files import read_json_lines, write_json_lines
 from ..core.progress import Progress
 from ..core.run import is_done, mark_done
-from .attention import use_own_attention, use_packed_attention
+from .attention import attends_packed, use_own_attention, use_packed_attention
 from .config import TrainConfig
 from .data import Row
 from .head import loss_sum
@@ -322,12 +322,27 @@ def compile_layers(model: Any) -> None:
 def unwrapped(trainer: Trainer) -> Any:
     """Return the trained model as it was loaded: its own forward and attention again."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for module in base.modules():
-        module._compiled_call_impl = None
-    base.__dict__.pop("forward", None)  # the ones that TRL, accelerate and learn_from_packs put before it
-    use_own_attention(base)
+    undress(model.get_base_model() if hasattr(model, "get_base_model") else model)
     return model
+
+
+def undress(base: Any) -> Callable[[], None]:
+    """Take from a model what training put on it: forwards before its own, compiled layers, packed attention; return what puts it back."""
+    forward, packed = base.__dict__.pop("forward", None), attends_packed(base)
+    compiled = {module: module._compiled_call_impl for module in base.modules() if module._compiled_call_impl is not None}
+    for module in compiled:
+        module._compiled_call_impl = None
+    use_own_attention(base)
+
+    def put_back() -> None:
+        if packed:
+            use_packed_attention(base)
+        for module, code in compiled.items():
+            module._compiled_call_impl = code
+        if forward is not None:
+            base.forward = forward
+
+    return put_back
 
 
 def _arguments(
