@@ -1,0 +1,38 @@
+"""The command of `sftkit curate` that attaches scores."""
+
+from contextlib import closing
+from pathlib import Path
+
+import click
+
+from ..core.config import load_config, read_yaml
+from .config import ScoreConfig
+from .decide_cli import run_options
+
+
+@click.command()
+@run_options
+@click.option("--with", "scorers", multiple=True, help="Scorer to apply: NAME or NAME:option=value,option=value (name=… calls it so).")
+def score(run: str, out: Path | None, settings: Path | None, scorers: tuple[str, ...]) -> None:
+    """Attach scores to every row of a RUN, kept or not.
+
+    \b
+    numeric     the final number is that of the reference: 1 or 0 (rule=strict|flexible, gold=COLUMN)
+    exact       the answer is the reference (ignore_case=false, gold=COLUMN)
+    regex       a pattern is found (pattern=…, ignore_case=true)
+    length      num_chars, num_words and num_tokens (num_tokens:model=… counts by that model's tokenizer)
+    logprob     the teacher's mean log-probability per token
+
+    \b
+    sftkit curate score runs/a --with numeric --with length
+    sftkit curate score runs/a --with 'regex:pattern=```python,name=has_code'
+    sftkit curate score data.jsonl -o runs/b --with numeric:gold=answer
+    """
+    from .intake import open_run
+    from .score import parse_scorers, score, summary
+
+    base = read_yaml(settings) if settings else {}
+    config = load_config(ScoreConfig, {**base, "scorers": {**base.get("scorers", {}), **parse_scorers(list(scorers))}})
+    with closing(open_run(run, out)) as opened:
+        for name, scores in score(opened, config).items():
+            click.echo(summary(name, scores))
