@@ -14,6 +14,7 @@ from typing import Any
 
 import polars as pl
 
+from ..core.checks.numbers import RULES, Rule, canonical, extract_number
 from ..core.errors import UserError, unknown_name
 from ..core.example import Score, row_id
 from ..core.files import write_atomically
@@ -21,7 +22,6 @@ from ..core.progress import Progress
 from ..core.run import Run
 from .config import ScoreConfig
 from .rows import KEY, keys, load_rows
-from .verify import RULES, Rule, canonical, extract_number
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ Scorer = Callable[[Candidate], Result]
 def numeric(*, rule: Rule = "flexible", gold: str | None = None) -> Scorer:
     """Compare the final number of the response with that of the reference (or of the column `gold`): 1 or 0.
 
-    The detail is the number found in the response, "" where there is none. See verify.extract_number for the rules.
+    The detail is the number found in the response, "" where there is none. See core.checks.numbers for the rules.
     """
     if rule not in RULES:
         raise unknown_name("rule", rule, RULES, "scorer numeric")

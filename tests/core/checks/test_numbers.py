@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import pytest
-from sftkit.curate.verify import canonical, extract_number
+from sftkit.core.checks.numbers import canonical, extract_number
 
 MARKED = [
     ("so 3\n#### 1,234.50 dollars", "1234.5"),
