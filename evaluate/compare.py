@@ -16,10 +16,10 @@ from ..core.errors import UserError
 from ..core.example import Example, Message, Sample, content_id
 from ..core.files import write_atomically
 from ..core.formats import iterate_examples, split_prompt
+from ..core.named_models import NamedModel, find_models
 from ..core.progress import Progress
 from ..core.store import SampleStore, decisive_settings, sample_key, sample_seed
 from .config import CompareConfig
-from .models import NamedModel, find_models
 from .results import aligned, counted, finish_section, left_out, open_section, told
 from .statistics import Interval, holm, mcnemar, minimum_detectable_difference, paired_difference, wilson
 

@@ -18,9 +18,9 @@ from ..core.engines.registry import choose
 from ..core.errors import UserError
 from ..core.files import write_atomically
 from ..core.formats import iterate_examples
+from ..core.likelihood import HeldOut, Likelihood, LogprobStore, likelihoods, read_row
+from ..core.named_models import NamedModel, find_models
 from .config import LossConfig
-from .likelihood import HeldOut, Likelihood, LogprobStore, likelihoods, read_row
-from .models import NamedModel, find_models
 from .results import aligned, counted, finish_section, left_out, open_section, told
 from .statistics import Estimate, bootstrap_ratio, bootstrap_ratio_difference, cluster_sums, holm, sign_flip
 

@@ -1,4 +1,4 @@
-"""How probable a model finds the answers of held-out rows: rendered as in training, each computed once for a model's weights."""
+"""How probable a model finds the answers of rows: rendered as in training, each computed once for a model's weights."""
 
 import hashlib
 import json
@@ -13,13 +13,13 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from ..core.engines.base import ScoreRequest
-from ..core.errors import UserError
-from ..core.example import Example, Message, content_id
-from ..core.files import write_atomically
-from ..core.formats import split_prompt
-from ..core.progress import Progress
-from .models import NamedModel
+from .engines.base import ScoreRequest
+from .errors import UserError
+from .example import Example, Message, content_id
+from .files import write_atomically
+from .formats import split_prompt
+from .named_models import NamedModel
+from .progress import Progress
 
 log = logging.getLogger(__name__)
 

@@ -1,15 +1,15 @@
-"""The models of an evaluation: looked up first, all of them, and loaded one after the other only if there is something to compute."""
+"""Models that are looked up first, all of them, and loaded one after the other only if there is something to compute."""
 
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
-from ..core.chat import Chat, load_chat
-from ..core.engines.base import Engine, EngineConfig
-from ..core.engines.registry import choose, open_engine
-from ..core.errors import UserError
-from ..core.models import ModelRef, context_length, final_facts, load_settings, model_identity, resolve_model
+from .chat import Chat, load_chat
+from .engines.base import Engine, EngineConfig
+from .engines.registry import choose, open_engine
+from .errors import UserError
+from .models import ModelRef, context_length, final_facts, load_settings, model_identity, resolve_model
 
 log = logging.getLogger(__name__)
 
