@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..core.head import head_of
+
 ELEMENTS = 1 << 27  # of logits held at once: 256 MB in 16 bits
 
 
@@ -80,17 +82,6 @@ def _losses(logits: torch.Tensor, targets: torch.Tensor, softcap: float, scale: 
 
 
 _compiled_losses = torch.compile(_losses, dynamic=False)
-
-
-def head_of(model: Any) -> tuple[Any, float, float] | None:
-    """Return a model's output layer, its softcap (0: none) and the factor on its logits; None for a head that is more than a matrix."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or type(head) is not torch.nn.Linear:
-        return None
-    config = model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
-    return head, float(getattr(config, "final_logit_softcapping", None) or 0.0), scale
 
 
 def loss_sum(model: Any, batch: dict[str, Any]) -> torch.Tensor:

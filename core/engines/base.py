@@ -71,8 +71,17 @@ class ScoreRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceRequest:
+    """A prompt, and tokens of which the log-probability to come next is wanted: log p(choice | ids) for each."""
+
+    key: str
+    ids: tuple[int, ...]
+    choices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprobs:
-    """Natural-log probabilities of ids[start:], in order; empty with `error` set when they could not be computed."""
+    """Natural-log probabilities of what a request asks for, in order; empty with `error` set when they could not be computed."""
 
     key: str
     logprobs: tuple[float, ...] = ()
@@ -94,3 +103,34 @@ class Engine(Protocol):
     def logprobs(self, requests: Iterable[ScoreRequest]) -> Iterator[TokenLogprobs]: ...
 
     def close(self) -> None: ...
+
+
+def choice_logprobs(engine: Engine, requests: Iterable[ChoiceRequest]) -> Iterator[TokenLogprobs]:
+    """Give the log-probabilities of choices with any engine that scores texts.
+
+    Where the engine has no `choices` of its own, each choice is a text to score, the prompt followed by it.
+    """
+    if hasattr(engine, "choices"):
+        yield from engine.choices(requests)
+        return
+    waiting: dict[str, tuple[ChoiceRequest, dict[int, float]]] = {}
+
+    def texts() -> Iterator[ScoreRequest]:
+        for request in requests:
+            waiting[request.key] = request, {}
+            for place, choice in enumerate(request.choices):
+                yield ScoreRequest(key=f"{place}/{request.key}", ids=(*request.ids, choice), start=len(request.ids))
+
+    for scored in engine.logprobs(texts()):
+        place, _, key = scored.key.partition("/")
+        if key not in waiting:
+            continue  # another of its choices failed
+        request, found = waiting[key]
+        if scored.error:
+            del waiting[key]
+            yield TokenLogprobs(key=key, error=scored.error)
+            continue
+        found[int(place)] = scored.logprobs[0]
+        if len(found) == len(request.choices):
+            del waiting[key]
+            yield TokenLogprobs(key=key, logprobs=tuple(found[each] for each in range(len(found))))

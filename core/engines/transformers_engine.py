@@ -2,26 +2,29 @@
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from transformers import DynamicCache
 
+from ..batches import BatchRunner, pad
 from ..chat import Chat, load_chat
 from ..hardware import half_precision, pick_device
+from ..head import Scorer
 from ..models import context_length, load_model, model_identity, resolve_model
-from .base import Completion, EngineConfig, Request, ScoreRequest, TokenLogprobs
+from .base import ChoiceRequest, Completion, EngineConfig, Request, ScoreRequest, TokenLogprobs
 
 log = logging.getLogger(__name__)
 
 WINDOW = 512  # requests that are sorted by length together
 NUCLEUS = 256  # top-p looks at so many tokens first, and at all of them only where their probability is too small
 KEEP_SHARE = 0.75  # copying the cache costs about as much as a step: it is done when so few rows of a batch are left
-MAX_LOGITS = 1 << 27  # elements of logits held at once when texts are scored: 512 MB in float32
+
+S = TypeVar("S", ScoreRequest, ChoiceRequest)
 
 
 @dataclass(slots=True)
@@ -60,11 +63,13 @@ class TransformersEngine:
         # transformers renames the argument in 5.24 and warns about the old name
         self._cache_argument = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
         self._stop = torch.tensor(chat.stop_ids, device=model.device)
+        self._runner = BatchRunner(batch_tokens, model.device.type)
+        self._scorer: Any = Scorer(model)
 
     def close(self) -> None:
         """Give the memory of the model back."""
         device = self.model.device.type
-        self.model = None
+        self.model, self._scorer = None, None
         if device == "cuda":
             torch.cuda.empty_cache()
 
@@ -119,7 +124,7 @@ class TransformersEngine:
     def _run(self, batch: list[Request]) -> Iterator[Completion]:
         device = self.model.device
         rows = [_Row(each, np.random.Generator(np.random.Philox(each.seed)).random(each.sampling.max_new_tokens)) for each in batch]
-        ids, mask = _pad([each.prompt_ids for each in batch], self._chat.pad_id, left=True)
+        ids, mask = pad([each.prompt_ids for each in batch], self._chat.pad_id, left=True)
         ids, mask = ids.to(device), mask.to(device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config)
@@ -152,25 +157,35 @@ class TransformersEngine:
                     ids, positions, mask = ids[index], positions[index], mask[index]
                     cache.batch_select_indices(index)
 
-    @torch.inference_mode()
     def logprobs(self, requests: Iterable[ScoreRequest]) -> Iterator[TokenLogprobs]:
-        """Score texts, longest first within a window; a text longer than the context comes back with its error."""
-        waiting = iter(requests)
-        vocabulary = self.model.config.get_text_config().vocab_size
-        while window := list(islice(waiting, WINDOW)):
-            sound = []
-            for request in window:
-                error = self._check_score(request)
+        """Score texts, longest first; a text longer than the context comes back with its error."""
+        yield from self._run_scores(requests, self._check_score, self._score)
+
+    def choices(self, requests: Iterable[ChoiceRequest]) -> Iterator[TokenLogprobs]:
+        """Give the log-probabilities of some tokens as the next one, longest prompt first."""
+        yield from self._run_scores(requests, self._check_choice, self._choose)
+
+    def _run_scores(
+        self, requests: Iterable[S], check: Callable[[S], str | None], compute: Callable[[list[S]], Iterable[TokenLogprobs]]
+    ) -> Iterator[TokenLogprobs]:
+        refused: list[TokenLogprobs] = []
+
+        def sound() -> Iterator[S]:
+            for request in requests:
+                error = check(request)
                 if error:
-                    yield TokenLogprobs(key=request.key, error=error)
+                    refused.append(TokenLogprobs(key=request.key, error=error))
                 else:
-                    sound.append(request)
-            sound.sort(key=lambda each: len(each.ids), reverse=True)
-            while sound:
-                length = len(sound[0].ids)
-                size = max(1, min(self._batch_tokens, MAX_LOGITS // vocabulary) // length)
-                batch, sound = sound[:size], sound[size:]
-                yield from self._score_halving(batch)
+                    yield request
+
+        def failed(request: S, error: str) -> TokenLogprobs:
+            return TokenLogprobs(key=request.key, error=error)
+
+        for result in self._runner.run(sound(), lambda each: len(each.ids), compute, failed):
+            while refused:
+                yield refused.pop()
+            yield result
+        yield from refused
 
     def _check_score(self, request: ScoreRequest) -> str | None:
         if not 1 <= request.start < len(request.ids):
@@ -179,47 +194,34 @@ class TransformersEngine:
             return f"too long: {len(request.ids)} tokens do not fit the context of {self.context_length}"
         return None
 
-    def _score_halving(self, batch: list[ScoreRequest]) -> Iterator[TokenLogprobs]:
-        try:
-            yield from self._score(batch)
-            return
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-        if len(batch) == 1:
-            yield TokenLogprobs(key=batch[0].key, error="out of memory, even alone in its batch")
-            return
-        self._batch_tokens = max(1, self._batch_tokens // 2)
-        middle = (len(batch) + 1) // 2
-        yield from self._score_halving(batch[:middle])
-        yield from self._score_halving(batch[middle:])
+    def _check_choice(self, request: ChoiceRequest) -> str | None:
+        if not request.ids or not request.choices:
+            return "nothing to choose: a prompt and choices are needed"
+        return self._check_score(ScoreRequest(key="", ids=(*request.ids, request.choices[0]), start=len(request.ids)))
 
+    @torch.inference_mode()
     def _score(self, batch: list[ScoreRequest]) -> list[TokenLogprobs]:
-        ids, mask = _pad([each.ids for each in batch], self._chat.pad_id, left=False)
-        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-        kept = ids.shape[1] - min(each.start for each in batch) + 1  # the logits before the first scored token are never made
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
-        first = ids.shape[1] - kept
-        scored = []
-        for line, request in enumerate(batch):
-            wanted = ids[line, request.start : len(request.ids)]
-            part = logits[line, request.start - 1 - first : len(request.ids) - 1 - first].float().log_softmax(-1)
-            values = part.gather(1, wanted[:, None])[:, 0].tolist()
-            sound = bool(np.isfinite(values).all())
-            error = None if sound else "the model gave no finite probability for one of its tokens"
-            scored.append(TokenLogprobs(key=request.key, logprobs=tuple(values) if sound else (), error=error))
-        return scored
+        ids, _ = pad([each.ids for each in batch], self._chat.pad_id, left=False)
+        counts = torch.tensor([len(each.ids) - each.start for each in batch])
+        lines = torch.repeat_interleave(torch.arange(len(batch)), counts)
+        places = torch.cat([torch.arange(each.start - 1, len(each.ids) - 1) for each in batch])
+        device = self.model.device
+        values = self._scorer.targets(ids.to(device), lines.to(device), places.to(device)).cpu()
+        return [_told(request.key, part.tolist()) for request, part in zip(batch, values.split(counts.tolist()), strict=True)]
+
+    @torch.inference_mode()
+    def _choose(self, batch: list[ChoiceRequest]) -> list[TokenLogprobs]:
+        ids, mask = pad([each.ids for each in batch], self._chat.pad_id, left=False)
+        device = self.model.device
+        choices = [torch.tensor(each.choices, device=device) for each in batch]
+        found = self._scorer.choices(ids.to(device), (mask.sum(1) - 1).to(device), choices)
+        return [_told(request.key, values.tolist()) for request, values in zip(batch, found, strict=True)]
 
 
-def _pad(sequences: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and mask, [rows, longest], padded on one side."""
-    longest = max(map(len, sequences))
-    ids = torch.full((len(sequences), longest), pad)
-    mask = torch.zeros((len(sequences), longest), dtype=torch.long)
-    for line, sequence in enumerate(sequences):
-        place = slice(longest - len(sequence), longest) if left else slice(0, len(sequence))
-        ids[line, place] = torch.tensor(sequence)
-        mask[line, place] = 1
-    return ids, mask
+def _told(key: str, values: list[float]) -> TokenLogprobs:
+    sound = bool(np.isfinite(values).all())
+    error = None if sound else "the model gave no finite probability for one of its tokens"
+    return TokenLogprobs(key=key, logprobs=tuple(values) if sound else (), error=error)
 
 
 def _choose(logits: torch.Tensor, rows: Sequence[_Row], step: int) -> tuple[torch.Tensor, torch.Tensor]:
