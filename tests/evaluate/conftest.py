@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sftkit.core import named_models as models_module
 from sftkit.core.chat import load_chat
 from sftkit.core.models import load_model, resolve_model
-from sftkit.evaluate import models as models_module
 
 QUESTIONS = ["What is a thread?", "What is a process?", "Write a short poem about the sea", "Calculate 1+1-1"]
 ANSWER = "The answer is 1."
