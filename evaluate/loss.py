@@ -18,8 +18,9 @@ from ..core.engines.registry import choose
 from ..core.errors import UserError
 from ..core.files import write_atomically
 from ..core.formats import iterate_examples
-from ..core.likelihood import HeldOut, Likelihood, LogprobStore, likelihoods, read_row
+from ..core.likelihood import HeldOut, Likelihood, likelihoods, read_row
 from ..core.named_models import NamedModel, find_models
+from ..core.values import ValueStore
 from .config import LossConfig
 from .results import aligned, counted, finish_section, left_out, open_section, told
 from .statistics import Estimate, bootstrap_ratio, bootstrap_ratio_difference, cluster_sums, holm, sign_flip
@@ -167,10 +168,10 @@ def loss(heldout: str | Path, models: Mapping[str, str], out: Path | None, confi
     found = find_models(models, engine)
     settings = {"heldout": str(heldout), "models": dict(models), **to_mapping(config)}
     with open_section(out, "loss", settings) as folder:
-        store = LogprobStore(folder / "logprobs.parquet")
         scored, new = {}, {}
-        for model in found:
-            scored[model.name], new[model.name] = likelihoods(model, rows, store)
+        with ValueStore(folder / "logprobs.sqlite") as store:
+            for model in found:
+                scored[model.name], new[model.name] = likelihoods(model, rows, store)
         why = left_out({name: each[place].error for name, each in scored.items()} for place in range(len(rows)))
         for reason, count in counted(why).items():
             log.warning("left out for all models: %s %s, the first is %s", f"{count:,}", reason, rows[why.index(reason)].example.source)
