@@ -7,7 +7,7 @@ from .core.cli import Commands, run_command_line
 from .core.models_cli import models
 from .curate.cli import curate
 from .evaluate.cli import evaluate
-from .pipelines.cli import report, run
+from .pipelines.cli import ablate, report, run
 from .train.cli import train
 
 
@@ -24,7 +24,7 @@ def sftkit() -> None:
     """
 
 
-for command in (curate, train, evaluate, run, report, models):
+for command in (curate, train, evaluate, run, ablate, report, models):
     sftkit.add_command(command)
 
 

@@ -61,6 +61,20 @@ class RecipeConfig:
         return None if distill is None or distill.engine.engine == "openai" or distill.engine.base_url else distill.teacher
 
 
+@dataclass(frozen=True, kw_only=True)
+class AblationConfig:
+    """How a selection is held against its controls."""
+
+    seeds: int = setting(3, "Trainings of each data set, with seeds of their own: they show how much is the training's luck.")
+    equal_tokens: bool = setting(True, "Every data set trains for as many tokens as the selection, not for as many epochs.")
+    train: TrainConfig = field(default_factory=TrainConfig, metadata={"help": "Settings of `sftkit train sft`; its seed is the first."})
+    loss: LossConfig = field(default_factory=LossConfig, metadata={"help": "How the held-out loss is taken."})
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise UserError(f"seeds: expected 1 or more, found {self.seeds}")
+
+
 def known_recipes() -> dict[str, Path]:
     """Return the recipes that come with sftkit, by name."""
     return {path.stem: path for path in sorted(HERE.glob("*.yaml"), key=lambda path: path.stem)}

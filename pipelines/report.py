@@ -16,6 +16,7 @@ from ..core.progress import duration
 from ..core.run import Run
 from ..core.text import visible
 from ..curate.card import funnel
+from .ablation import read_ablation, told
 
 STYLE = """
 :root{--ink:#1c2127;--soft:#5d6772;--line:#d9dee4;--paper:#fff;--panel:#f5f7f9;--accent:#1f6feb;--good:#13795b;--warn:#9a5b00}
@@ -43,7 +44,7 @@ def write_report(path: Path) -> Path:
     Raises UserError for a folder that is no run, or that holds nothing to report yet.
     """
     run = Run.open(path)
-    parts = [_findings(path), _losses(path), _answers(path), _training(path), _curation(run), _how(run)]
+    parts = [_findings(path), _ablation(path), _losses(path), _answers(path), _training(path), _curation(run), _how(run)]
     if not any(parts[:-1]):
         raise UserError(f"{path}: holds nothing to report yet: no data set, no model, no evaluation")
     recipe = run.config().get("recipe", {})
@@ -61,7 +62,8 @@ def write_report(path: Path) -> Path:
 
 def headline(path: Path) -> list[str]:
     """Return what came out, in sentences: the held-out loss before and after with its interval, the stop rate, the data set."""
-    found = []
+    facts = read_ablation(path)
+    found = [told(each) for each in facts["contrasts"]] if facts else []
     results = _results(path)
     if "loss" in results:
         models, differences = results["loss"]["models"], results["loss"]["differences"]
@@ -104,6 +106,20 @@ def _results(path: Path) -> dict[str, Any]:
 def _findings(path: Path) -> str:
     found = headline(path)
     return f"<ul class=findings>{''.join(f'<li>{_text(each)}' for each in found)}</ul>" if found else ""
+
+
+def _ablation(path: Path) -> str:
+    facts = read_ablation(path)
+    if facts is None:
+        return ""
+    rows = []
+    for arm in facts["arms"]:
+        mean = [f"{sum(arm[key]) / len(arm[key]):{form}}" for key, form in (("trained_tokens", ",.0f"), ("losses", ".3f"))]
+        seeds = ", ".join(f"{value:.3f}" for value in arm["losses"])
+        rows.append([arm["name"], f"{arm['rows']:,}", mean[0], f"{arm['epochs']:.2f}", mean[1], seeds])
+    head = ["trained on", "rows", "tokens seen", "epochs", "held-out loss", "by seed"]
+    note = f"Measured on {facts['rows']:,} rows of {facts['prompts']:,} prompts; before training the loss is {facts['base_loss']:.3f}."
+    return f"<h2>Did the selection pay?</h2>{_table(head, rows, first=1)}<p class=soft>{_text(note)}</p>"
 
 
 def _losses(path: Path) -> str:
