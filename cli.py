@@ -4,7 +4,7 @@ import click
 
 from . import __version__
 from .core.cli import Commands, run_command_line
-from .core.models_cli import models
+from .core.models_cli import doctor, models
 from .curate.cli import curate
 from .evaluate.cli import evaluate
 from .pipelines.cli import ablate, report, run
@@ -24,7 +24,7 @@ def sftkit() -> None:
     """
 
 
-for command in (curate, train, evaluate, run, ablate, report, models):
+for command in (curate, train, evaluate, run, ablate, report, models, doctor):
     sftkit.add_command(command)
 
 

@@ -1,8 +1,29 @@
-"""The commands of `sftkit models`."""
+"""The commands about the machine and its models: `sftkit doctor`, `sftkit models`."""
+
+import sys
 
 import click
 
 from .cli import Commands
+
+
+@click.command()
+def doctor() -> None:
+    """Say what this machine and this installation can do, and what to mend. Nothing is changed, nothing is fetched.
+
+    Ends with 1 where there is a problem.
+
+    \b
+    sftkit doctor
+    """
+    from .doctor import examine
+
+    found = []
+    for each in examine():
+        click.echo(f"{each.level:8}{each.about:12}{each.text}")
+        found.append(each.level)
+    if "problem" in found:
+        sys.exit(1)
 
 
 @click.group(cls=Commands)

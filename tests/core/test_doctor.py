@@ -1,0 +1,54 @@
+"""What `sftkit doctor` finds: the installation against its own metadata, the machine, and an exit code for what is broken."""
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sftkit.core import doctor
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+def test_a_sound_installation_has_no_problem(cli: Cli) -> None:
+    code, out, _ = cli("doctor")
+    assert code == 0
+    assert "problem" not in out
+    assert f"torch {importlib.metadata.version('torch')}" in out
+    assert "sandbox" in out
+
+
+def test_a_missing_and_an_old_package_are_problems_with_their_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+
+    def version(package: str) -> str:
+        if package == "trl":
+            return "0.9"
+        if package == "polars":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return real(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    problems = {each.about: each.text for each in doctor.examine() if each.level == "problem"}
+    assert problems.keys() == {"trl", "polars"}
+    assert problems["trl"].startswith("0.9 is installed, sftkit needs ")
+    assert "pip install 'polars" in problems["polars"]
+
+
+def test_a_card_that_torch_cannot_use_is_a_problem(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
+    which = shutil.which
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(shutil, "which", lambda name, *rest, **more: "/bin/it" if name == "nvidia-smi" else which(name, *rest, **more))
+    code, out, _ = cli("doctor")
+    assert code == 1
+    assert "problem GPU         there is one, and torch" in out
+
+
+def test_a_full_disk_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 30))
+    notes = [each.text for each in doctor.examine() if each.about == "disk"]
+    assert f"1 GiB free for this folder, {tmp_path}" in notes
+    assert all(each.level == "note" for each in doctor.examine() if each.about == "disk")
