@@ -170,14 +170,15 @@ def load_settings(ref: ModelRef) -> Any:
             raise UserError(f"{ref.name}: its config cannot be read: {_one_line(error)}") from error
 
 
-def load_model(ref: ModelRef, *, dtype: str = "auto", device: str | None = None) -> Any:
+def load_model(ref: ModelRef, *, dtype: str = "auto", device: str | None = None, classifier: bool = False) -> Any:
     """Load a causal language model, in eval mode. A GGUF file is unpacked into plain weights that can be trained and saved.
 
-    `dtype` auto takes the checkpoint's own (bfloat16 for GGUF). Raises UserError for damaged or incomplete files.
+    `dtype` auto takes the checkpoint's own (bfloat16 for GGUF). With `classifier` it is a sequence classification model.
+    Raises UserError for damaged or incomplete files, and for a classifier whose head the files do not hold.
     """
     import safetensors
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # loading takes seconds; core.progress talks where it takes longer
@@ -188,6 +189,11 @@ def load_model(ref: ModelRef, *, dtype: str = "auto", device: str | None = None)
         try:
             if ref.path is not None and ref.path.is_file():
                 model = load_unpacked(ref.path, torch.bfloat16 if dtype == "auto" else wanted)
+            elif classifier:
+                model, told = AutoModelForSequenceClassification.from_pretrained(name, dtype=wanted, output_loading_info=True, **arguments)
+                if told["missing_keys"]:
+                    missing = sorted(told["missing_keys"])[0]
+                    raise UserError(f"{ref.name}: is no classification model: its files hold no {missing}; give a reward model")
             else:
                 model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **arguments)
         except (*UNREADABLE, RuntimeError, safetensors.SafetensorError) as error:

@@ -24,7 +24,7 @@ from ..core.formats import iterate_examples
 from ..core.run import Run
 from .embed import embedded_text
 from .rows import load_rows, split_texts
-from .score import WORD
+from .scorers import WORD
 
 RULES = {"dedup_exact": "exact_duplicate", "dedup_minhash": "near_duplicate", "dedup_semantic": "semantic_duplicate"}
 FIRST = ("import", "prompts")  # stages that begin a ledger

@@ -14,7 +14,8 @@ from ..core.progress import Progress
 from ..core.run import Run
 from .config import FilterConfig
 from .rows import Outcome, input_rows, keys, record
-from .score import WORD, count_words, read_score
+from .score import read_score
+from .scorers import WORD, count_words
 
 LATIN = ("LATIN",)
 SCRIPTS = {  # the scripts a language is written in, by the names that Unicode gives their letters

@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
-from .score import WORD
+from .scorers import WORD
 
 Hashes = npt.NDArray[np.uint64]
 Offsets = npt.NDArray[np.int64]

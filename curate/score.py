@@ -7,131 +7,27 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from ..core.checks.numbers import RULES, Rule, canonical, extract_number
 from ..core.errors import UserError, unknown_name
-from ..core.example import Score, row_id
+from ..core.example import row_id
 from ..core.files import write_atomically
 from ..core.progress import Progress
 from ..core.run import Run
 from .config import ScoreConfig
+from .model_scores import grape, ifd, ifd_ppl, logprob, perplexity, reward
 from .rows import KEY, keys, load_rows
+from .scorers import Candidate, ColumnScorer, Result, Scorer, exact, failure, num_chars, num_tokens, num_words, numeric, regex
 
 log = logging.getLogger(__name__)
 
 SCHEMA = {"example_id": pl.String, "sample_index": pl.Int32, "name": pl.String, "value": pl.Float64, "detail": pl.String}
-CHINESE_WORD = r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"  # scripts without spaces: each character counts as a word
-WORD = re.compile(rf"{CHINESE_WORD}|(?:(?!{CHINESE_WORD})[\w'’-])+")
 
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """What a scorer sees of a row."""
-
-    prompt: str
-    response: str | None
-    reference: str | None
-    meta: dict[str, Any]
-    num_tokens: int | None
-    logprob: float | None
-
-
-Result = tuple[float | None, str]  # value and detail; value None with the reason as detail where there is nothing to say
-Scorer = Callable[[Candidate], Result]
-
-
-def numeric(*, rule: Rule = "flexible", gold: str | None = None) -> Scorer:
-    """Compare the final number of the response with that of the reference (or of the column `gold`): 1 or 0.
-
-    The detail is the number found in the response, "" where there is none. See core.checks.numbers for the rules.
-    """
-    if rule not in RULES:
-        raise unknown_name("rule", rule, RULES, "scorer numeric")
-
-    def score(row: Candidate) -> Result:
-        answer = None if row.response is None else extract_number(row.response, rule)
-        detail = "" if answer is None else canonical(answer)
-        reference = _gold(row, gold)
-        expected = None if reference is None else extract_number(reference)
-        if expected is None:
-            return None, detail
-        return float(answer == expected), detail
-
-    return score
-
-
-def exact(*, gold: str | None = None, ignore_case: bool = True) -> Scorer:
-    """Compare the response with the reference (or the column `gold`), white space at the ends and runs of it aside: 1 or 0."""
-
-    def plain(text: str) -> str:
-        collapsed = " ".join(text.split())
-        return collapsed.casefold() if ignore_case else collapsed
-
-    def score(row: Candidate) -> Result:
-        reference = _gold(row, gold)
-        if reference is None or row.response is None:
-            return None, "no reference" if reference is None else "no response"
-        return float(plain(row.response) == plain(reference)), ""
-
-    return score
-
-
-def regex(*, pattern: str, ignore_case: bool = False) -> Scorer:
-    """Say whether a regular expression is found in the response: 1 or 0. The detail is its first group, or the whole match."""
-    try:
-        compiled = re.compile(pattern, re.MULTILINE | (re.IGNORECASE if ignore_case else 0))
-    except re.error as error:
-        raise UserError(f"scorer regex: {pattern!r} is not a regular expression: {error}") from None
-
-    def score(row: Candidate) -> Result:
-        if row.response is None:
-            return None, "no response"
-        match = compiled.search(row.response)
-        if match is None:
-            return 0.0, ""
-        return 1.0, (match[1] or "" if compiled.groups else match[0])[:200]
-
-    return score
-
-
-def num_chars() -> Scorer:
-    """Count the characters of the response."""
-    return lambda row: (None, "no response") if row.response is None else (float(len(row.response)), "")
-
-
-def num_words() -> Scorer:
-    """Count the words of the response; a character of Chinese or Japanese is a word."""
-    return lambda row: (None, "no response") if row.response is None else (float(count_words(row.response)), "")
-
-
-def num_tokens(*, model: str | None = None) -> Scorer:
-    """Give the number of tokens of the response: as the teacher counted, or by the tokenizer of `model`."""
-    tokenizer = None
-    if model is not None:
-        from ..core.models import load_tokenizer, resolve_model
-
-        tokenizer = load_tokenizer(resolve_model(model))
-
-    def score(row: Candidate) -> Result:
-        if tokenizer is not None and row.response is not None:
-            return float(len(tokenizer(row.response, add_special_tokens=False)["input_ids"])), ""
-        return (None, "unknown; give model=") if row.num_tokens is None else (float(row.num_tokens), "")
-
-    return score
-
-
-def logprob() -> Scorer:
-    """Give the teacher's mean log-probability per token, in nats."""
-    return lambda row: (row.logprob, "" if row.logprob is not None else "the engine gave none")
-
-
-SCORERS: dict[str, Callable[..., Scorer]] = {
+SCORERS: dict[str, Callable[..., Scorer | ColumnScorer]] = {
     "numeric": numeric,
     "exact": exact,
     "regex": regex,
@@ -139,19 +35,27 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
     "num_words": num_words,
     "num_tokens": num_tokens,
     "logprob": logprob,
+    "grape": grape,
+    "ifd": ifd,
+    "ifd_ppl": ifd_ppl,
+    "perplexity": perplexity,
+    "reward": reward,
 }
 COLUMNS = ("num_chars", "num_words", "num_tokens", "logprob")  # read off a row at once: they need not be stored
-LENGTH = ("num_chars", "num_words", "num_tokens")  # what `--with length` stands for
+GROUPS = {  # what `--with NAME` stands for, where it is several scores; computed once, the second costs nothing
+    "length": ("num_chars", "num_words", "num_tokens"),
+    "ifd": ("ifd", "ifd_ppl"),
+}
 
 
-def open_scorer(name: str, options: Mapping[str, Any] | None) -> Scorer:
+def open_scorer(name: str, options: Mapping[str, Any] | None) -> Scorer | ColumnScorer:
     """Make the scorer of a score. Raises UserError for an unknown scorer or option, or a name that is not a file's."""
     if not re.fullmatch(r"[\w.+-]+", name):
         raise UserError(f"a score is named by letters, digits, '_', '.', '-'; found {name!r}")
     arguments = dict(options or {})
     kind = str(arguments.pop("scorer", name))
     if kind not in SCORERS:
-        raise unknown_name("scorer", kind, [*SCORERS, "length"])
+        raise unknown_name("scorer", kind, {*SCORERS, *GROUPS})
     known = inspect.signature(SCORERS[kind]).parameters
     for option in arguments:
         if option not in known:
@@ -173,8 +77,9 @@ def parse_scorers(texts: list[str]) -> dict[str, Any]:
             if not equals:
                 raise UserError(f"--with {text!r}: expected NAME:option=value,option=value; found {pair!r}")
             options[option] = {"true": True, "false": False}.get(value.lower(), value)
-        for each in LENGTH if kind == "length" else (kind,):
-            name = str(options.pop("name", each))
+        called = options.pop("name", None)
+        for each in GROUPS.get(kind, (kind,)):
+            name = each if called is None else str(called) + each.removeprefix(kind) if each.startswith(kind) else str(called)
             if name in scorers:
                 raise UserError(f"two scores would be called {name!r}: add name=… to one of them")
             scorers[name] = options if name == each else {"scorer": each, **options}
@@ -187,42 +92,79 @@ def score(run: Run, config: ScoreConfig) -> dict[str, pl.DataFrame]:
     A row that a scorer fails on has no value and the error as detail.
     """
     if not config.scorers:
-        raise UserError(f"give a scorer, as --with numeric; there are {', '.join([*SCORERS, 'length'])}")
+        raise UserError(f"give a scorer, as --with numeric; there are {', '.join(dict.fromkeys([*SCORERS, *GROUPS]))}")
     rows = load_rows(run, all=True)
+    scorers = {name: open_scorer(name, options) for name, options in config.scorers.items()}
     run.configure("score", {"scorers": {**run.config().get("score", {}).get("scorers", {}), **config.scorers}}, free=("*",))
     results = {}
-    with Progress("score", total=len(rows) * len(config.scorers), unit="rows") as progress:
-        for name, options in config.scorers.items():
-            results[name] = _score_rows(rows, name, open_scorer(name, options), progress)
-            with write_atomically(score_path(run, name)) as temporary:
-                results[name].write_parquet(temporary)
+    for name, scorer in scorers.items():
+        if isinstance(scorer, ColumnScorer):  # it tells its progress itself
+            results[name] = _score_rows(rows, name, scorer, run.room("curate"), None)
+        else:
+            with Progress(f"score {name}", total=len(rows), unit="rows") as progress:
+                results[name] = _score_rows(rows, name, scorer, run.room("curate"), progress)
+        with write_atomically(score_path(run, name)) as temporary:
+            results[name].write_parquet(temporary)
     return results
 
 
-def _score_rows(rows: pl.DataFrame, name: str, scorer: Scorer, progress: Progress | None) -> pl.DataFrame:
-    scores, errors, counted, last = [], 0, 0, time.monotonic()
-    columns = ["example_id", "sample_index", "prompt", "response", "reference", "meta", "num_tokens", "logprob"]
-    for example_id, index, prompt, response, reference, meta, tokens, mean in rows.select(columns).iter_rows():
-        value, detail = None, ""
+def _score_rows(rows: pl.DataFrame, name: str, scorer: Scorer | ColumnScorer, place: Path, progress: Progress | None) -> pl.DataFrame:
+    found, errors = _score_column(rows, scorer, place) if isinstance(scorer, ColumnScorer) else _score_each(rows, scorer, progress)
+    sound = [
+        (None, f"not a finite number: {value}") if value is not None and not math.isfinite(value) else (value, detail)
+        for value, detail in found
+    ]
+    if errors:
+        log.warning("%s failed on %s of %s rows; they have no value, and the reason as detail", name, f"{errors:,}", f"{len(rows):,}")
+    columns = [rows["example_id"].to_list(), rows["sample_index"].to_list(), [name] * len(rows), *map(list, zip(*sound, strict=True))]
+    return pl.DataFrame(columns if sound else None, schema=SCHEMA)
+
+
+def _candidates(rows: pl.DataFrame) -> Iterator[Candidate | Exception]:
+    columns = ["prompt", "response", "reference", "meta", "num_tokens", "logprob", "messages", "finish_reason"]
+    for prompt, response, reference, meta, tokens, mean, messages, finish_reason in rows.select(columns).iter_rows():
         try:
-            candidate = Candidate(prompt, response, reference, json.loads(meta or "{}"), tokens, mean)
-            value, detail = scorer(candidate)
-            if value is not None and not math.isfinite(value):
-                value, detail = None, f"not a finite number: {value}"
+            known = json.loads(meta or "{}")
+        except ValueError as error:
+            yield error
+            continue
+        yield Candidate(prompt, response, reference, known, tokens, mean, messages, finish_reason)
+
+
+def _score_each(rows: pl.DataFrame, scorer: Scorer, progress: Progress | None) -> tuple[list[Result], int]:
+    """Return the result of each row, and how many failed."""
+    found: list[Result] = []
+    errors, counted, last = 0, 0, time.monotonic()
+    for candidate in _candidates(rows):
+        try:
+            if isinstance(candidate, Exception):
+                raise candidate
+            found.append(scorer(candidate))
         except Exception as error:  # noqa: BLE001  one row's failure is that row's result
-            value, detail = None, f"{type(error).__name__}: {error}"
+            found.append(failure(error))
             errors += 1
-        scores.append(Score(example_id, index, name, value, detail))
         counted += 1
         if progress and time.monotonic() - last > 0.2:
             progress.advance(counted)
             counted, last = 0, time.monotonic()
     if progress:
         progress.advance(counted)
-    if errors:
-        log.warning("%s failed on %s of %s rows; they have no value, and the reason as detail", name, f"{errors:,}", f"{len(rows):,}")
-    fields = [[getattr(each, field) for each in scores] for field in SCHEMA]
-    return pl.DataFrame(fields, schema=SCHEMA)
+    return found, errors
+
+
+def _score_column(rows: pl.DataFrame, scorer: ColumnScorer, place: Path) -> tuple[list[Result], int]:
+    """Return the result of each row, and how many have no value."""
+    found: list[Result] = [(None, "the scorer gave nothing")] * len(rows)
+    places, sound = [], []
+    for number, candidate in enumerate(_candidates(rows)):
+        if isinstance(candidate, Exception):
+            found[number] = failure(candidate)
+        else:
+            places.append(number)
+            sound.append(candidate)
+    for number, result in scorer.score(sound, place):
+        found[places[number]] = result
+    return found, sum(value is None for value, _ in found)
 
 
 def summary(name: str, scores: pl.DataFrame) -> str:
@@ -262,7 +204,7 @@ def read_score(run: Run, rows: pl.DataFrame, name: str) -> pl.DataFrame:
     """
     check_score_name(run, name)
     if not score_path(run, name).exists():
-        return _score_rows(rows, name, SCORERS[name](), None).select("value", "detail")
+        return _score_rows(rows, name, SCORERS[name](), run.path / "curate", None).select("value", "detail")
     stored = pl.read_parquet(score_path(run, name)).select(*KEY, "value", "detail")
     found = rows.select(KEY).join(stored, on=KEY, how="left", nulls_equal=True, maintain_order="left")
     fresh = len(rows.select(KEY).join(stored, on=KEY, how="anti", nulls_equal=True))
@@ -300,15 +242,3 @@ def random_number(seed: int, example_id: str, sample_index: int | None) -> float
     """Return a number in [0, 1) that depends on the seed and the row alone, not on its place or on the other rows."""
     digest = hashlib.sha256(f"{seed}/{row_id(example_id, sample_index)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def count_words(text: str) -> int:
-    """Count words: runs of letters and digits; a character of Chinese or Japanese is a word."""
-    return sum(1 for _ in WORD.finditer(text))
-
-
-def _gold(row: Candidate, column: str | None) -> str | None:
-    if column is None:
-        return row.reference
-    value = row.meta.get(column)
-    return None if value is None else str(value)

@@ -21,12 +21,17 @@ def score(run: str, out: Path | None, settings: Path | None, scorers: tuple[str,
     exact       the answer is the reference (ignore_case=false, gold=COLUMN)
     regex       a pattern is found (pattern=…, ignore_case=true)
     length      num_chars, num_words and num_tokens (num_tokens:model=… counts by that model's tokenizer)
-    logprob     the teacher's mean log-probability per token
+    logprob     the teacher's mean log-probability per token, as it told it or under model=…
+    grape       the student's: which answer fits it best (model=…)
+    perplexity  of the answer after its prompt (model=…)
+    ifd         how little the prompt helps to find the answer, in both definitions: ifd and ifd_ppl (model=…)
+    reward      what a reward model says of the conversation (model=…)
 
     \b
     sftkit curate score runs/a --with numeric --with length
     sftkit curate score runs/a --with 'regex:pattern=```python,name=has_code'
     sftkit curate score data.jsonl -o runs/b --with numeric:gold=answer
+    sftkit curate score runs/a --with grape:model=smollm2-135m-instruct --with ifd:model=smollm2-135m-instruct
     """
     from .intake import open_run
     from .score import parse_scorers, score, summary

@@ -16,7 +16,7 @@ from sftkit.curate.dedup import dedup, normalised
 from sftkit.curate.minhash import band_keys, jaccard, near_duplicates, prefix_keys, probability, shingle_sets
 from sftkit.curate.ngrams import Lookup, hash_words, ngrams, whole_texts, words
 from sftkit.curate.rows import load_rows, row_ids
-from sftkit.curate.score import WORD
+from sftkit.curate.scorers import WORD
 
 
 def oracle_set(text: str) -> frozenset[tuple[str, ...]]:

@@ -7,7 +7,8 @@ from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate import score as scoring
 from sftkit.curate.config import ScoreConfig
-from sftkit.curate.score import count_words, parse_scorers, read_score, score, sort_columns, summary
+from sftkit.curate.score import parse_scorers, read_score, score, sort_columns, summary
+from sftkit.curate.scorers import count_words
 
 
 def scored(run: Run, **scorers: dict) -> dict[str, list]:
@@ -45,7 +46,7 @@ def test_lengths_patterns_and_log_probability(toy_run: Callable[..., Run]) -> No
     assert found["num_chars"] == [(13, ""), (0, "")]
     assert found["num_words"] == [(4, ""), (0, "")]
     assert found["num_tokens"] == [(6, ""), (None, "unknown; give model=")]
-    assert found["logprob"] == [(-0.5, ""), (None, "the engine gave none")]
+    assert found["logprob"] == [(-0.5, ""), (None, "the engine gave none; give model=")]
     assert found["last"] == [(1, "stop"), (0, "")]
 
 

@@ -1,0 +1,223 @@
+"""Scores that a model gives: how probable it finds an answer (GRAPE, perplexity, IFD), and the reward of a reward model.
+
+What is computed is kept in curate/values.sqlite under the hash of the model's weights, the number format and the rendered token
+ids, row by row as it comes: a killed run goes on where it was, and rows that did not change cost nothing when they are scored again.
+Conversations are rendered by core.chat, as in training and evaluation. The answer is the last turn of the assistant; all before
+it is its prompt and is masked.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.config import load_config
+from ..core.engines.base import EngineConfig, ScoreRequest
+from ..core.engines.registry import choose
+from ..core.errors import UserError
+from ..core.likelihood import Reading, compute, make_reading, read_conversation
+from ..core.named_models import NamedModel, find_models
+from ..core.progress import Progress
+from ..core.values import ValueStore, value_key
+from .scorers import Candidate, ColumnScorer, Result, Scorer, failure
+
+log = logging.getLogger(__name__)
+
+VALUES = "values.sqlite"
+CHUNK = 1 << 16  # rows whose token ids are held at once
+BATCH_TOKENS = EngineConfig.batch_tokens
+
+Floats = NDArray[np.float64]
+
+
+def grape(
+    *, model: str, engine: str = "auto", device: str | None = None, dtype: str = "auto", batch_tokens: int = BATCH_TOKENS
+) -> ColumnScorer:
+    """Give the mean log-probability of the answer under the student `model`, in nats per token: the higher, the better it fits.
+
+    GRAPE: Zhang, Dai and Peng 2025, arXiv 2502.04194, with the base student. The end of turn counts as a token of the answer, as
+    in training; not where the answer was cut, for its end was never written.
+    """
+    return _of_answers(lambda values: float(values.mean()), _engine_config(engine, device, dtype, batch_tokens), model)
+
+
+def logprob(
+    *, model: str | None = None, engine: str = "auto", device: str | None = None, dtype: str = "auto", batch_tokens: int = BATCH_TOKENS
+) -> Scorer | ColumnScorer:
+    """Give the mean log-probability of the answer, in nats per token: what the teacher told, or under `model`, as `grape` does."""
+    if model is not None:
+        return grape(model=model, engine=engine, device=device, dtype=dtype, batch_tokens=batch_tokens)
+    return lambda row: (row.logprob, "" if row.logprob is not None else "the engine gave none; give model=")
+
+
+def perplexity(
+    *, model: str, engine: str = "auto", device: str | None = None, dtype: str = "auto", batch_tokens: int = BATCH_TOKENS
+) -> ColumnScorer:
+    """Give the perplexity of the answer after its prompt: exp of minus the mean that `grape` gives, over the same tokens."""
+    return _of_answers(lambda values: float(np.exp(-values.mean())), _engine_config(engine, device, dtype, batch_tokens), model)
+
+
+def ifd(
+    *, model: str, engine: str = "auto", device: str | None = None, dtype: str = "auto", batch_tokens: int = BATCH_TOKENS
+) -> ColumnScorer:
+    """Give the instruction-following difficulty as the ratio of mean losses, L(answer | prompt) / L(answer). Keep what is below 1.
+
+    Li et al. 2023, arXiv 2308.12032, as its code computes it; `ifd_ppl` is the other definition that is in use. From 1 on the
+    prompt does not help to find the answer. The tokens of the answer are the same in both losses and leave the end of turn out;
+    alone, the answer stands after the token that begins a text.
+    """
+    return _ifd(lambda given, alone: -given / -alone, _engine_config(engine, device, dtype, batch_tokens), model)
+
+
+def ifd_ppl(
+    *, model: str, engine: str = "auto", device: str | None = None, dtype: str = "auto", batch_tokens: int = BATCH_TOKENS
+) -> ColumnScorer:
+    """Give the instruction-following difficulty as the ratio of perplexities, exp(L(answer | prompt) - L(answer)). See `ifd`.
+
+    Li et al. 2024, arXiv 2402.00530 (Superfiltering).
+    """
+    return _ifd(lambda given, alone: float(np.exp(alone - given)), _engine_config(engine, device, dtype, batch_tokens), model)
+
+
+def reward(*, model: str, device: str | None = None, dtype: str = "auto", batch_tokens: int = BATCH_TOKENS) -> ColumnScorer:
+    """Give the score of the whole conversation by a reward model: sequence classification with one output and a chat template."""
+    config = _engine_config("transformers", device, dtype, batch_tokens)
+
+    def score(rows: Sequence[Candidate], place: Path) -> Iterator[tuple[int, Result]]:
+        from ..core.models import resolve_model
+        from ..core.reward import open_reward_model
+
+        found = _find(model, config)
+        assert found.chat is not None
+        readings = [_read(found, row, read_reward) for row in rows]
+        with ValueStore(place / VALUES) as store:
+            missing = {each.key: each for each in readings if not each.error and each.key not in store}
+            errors: dict[str, str] = {}
+            if missing:
+                with (
+                    closing(open_reward_model(resolve_model(model), found.chat, found.engine)) as opened,
+                    Progress(f"reward by {model}", total=len(missing), unit="rows") as progress,
+                ):
+                    for scored in opened.scores(ScoreRequest(key=key, ids=each.ids, start=0) for key, each in missing.items()):
+                        if scored.error:
+                            errors[scored.key] = scored.error
+                        else:
+                            store.put(scored.key, scored.logprobs)
+                        progress.advance(tokens=len(missing[scored.key].ids))
+            for number, each in enumerate(readings):
+                yield number, _result(each, store, errors, lambda values, reading: float(values[0]))
+
+    return ColumnScorer(score)
+
+
+def read_reward(model: NamedModel, row: Candidate) -> Reading:
+    """Render a whole conversation for a reward model, as its template has it."""
+    assert model.chat is not None
+    ids = model.chat.render(json.loads(row.messages)).ids
+    if model.context is not None and len(ids) > model.context:
+        return Reading(error="too_long")
+    return Reading(value_key("reward", model.identity, model.engine.dtype, ids), tuple(ids))
+
+
+def _of_answers(value: Callable[[Floats], float], config: EngineConfig, model: str) -> ColumnScorer:
+    """Return the scorer whose value is made of the log-probabilities of the answer's tokens."""
+
+    def score(rows: Sequence[Candidate], place: Path) -> Iterator[tuple[int, Result]]:
+        found = _find(model, config)
+
+        def of(values: Floats, reading: Reading, row: Candidate) -> float:
+            return value(_without_ends(values, reading) if row.finish_reason == "length" else values)
+
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            readings = [_read(found, row, read_answer) for row in chunk]
+            with ValueStore(place / VALUES) as store:
+                errors, _ = compute(found, readings, store)
+                for number, (row, each) in enumerate(zip(chunk, readings, strict=True)):
+                    yield start + number, _result(each, store, errors, lambda values, reading, row=row: of(values, reading, row))
+
+    return ColumnScorer(score)
+
+
+def _ifd(value: Callable[[float, float], float], config: EngineConfig, model: str) -> ColumnScorer:
+    """Return the scorer whose value is made of the mean log-probabilities of the answer after its prompt, and alone."""
+
+    def score(rows: Sequence[Candidate], place: Path) -> Iterator[tuple[int, Result]]:
+        found = _find(model, config)
+        for start in range(0, len(rows), CHUNK):
+            readings = [_read(found, row, read_answer) for row in rows[start : start + CHUNK]]
+            alone = [each if each.error else read_alone(found, each) for each in readings]
+            with ValueStore(place / VALUES) as store:
+                errors, _ = compute(found, [*readings, *alone], store)
+
+                def mean(values: Floats, reading: Reading) -> float:
+                    return float(_without_ends(values, reading).mean())
+
+                for number, (given, bare) in enumerate(zip(readings, alone, strict=True)):
+                    first, second = _result(given, store, errors, mean), _result(bare, store, errors, mean)
+                    if first[0] is None or second[0] is None:
+                        yield start + number, first if first[0] is None else second
+                    elif second[0] == 0:
+                        yield start + number, (None, "the model finds the answer certain without its prompt")
+                    else:
+                        yield start + number, (value(first[0], second[0]), "")
+
+    return ColumnScorer(score)
+
+
+def read_answer(model: NamedModel, row: Candidate) -> Reading:
+    """Render a row with its last answer masked."""
+    return read_conversation(model, json.loads(row.messages), where="a row", train_on="last")
+
+
+def read_alone(model: NamedModel, answer: Reading) -> Reading:
+    """Return the answer's tokens after the token that begins a text: the model's own, else the last that ends one."""
+    assert model.chat is not None
+    begin = model.chat.tokenizer.bos_token_id
+    ids = [token for token, masked in zip(answer.ids, answer.mask, strict=True) if masked]
+    first = model.chat.stop_ids[-1] if begin is None else begin
+    return make_reading(model, [first, *ids], [False, *[True] * len(ids)], [False, *answer.ends])
+
+
+def _read(model: NamedModel, row: Candidate, read: Callable[[NamedModel, Candidate], Reading]) -> Reading:
+    if row.response is None or not row.response.strip():
+        return Reading(error="no response" if row.response is None else "empty answer")
+    try:
+        return read(model, row)
+    except Exception as error:  # noqa: BLE001  one row's failure is that row's result
+        return Reading(error=failure(error)[1])
+
+
+def _without_ends(values: Floats, reading: Reading) -> Floats:
+    return values[~np.asarray(reading.ends, dtype=bool)]
+
+
+def _result(reading: Reading, store: ValueStore, errors: dict[str, str], value: Callable[..., float]) -> Result:
+    if reading.error or reading.key not in store:
+        return None, reading.error or errors.get(reading.key, "the engine gave no probabilities")
+    return value(store[reading.key].astype(np.float64), reading), ""
+
+
+def _engine_config(engine: str, device: str | None, dtype: str, batch_tokens: int | str) -> EngineConfig:
+    if not str(batch_tokens).isdecimal() or int(batch_tokens) < 1:
+        raise UserError(f"batch_tokens: expected a whole number above 0, found {batch_tokens!r}")
+    return load_config(EngineConfig, {"engine": engine, "device": device, "dtype": dtype, "batch_tokens": int(batch_tokens)}, "scorer")
+
+
+def _find(model: str, config: EngineConfig) -> NamedModel:
+    """Look a model up; auto is transformers, in 16 bits on a GPU."""
+    from ..core.hardware import half_precision, pick_device
+
+    if choose(config) == "openai":
+        raise UserError(f"{model}: a server does not tell the probabilities of a given text; give a model on disk")
+    config = replace(config, engine="transformers") if config.engine == "auto" else config
+    device = pick_device(config.device)
+    if config.dtype == "auto" and device != "cpu":
+        config = replace(config, dtype=str(half_precision(device)).removeprefix("torch."))
+    (found,) = find_models({model: model}, config)
+    return found
