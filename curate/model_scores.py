@@ -1,4 +1,4 @@
-"""Scores that a model gives: how probable it finds an answer (GRAPE, perplexity, IFD), and the reward of a reward model.
+"""Scores that a model gives: how probable it finds an answer (GRAPE, perplexity, IFD), a reward model's, a judge's grade.
 
 What is computed is kept in curate/values.sqlite under the hash of the model's weights, the number format and the rendered token
 ids, row by row as it comes: a killed run goes on where it was, and rows that did not change cost nothing when they are scored again.
@@ -115,6 +115,42 @@ def reward(*, model: str, device: str | None = None, dtype: str = "auto", batch_
     return ColumnScorer(score)
 
 
+def judge(
+    *,
+    model: str,
+    rubric: str = "helpfulness",
+    scale: int = 6,
+    engine: str = "auto",
+    base_url: str | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    batch_tokens: int = BATCH_TOKENS,
+    parse: bool = False,
+) -> ColumnScorer:
+    """Give the grade of the answer by a judge, from 1 to `scale`: the expected grade, or the one it writes. See core.judge.
+
+    A row's reference is shown to the judge. `rubric` is helpfulness, correctness, instructions, quality, complexity, a text file
+    or the text itself. With `parse`, and from a server, what the judge writes is read.
+    """
+    config = _engine_config(engine, device, dtype, batch_tokens, base_url)
+    if not str(scale).isdecimal():
+        raise UserError(f"scale: expected a whole number from 2 to 9, found {scale!r}")
+
+    def score(rows: Sequence[Candidate], place: Path) -> Iterator[tuple[int, Result]]:
+        from ..core.judge import Item, Judge
+
+        (found,) = find_models({model: model}, config)
+        with ValueStore(place / VALUES) as store:
+            judging = Judge(found, store, rubric=rubric, scale=int(scale), parse=parse)
+            answered = [number for number, row in enumerate(rows) if row.response is not None]
+            items = [Item(rows[number].prompt, rows[number].response or "", rows[number].reference) for number in answered]
+            results = dict(zip(answered, judging.grade(items), strict=True))
+        for number in range(len(rows)):
+            yield number, (results[number].value, results[number].error) if number in results else (None, "no response")
+
+    return ColumnScorer(score)
+
+
 def read_reward(model: NamedModel, row: Candidate) -> Reading:
     """Render a whole conversation for a reward model, as its template has it."""
     assert model.chat is not None
@@ -203,10 +239,11 @@ def _result(reading: Reading, store: ValueStore, errors: dict[str, str], value: 
     return value(store[reading.key].astype(np.float64), reading), ""
 
 
-def _engine_config(engine: str, device: str | None, dtype: str, batch_tokens: int | str) -> EngineConfig:
+def _engine_config(engine: str, device: str | None, dtype: str, batch_tokens: int | str, base_url: str | None = None) -> EngineConfig:
     if not str(batch_tokens).isdecimal() or int(batch_tokens) < 1:
         raise UserError(f"batch_tokens: expected a whole number above 0, found {batch_tokens!r}")
-    return load_config(EngineConfig, {"engine": engine, "device": device, "dtype": dtype, "batch_tokens": int(batch_tokens)}, "scorer")
+    settings = {"engine": engine, "device": device, "dtype": dtype, "batch_tokens": int(batch_tokens), "base_url": base_url}
+    return load_config(EngineConfig, settings, "scorer")
 
 
 def _find(model: str, config: EngineConfig) -> NamedModel:

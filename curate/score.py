@@ -19,7 +19,7 @@ from ..core.files import write_atomically
 from ..core.progress import Progress
 from ..core.run import Run
 from .config import ScoreConfig
-from .model_scores import grape, ifd, ifd_ppl, logprob, perplexity, reward
+from .model_scores import grape, ifd, ifd_ppl, judge, logprob, perplexity, reward
 from .rows import KEY, keys, load_rows
 from .scorers import Candidate, ColumnScorer, Result, Scorer, exact, failure, num_chars, num_tokens, num_words, numeric, regex
 
@@ -40,6 +40,7 @@ SCORERS: dict[str, Callable[..., Scorer | ColumnScorer]] = {
     "ifd_ppl": ifd_ppl,
     "perplexity": perplexity,
     "reward": reward,
+    "judge": judge,
 }
 COLUMNS = ("num_chars", "num_words", "num_tokens", "logprob")  # read off a row at once: they need not be stored
 GROUPS = {  # what `--with NAME` stands for, where it is several scores; computed once, the second costs nothing

@@ -26,6 +26,7 @@ def score(run: str, out: Path | None, settings: Path | None, scorers: tuple[str,
     perplexity  of the answer after its prompt (model=…)
     ifd         how little the prompt helps to find the answer, in both definitions: ifd and ifd_ppl (model=…)
     reward      what a reward model says of the conversation (model=…)
+    judge       a grade by any model (model=…, rubric=helpfulness|correctness|FILE|words, scale=6, engine=…, base_url=…)
 
     \b
     sftkit curate score runs/a --with numeric --with length

@@ -287,3 +287,18 @@ def test_the_scores_stand_in_their_files(toy_run: ToyRun, tiny_model: Path) -> N
     stored = pl.read_parquet(run.path / "curate" / "scores" / "grape.parquet")
     assert stored["name"].unique().to_list() == ["grape"]
     assert json.loads(json.dumps(stored["value"].to_list())) == stored["value"].to_list()
+
+
+def test_a_judge_grades_rows_and_what_it_cannot_grade_fails_alone(
+    toy_run: ToyRun, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sftkit.core.judge.LEAST_MASS", 0.0)  # of a model of random weights
+    run = toy_run([{"prompt": "a", "response": "b"}, {"prompt": "c"}, {"prompt": "d", "response": "word " * 9999}])
+    found = column(
+        run, judge=options(tiny_model, rubric="correctness", scale="5"), read={"scorer": "judge", **options(tiny_model, parse=True)}
+    )
+    assert 1 < (found["judge"][0][0] or 0) < 5
+    assert found["judge"][1] == (None, "no response")
+    assert "do not fit the context" in found["judge"][2][1]
+    assert found["read"][0][0] is None
+    assert found["read"][0][1].startswith("not a number from 1 to 6: ")

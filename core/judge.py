@@ -1,0 +1,317 @@
+"""A language model as a judge: one answer on a scale, or two against each other in both orders, with any engine.
+
+Where the engine tells probabilities, a grade is the expected one, Σ j · softmax(logit_j) over the tokens of the grades, as in DEITA
+(Liu et al. 2023, arXiv 2312.15685); from a server, and where it is asked for, what the judge writes is read. A pair is judged
+in both orders: where the two disagree, the judge saw the place and not the answer, and it is a tie (Zheng et al. 2023, arXiv
+2306.05685). What was judged is kept in a ValueStore by all that decides it.
+"""
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .engines.base import ChoiceRequest, Request, Sampling, choice_logprobs
+from .engines.registry import choose
+from .errors import UserError
+from .example import Message
+from .named_models import NamedModel
+from .progress import Progress
+from .text import shortened
+from .values import ValueStore, value_key
+
+log = logging.getLogger(__name__)
+
+RUBRICS = {
+    "helpfulness": "Judge how well the answer does what was asked: whether it is right, complete, clear and to the point. Length is no"
+    " merit by itself.",
+    "correctness": "Judge only whether the answer is right: facts, reasoning and results. A well-written answer that is wrong is bad.",
+    "instructions": "Judge only how exactly the answer follows every instruction of the question: what, how much, in which form.",
+    "quality": "Judge the quality of the answer: helpful, relevant, accurate, deep, detailed, well written.",
+    "complexity": "Do not judge the answer but the question: how much knowledge, reasoning and how many conditions it asks for. A question"
+    " that anybody answers at once is the simplest.",
+}
+WRITTEN_TOKENS = 512  # at most, where what the judge writes is read: room for one that thinks before
+LEAST_MASS = 0.01  # of the probability: a judge that gives its grades less would have written something else
+GRADE = re.compile(
+    r"\W*(?:(?:my |the |final |overall )*(?:rating|score|grade)(?: is)?)?\W*(?<!-)(\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(\d+))?\W*",
+    re.IGNORECASE,
+)
+GRADE_LINE = re.compile(r"(?:rating|score|grade)\W{0,6}(?:is\W{0,4})?(\d+(?:\.\d+)?)", re.IGNORECASE)
+VERDICT = re.compile(r"\W*(?:(?:answer|assistant|output|option)\W*)?([AB])\W*", re.IGNORECASE)
+VERDICT_LINE = re.compile(r"\[\[([AB])\]\]|(?:answer|assistant|output|option)\W{1,4}([AB])\W{1,4}is (?:the )?better", re.IGNORECASE)
+THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An answer to judge. With a reference the judge compares with it, which it needs for maths and code."""
+
+    prompt: str
+    answer: str
+    reference: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two answers to the same prompt."""
+
+    prompt: str
+    first: str
+    second: str
+    reference: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """A grade from 1 to the scale's end, or why there is none."""
+
+    value: float | None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Which of two answers is better. `preference` is the probability of the first, the mean over both orders.
+
+    Where what the judge wrote is read, each order gives 0 or 1.
+    """
+
+    winner: int | None  # 1 or 2; 0 for a tie; None with the error
+    preference: float | None = None
+    orders: tuple[float, ...] = ()  # probability of the first where it stands first, and where it stands second
+    error: str = ""
+
+    @property
+    def flipped(self) -> bool:
+        """Say whether the orders disagree."""
+        return len(self.orders) == 2 and (self.orders[0] - 0.5) * (self.orders[1] - 0.5) < 0
+
+
+class Judge:
+    """One model that judges by one rubric."""
+
+    def __init__(
+        self,
+        model: NamedModel,
+        store: ValueStore,
+        *,
+        rubric: str = "helpfulness",
+        scale: int = 6,
+        parse: bool = False,
+        max_new_tokens: int = 32,
+    ) -> None:
+        """`rubric` is a name of RUBRICS, a text file, or the text itself. With `parse` the judge writes and is read, whatever its engine.
+
+        Raises UserError for a scale whose grades are no single digits.
+        """
+        if not 2 <= scale <= 9:
+            raise UserError(f"scale: expected 2 to 9, one digit, found {scale}")
+        self.model, self._store = model, store
+        self._rubric, self._scale = read_rubric(rubric), scale
+        self.parse = parse or model.chat is None
+
+    def grade(self, items: Sequence[Item]) -> list[Grade]:
+        """Grade answers, each on its own."""
+        asked = [self._grading(each) for each in items]
+        if self.parse:
+            return [_told_grade(text, self._scale) for text in self._written(asked)]
+        grades = [str(each) for each in range(1, self._scale + 1)]
+        numbers = np.arange(1, self._scale + 1)
+        return [
+            Grade(None, found) if isinstance(found, str) else Grade(float(found @ numbers)) for found in self._probabilities(asked, grades)
+        ]
+
+    def compare(self, pairs: Sequence[Pair]) -> list[Verdict]:
+        """Judge pairs in both orders."""
+        asked = []
+        for each in pairs:
+            asked.append(self._comparing(each.prompt, each.first, each.second, each.reference))
+            asked.append(self._comparing(each.prompt, each.second, each.first, each.reference))
+        found: list[float | str]
+        if self.parse:
+            found = [_told_verdict(text) for text in self._written(asked)]
+        else:
+            found = [each if isinstance(each, str) else float(each[0]) for each in self._probabilities(asked, ["A", "B"])]
+        return [_verdict(*each) for each in zip(found[::2], found[1::2], strict=True)]
+
+    def _grading(self, item: Item) -> list[Message]:
+        text = (
+            f"Grade an answer to a question. {self._rubric}\n\n{_part('Question', item.prompt)}{_reference(item.reference)}"
+            f"{_part('Answer', item.answer)}Give a whole number from 1 (worst) to {self._scale} (best). Write the number and nothing else."
+        )
+        return [{"role": "user", "content": text}]
+
+    def _comparing(self, prompt: str, first: str, second: str, reference: str | None) -> list[Message]:
+        text = (
+            f"Compare two answers to a question. {self._rubric} Which of them stands first means nothing.\n\n{_part('Question', prompt)}"
+            f"{_reference(reference)}{_part('Answer A', first)}{_part('Answer B', second)}"
+            "Which answer is better? Write A or B and nothing else."
+        )
+        return [{"role": "user", "content": text}]
+
+    def _probabilities(self, asked: Sequence[list[Message]], labels: Sequence[str]) -> Iterator[NDArray[np.float64] | str]:
+        """Yield for each conversation the probabilities of the labels among themselves, or why there are none."""
+        if not asked:
+            return
+        chat = self.model.chat
+        assert chat is not None
+        begin, choices = self._choices(labels)
+        settings = [self.model.identity, choose(self.model.engine), self.model.engine.dtype, choices]
+        keys: list[str | None] = []
+        errors: dict[int, str] = {}
+        missing: dict[str, ChoiceRequest] = {}
+        for number, messages in enumerate(asked):
+            try:
+                ids = (*chat.prompt(messages), *begin)
+            except UserError as error:
+                errors[number] = str(error)
+                keys.append(None)
+                continue
+            key = value_key("judge", settings, list(ids))
+            keys.append(key)
+            if key not in self._store:
+                missing[key] = ChoiceRequest(key=key, ids=ids, choices=choices)
+        failed: dict[str, str] = {}
+        if missing:
+            with (
+                self.model.running() as engine,
+                self._progress(len(missing)) as progress,
+            ):
+                for told in choice_logprobs(engine, sorted(missing.values(), key=lambda each: -len(each.ids))):
+                    if told.error:
+                        failed[told.key] = told.error
+                    else:
+                        self._store.put(told.key, told.logprobs)
+                    progress.advance(tokens=len(missing[told.key].ids))
+        for number, stored in enumerate(keys):
+            if stored is None or stored in failed:
+                yield errors[number] if stored is None else failed[stored]
+                continue
+            chances = np.exp(self._store[stored].astype(np.float64))
+            mass = float(chances.sum())
+            if mass < LEAST_MASS:
+                yield f"not a grade: the judge gives {labels[0]} to {labels[-1]} together a probability of {mass:.2g}"
+            else:
+                yield chances / mass
+
+    def _progress(self, total: int) -> Progress:
+        return Progress(f"judge with {self.model.name}", total=total, unit="judgements")
+
+    def _choices(self, labels: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the tokens that every label begins with after the prompt, and the token of each that follows them."""
+        chat = self.model.chat
+        assert chat is not None
+        spelled = []
+        for label in labels:
+            rendered = chat.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": label}])
+            spelled.append([token for token, masked in zip(rendered.ids, rendered.mask, strict=True) if masked])
+        shared = 0
+        while len({each[shared] for each in spelled}) == 1:
+            shared += 1
+        choices = tuple(each[shared] for each in spelled)
+        if len(set(choices)) < len(labels):
+            raise UserError(f"{self.model.name}: its tokenizer does not tell {', '.join(labels)} apart by one token; let it write (parse)")
+        return tuple(spelled[0][:shared]), choices
+
+    def _written(self, asked: Sequence[list[Message]]) -> Iterator[tuple[str | None, str]]:
+        """Yield what the judge writes to each conversation, greedily; None and the reason where there is nothing."""
+        keys, missing, errors = [], {}, {}
+        for messages in asked:
+            ids: tuple[int, ...] = ()
+            key = value_key("written", self.model.identity, self.model.template, messages, WRITTEN_TOKENS)
+            keys.append(key)
+            if key in self._store:
+                continue
+            if self.model.chat is not None:
+                try:
+                    ids = tuple(self.model.chat.prompt(messages))
+                except UserError as error:
+                    errors[key] = str(error)
+                    continue
+            room = WRITTEN_TOKENS if self.model.context is None else max(1, min(WRITTEN_TOKENS, self.model.context - len(ids)))
+            sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=room, seed=0)
+            missing[key] = Request(key=key, prompt_ids=ids, messages=messages, sampling=sampling, seed=0)
+        if missing:
+            with (
+                self.model.running() as engine,
+                self._progress(len(missing)) as progress,
+            ):
+                for told in engine.generate(iter(missing.values())):
+                    if told.finish_reason == "error":
+                        errors[told.key] = told.error or "the engine gave no reason"
+                    else:
+                        self._store.put(told.key, [], told.text)
+                    progress.advance(tokens=told.num_tokens)
+        for key in keys:
+            yield (None, errors.get(key, "the engine gave no answer")) if key not in self._store else (self._store.entry(key)[1], "")
+
+
+def read_rubric(text: str) -> str:
+    """Return the rubric of a name, of a text file, or the text itself. Raises UserError for an empty one or a file that is not there."""
+    if text in RUBRICS:
+        return RUBRICS[text]
+    if len(text.split()) > 1:
+        return text.strip()
+    path = Path(text).expanduser()
+    try:
+        found = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"rubric {text!r}: expected one of {', '.join(RUBRICS)}, a text file, or the rubric itself in words") from None
+    if not found:
+        raise UserError(f"{path}: the rubric is empty")
+    return found
+
+
+def _verdict(shown_first: float | str, shown_second: float | str) -> Verdict:
+    """Make the verdict from the probability of A in both orders, or the error of one."""
+    for each in (shown_first, shown_second):
+        if isinstance(each, str):
+            return Verdict(None, error=each)
+    orders = (float(shown_first), 1 - float(shown_second))
+    sides = {(each > 0.5) - (each < 0.5) for each in orders}
+    winner = 1 if sides == {1} else 2 if sides == {-1} else 0
+    return Verdict(winner, sum(orders) / 2, orders)
+
+
+def _told_grade(told: tuple[str | None, str], scale: int) -> Grade:
+    text, error = told
+    return Grade(None, error) if text is None else parse_grade(text, scale)
+
+
+def parse_grade(text: str, scale: int) -> Grade:
+    """Read a grade that a judge wrote: the number alone, or behind the word rating, score or grade."""
+    said = THOUGHT.sub("", text).strip()
+    alone = GRADE.fullmatch(said)
+    named = GRADE_LINE.findall(said)
+    number = alone[1] if alone else named[-1] if named else None
+    if number is None or (alone and alone[2] and int(alone[2]) != scale):
+        return Grade(None, f"not a number from 1 to {scale}: {shortened(said)!r}")
+    value = float(number)
+    return Grade(value) if 1 <= value <= scale else Grade(None, f"not a number from 1 to {scale}: {shortened(said)!r}")
+
+
+def _told_verdict(told: tuple[str | None, str]) -> float | str:
+    text, error = told
+    return error if text is None else parse_verdict(text)
+
+
+def parse_verdict(text: str) -> float | str:
+    """Read a verdict that a judge wrote: 1.0 for A, 0.0 for B, or why it is none."""
+    said = THOUGHT.sub("", text).strip()
+    alone = VERDICT.fullmatch(said)
+    named = {(one or other).upper() for one, other in VERDICT_LINE.findall(said)}
+    letter = alone[1].upper() if alone else named.pop() if len(named) == 1 else None
+    return f"not a verdict: {shortened(said)!r}" if letter is None else float(letter == "A")
+
+
+def _part(title: str, text: str) -> str:
+    return f"[{title}]\n{text.strip()}\n[End of {title.lower()}]\n\n"
+
+
+def _reference(text: str | None) -> str:
+    return "" if text is None or not text.strip() else _part("Reference answer, which is right", text)
