@@ -1,0 +1,222 @@
+"""Untrusted programs: what they try is stopped and named, and honest ones pass their tests."""
+
+import time
+from pathlib import Path
+
+import pytest
+from sftkit.core.checks import sandbox
+from sftkit.core.checks.code import Verdict, cut_completion, extract_program, run_tests
+from sftkit.core.checks.sandbox import Limits, Order, Outcome, available, run
+from sftkit.core.errors import UserError
+
+REASON = available()
+needs_sandbox = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+LIMITS = Limits(cpu_seconds=2, seconds=60.0, memory_mb=512)
+TESTS = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(31) == 4711\n"
+
+
+def alone(source: str, limits: Limits = LIMITS) -> Outcome:
+    return run([Order(source)], limits)[0]
+
+
+def tried(outcome: Outcome | Verdict) -> set[str]:
+    return {each.partition(":")[0] for each in outcome.attempts}
+
+
+def processes_with(word: str) -> list[str]:
+    found = []
+    for each in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += [str(each)] if word in each.read_text(errors="replace") else []
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+@needs_sandbox
+def test_the_network_is_not_there() -> None:
+    outcome = alone("import urllib.request\nurllib.request.urlopen('http://192.0.2.7/')")
+    assert outcome.ended == "error"
+    assert "unreachable" in outcome.message
+    assert "network" in tried(outcome)
+
+
+@needs_sandbox
+def test_files_outside_are_not_there(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    outcome = alone(f"print(open({str(secret)!r}).read())")
+    assert outcome.ended == "error"
+    assert outcome.message.startswith("FileNotFoundError")
+    assert outcome.attempts == (f"files: read {secret}",)
+    hidden = alone("import os\nprint(os.environ, [os.listdir(each) for each in ('/root', '/home', '/etc') if os.path.isdir(each)])")
+    assert "sftkit" not in hidden.output
+    assert "files" in tried(hidden)
+
+
+@needs_sandbox
+def test_a_fork_bomb_is_counted() -> None:
+    outcome = alone("import os\nwhile True:\n    os.fork()")
+    assert outcome.ended == "error"
+    assert outcome.message.startswith("BlockingIOError")
+    assert "processes" in tried(outcome)
+
+
+@needs_sandbox
+def test_a_memory_bomb_is_refused() -> None:
+    outcome = alone("held = []\nwhile True:\n    held.append(bytearray(1 << 24))")
+    assert (outcome.ended, outcome.message) == ("memory", "MemoryError")
+    assert "limits: ran out of memory" in outcome.attempts
+
+
+@needs_sandbox
+def test_endless_loops_end() -> None:
+    busy = alone("while True:\n    pass", Limits(cpu_seconds=1))
+    assert (busy.ended, tried(busy)) == ("time", {"limits"})
+    asleep = alone("import time\ntime.sleep(1e6)", Limits(seconds=1.0))
+    assert (asleep.ended, tried(asleep)) == ("time", {"limits"})
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    "reader",
+    [
+        "import sys\n    frame = sys._getframe()\n    while frame:\n        assert '4711' not in str(frame.f_code.co_consts)\n        frame = frame.f_back",
+        "import gc\n    for each in gc.get_objects():\n        assert '4711' not in (each if isinstance(each, str) and 'candidate(' in each else '')",
+        "import glob, os\n    [open(each).read() for each in glob.glob('/proc/*/environ') + glob.glob('/tmp/*') + ['tests.py']]",
+        "import os, signal\n    os._exit(0)",
+    ],
+)
+def test_the_tests_cannot_be_read_nor_passed_over(reader: str) -> None:
+    verdict = run_tests(f"def f(x):\n    {reader}\n    return 4", TESTS, entry_point="f", limits=LIMITS)
+    assert not verdict.passed
+    assert verdict.ended in ("wrong", "error", "ended")
+    if "4711" not in reader:  # it did not get past its own reading
+        assert verdict.ended in ("error", "ended")
+    if "gc" in reader:
+        assert "interpreter" in tried(verdict)
+    if "glob" in reader:
+        assert "files" in tried(verdict)
+
+
+@needs_sandbox
+def test_huge_output_is_cut() -> None:
+    outcome = alone("while True:\n    print('x' * 10_000)")
+    assert outcome.ended == "output"
+    assert len(outcome.output) <= 2_000
+    assert "limits: wrote too much" in outcome.attempts
+
+
+@needs_sandbox
+def test_its_parent_and_all_others_stay_alive() -> None:
+    outcome = alone("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos.kill(-1, signal.SIGKILL)\nprint('alone')")
+    assert "signals" in tried(outcome)
+    assert outcome.ended in ("done", "error")
+
+
+@needs_sandbox
+def test_the_interpreter_cannot_be_changed() -> None:
+    packages = Path(sandbox.__file__)
+    outcome = alone(
+        "import os, sysconfig\n"
+        "for folder in (sysconfig.get_paths()['purelib'], sysconfig.get_paths()['stdlib'], '/usr/lib', '/'):\n"
+        "    try:\n"
+        "        open(os.path.join(folder, 'planted.pth'), 'w').write('x')\n"
+        "        print('wrote in', folder)\n"
+        "    except OSError as error:\n"
+        "        print(error.strerror)\n"
+    )
+    assert outcome.ended == "done", packages
+    assert "wrote in" not in outcome.output
+    assert "files" in tried(outcome)
+    assert any("planted.pth" in each for each in outcome.attempts)
+
+
+@needs_sandbox
+def test_what_it_starts_dies_with_it() -> None:
+    outcome = alone("import subprocess\nsubprocess.Popen(['/usr/bin/sleep', '98765.0123'], start_new_session=True)\nprint('gone')")
+    assert (outcome.ended, outcome.output) == ("done", "gone\n")
+    assert "processes" in tried(outcome)
+    deadline = time.monotonic() + 60
+    while processes_with("98765.0123") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert processes_with("98765.0123") == []
+
+
+@needs_sandbox
+def test_a_silent_child_that_holds_the_output_open_does_not_hold_us_up() -> None:
+    outcome = alone("import os, time\nif os.fork() == 0:\n    time.sleep(1e6)\nprint('gone')")
+    assert outcome.output == "gone\n"
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("program", "tests", "entry_point", "ended", "message"),
+    [
+        ("def f(x): return 2 * x if x < 9 else 4711", TESTS, "f", "passed", ""),
+        ("def f(x): return 4", TESTS, "f", "wrong", "AssertionError"),
+        ("def g(x): return 4", TESTS, "f", "wrong", "AssertionError: the program defines no f"),
+        ("def f(x) return 4", TESTS, "f", "syntax", "SyntaxError: expected ':' (<program>, line 1)"),
+        ("def f(x): raise KeyError('a')", TESTS, "f", "error", "KeyError: \"'a'\""),
+        ("1/0", TESTS, "f", "error", "ZeroDivisionError: division by zero"),
+        ("def f(x):\n    while True: pass", TESTS, "f", "time", "ran out of time"),
+        ("def f(x): return bytearray(1 << 40)", TESTS, "f", "memory", "MemoryError"),
+        ("def f(x):\n    while True: print('x' * 9999)", TESTS, "f", "output", "wrote too much"),
+        ("  ", TESTS, "f", "no_code", "the answer has no program"),
+        ("def add(a, b): return a + b", "assert add(1, 2) == 3\nassert add([1], b=[2]) == [1, 2]", None, "passed", ""),
+        ("def add(a, b): return a - b", "assert add(1, 2) == 3, 'adds'", None, "wrong", "AssertionError: adds"),
+        ("def sort(x): x.sort()", "a = [3, 1]\nsort(a)\nassert a == [1, 3]", None, "passed", ""),
+        ("def up(n):\n    yield from range(n)", "assert list(up(3)) == [0, 1, 2]", None, "passed", ""),
+        (
+            "class Stack:\n    def __init__(self): self.items = []\n    def push(self, x): self.items.append(x)\n    def __len__(self): return len(self.items)",
+            "def test_push():\n    s = Stack()\n    s.push(1)\n    assert len(s) == 1 and s.items == [1]",
+            None,
+            "passed",
+            "",
+        ),
+        ("def f(x): raise ValueError('no')", "try:\n    f(1)\n    assert False\nexcept ValueError as e:\n    assert str(e) == 'no'", None, "passed", ""),
+        ("def f(): return {1: (2.5, None), 'a': {1, 2}, b'x': float('inf')}", "assert f() == {1: (2.5, None), 'a': {1, 2}, b'x': float('inf')}", None, "passed", ""),
+        ("class Yes:\n    def __eq__(self, other): return True\ndef f(x): return Yes()", "assert f(1) == 3", None, "wrong", "AssertionError"),
+    ],
+)  # fmt: skip
+def test_verdicts(program: str, tests: str, entry_point: str | None, ended: str, message: str) -> None:
+    verdict = run_tests(program, tests, entry_point=entry_point, limits=LIMITS)
+    assert (verdict.ended, verdict.message) == (ended, message)
+    assert verdict.passed == (ended == "passed")
+
+
+def test_without_a_sandbox_nothing_runs_unless_one_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    sandbox._mode.cache_clear()
+    try:
+        assert available() == "bubblewrap is not installed: apt-get install bubblewrap (Linux)"
+        with pytest.raises(UserError, match="untrusted programs are not run: bubblewrap is not installed"):
+            run_tests("x = 1", "assert x == 1")
+        assert run_tests("x = 1", "assert x == 1", unsafe=True).passed
+        assert run_tests("x = 2", "assert x == 1", unsafe=True).ended == "wrong"
+    finally:
+        sandbox._mode.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("answer", "prompt", "entry_point", "program"),
+    [
+        ("Here:\n```python\ndef f(x):\n    return 1\n```\nDone.", "", "f", "def f(x):\n    return 1\n"),
+        ("```\na = 1\n```\nand\n```python\nb = 2\n```", "", None, "a = 1\n\nb = 2\n"),
+        ("```python\ndef f(x):\n    return 1\n```\nlike\n```python\nf(3)\n```", "import re\n\ndef f(x):\n    'd'\n", "f", "import re\n\n\ndef f(x):\n    return 1\n"),
+        ("    return 1\n\ndef g():\n    pass", "def f(x):\n", "f", "def f(x):\n    return 1\n"),
+        ("```python\nreturn 1\n```", "def f(x):\n", "f", "def f(x):\n\n    return 1\n"),
+        ("```python\ndef f(x):\n    return 1", "", "f", "def f(x):\n    return 1"),
+        ("```bash\npip install x\n```\n```py\ndef f(): pass\n```", "", "f", "def f(): pass\n"),
+        ("", "", "f", ""),
+        ("def f(x):\n    return 1", "def f(x):\n    'doc'\n", "f", "\ndef f(x):\n    return 1"),
+    ],
+)  # fmt: skip
+def test_programs_are_found_in_answers(answer: str, prompt: str, entry_point: str | None, program: str) -> None:
+    assert extract_program(answer, prompt=prompt, entry_point=entry_point) == program
+
+
+def test_a_completion_ends_with_its_function() -> None:
+    assert cut_completion("    return 1\n\nprint(2)") == "    return 1\n"
+    assert cut_completion("    return 1\n# next\n") == "    return 1"
+    assert cut_completion("    a = 1\n\n    return a") == "    a = 1\n\n    return a"
