@@ -15,14 +15,19 @@ from typing import Any, cast
 from urllib.parse import quote
 
 import polars as pl
+from polars.io.plugins import register_io_source
 
 from .engines.base import Sampling
 from .errors import UserError
 from .example import Message, Sample
+from .files import write_atomically
 
 SCHEMA_VERSION = 1
 COMMIT_SAMPLES = 256
 COMMIT_SECONDS = 0.8  # a commit takes some time too: together they stay below a second
+CACHE_KIBIBYTES = 256 << 10  # taken as it is needed: the index of 5 million keys
+CHECKPOINT_PAGES = 16_384  # of 4 KiB
+PART = 65_536  # rows that are read at once
 
 SCHEMA = """
 create table settings (
@@ -60,6 +65,10 @@ FRAME = {
     "model": pl.String,
     "sampling_key": pl.String,
 }
+SAMPLES = (  # the columns of FRAME
+    "select lower(hex(key)), example_id, sample_index, text, finish_reason, num_tokens, logprob, name, sampling_key"
+    " from samples join settings using (sampling_key)"
+)
 FAILURES = {"key": pl.String, "example_id": pl.String, "sample_index": pl.Int32, "error": pl.String, "times": pl.Int64}
 
 
@@ -151,9 +160,34 @@ class SampleStore:
 
     def frame(self) -> pl.DataFrame:
         """Return all samples, columns as in FRAME, sorted by example_id and sample_index."""
-        columns = "lower(hex(key)), example_id, sample_index, text, finish_reason, num_tokens, logprob, name, sampling_key"
-        found = self._frame(f"select {columns} from samples join settings using (sampling_key)", FRAME)
+        found = self._frame(SAMPLES, FRAME)
         return found.sort("example_id", "sample_index", "sampling_key")
+
+    def tokens(self) -> int:
+        """Return the tokens of all samples."""
+        return int(next(self._rows("select coalesce(sum(num_tokens), 0) from samples"))[0])
+
+    def export(self, path: Path) -> int:
+        """Write all samples to a Parquet file, columns as in FRAME, in the order of their keys; return how many.
+
+        Memory holds a few parts of 65,536 rows, however many there are. Samples that are added meanwhile are left out.
+        """
+        written = 0
+
+        def parts(columns: list[str] | None, *_: object) -> Iterator[pl.DataFrame]:
+            nonlocal written
+            with mendable(self.path):
+                connection = _connect(self.path, any_thread=True)  # polars pulls from several threads, one at a time
+                try:
+                    for part in _parts(connection, f"{SAMPLES} order by key", FRAME):
+                        written += part.height
+                        yield part.select(columns) if columns else part
+                finally:
+                    connection.close()
+
+        with write_atomically(path) as temporary:
+            register_io_source(parts, schema=FRAME).sink_parquet(temporary, row_group_size=PART, engine="streaming")
+        return written
 
     def failures(self) -> pl.DataFrame:
         """Return the samples that failed and have not succeeded since, columns as in FAILURES."""
@@ -191,13 +225,8 @@ class SampleStore:
             yield from self._connection.execute(query)
 
     def _frame(self, query: str, schema: Mapping[str, Any]) -> pl.DataFrame:
-        parts = [pl.DataFrame(schema=schema)]
         with mendable(self.path):
-            cursor = self._connection.execute(query)
-            while rows := cursor.fetchmany(65_536):
-                columns = zip(schema.items(), zip(*rows, strict=True), strict=True)
-                parts.append(pl.DataFrame([pl.Series(name, values, kind) for (name, kind), values in columns]))
-        return pl.concat(parts)
+            return pl.concat([pl.DataFrame(schema=schema), *_parts(self._connection, query, schema)])
 
 
 class SampleWriter:
@@ -257,6 +286,9 @@ class SampleWriter:
         try:
             with mendable(self.path, lambda: self._kept):
                 connection = _connect(self.path)
+                # keys are hashes, so that every group touches pages all over their index: keep them, and write them back seldom
+                connection.execute(f"pragma cache_size = -{CACHE_KIBIBYTES}")
+                connection.execute(f"pragma wal_autocheckpoint = {CHECKPOINT_PAGES}")
                 try:
                     while rows := self._next_group():
                         samples, tokens = _commit(connection, rows)
@@ -279,6 +311,13 @@ class SampleWriter:
             return rows
 
 
+def _parts(connection: sqlite3.Connection, query: str, schema: Mapping[str, Any]) -> Iterator[pl.DataFrame]:
+    cursor = connection.execute(query)
+    while rows := cursor.fetchmany(PART):
+        columns = zip(schema.items(), zip(*rows, strict=True), strict=True)
+        yield pl.DataFrame([pl.Series(name, values, kind) for (name, kind), values in columns])
+
+
 def _commit(connection: sqlite3.Connection, rows: list[tuple[Any, ...]]) -> tuple[int, int]:
     """Write one group in one transaction; return how many samples and tokens are new and now durable."""
     samples = tokens = 0
@@ -299,16 +338,16 @@ def _commit(connection: sqlite3.Connection, rows: list[tuple[Any, ...]]) -> tupl
     return samples, tokens
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _connect(path: Path, *, any_thread: bool = False) -> sqlite3.Connection:
     if os.access(path.parent, os.W_OK) or not path.exists():
-        connection = sqlite3.connect(path, isolation_level=None, timeout=30)
+        connection = sqlite3.connect(path, isolation_level=None, timeout=30, check_same_thread=not any_thread)
         connection.execute("pragma synchronous = full")
         connection.execute("pragma foreign_keys = on")  # a sample without its settings would be missing from `frame`
         return connection
     # in a folder that cannot be written SQLite reads a write-ahead log only if it lies there, and needs none if it does not
     log = path.with_name(path.name + "-wal")
     way = "mode=ro" if log.exists() and log.stat().st_size else "immutable=1"
-    return sqlite3.connect(f"file:{quote(str(path))}?{way}", uri=True, isolation_level=None)
+    return sqlite3.connect(f"file:{quote(str(path))}?{way}", uri=True, isolation_level=None, check_same_thread=not any_thread)
 
 
 @contextmanager

@@ -31,6 +31,16 @@ class Explanation:
         return "\n".join([head + "none would be used, they differ in", *lines])
 
 
+def export(run: Path, path: Path) -> int:
+    """Write all samples of a run, those that no settings ask for any more too, to a Parquet file; return how many."""
+    store_path = run / "curate" / "samples.sqlite"
+    Run.open(run)
+    if not store_path.exists():
+        raise UserError(f"{run}: holds no samples of a teacher; `sftkit curate distill` makes some")
+    with SampleStore(store_path) as store:
+        return store.export(path)
+
+
 def explain(run: Path, changes: Mapping[str, Any]) -> list[Explanation]:
     """Compare each set of settings in the run's store with the run's own settings after `changes` (settings of DistillConfig).
 

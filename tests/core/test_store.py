@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import polars as pl
 import pytest
 from sftkit.core import store as store_module
 from sftkit.core.engines.base import Sampling
@@ -90,6 +91,20 @@ def test_an_empty_store_has_frames_with_the_right_columns(tmp_path: Path) -> Non
         assert dict(store.frame().schema) == store_module.FRAME
         assert dict(store.failures().schema) == store_module.FAILURES
         assert store.keys() == set()
+
+
+def test_the_export_holds_every_sample_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "PART", 16)
+    fill(tmp_path / "s.sqlite", 100)
+    with SampleStore(tmp_path / "s.sqlite") as store:
+        assert store.tokens() == 300
+        assert store.export(tmp_path / "out" / "samples.parquet") == 100
+        exported = pl.read_parquet(tmp_path / "out" / "samples.parquet")
+        assert exported["key"].to_list() == sorted(store.keys())
+        assert exported.sort("example_id", "sample_index", "sampling_key").equals(store.frame())
+    with SampleStore(tmp_path / "empty.sqlite") as store:
+        assert store.export(tmp_path / "empty.parquet") == 0
+        assert pl.read_parquet(tmp_path / "empty.parquet").schema == store.frame().schema
 
 
 def test_a_committed_sample_is_never_changed(tmp_path: Path) -> None:
