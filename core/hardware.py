@@ -1,5 +1,6 @@
 """What this machine computes with: which device, and which number format is fast there."""
 
+import os
 from typing import Any
 
 from .errors import UserError
@@ -17,6 +18,15 @@ def pick_device(wanted: str | None = None) -> str:
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {wanted}: this machine has no usable GPU; leave --device out, or give cpu")
     return wanted
+
+
+def visible_gpus() -> list[str]:
+    """Return the names by which CUDA_VISIBLE_DEVICES knows each usable GPU."""
+    import torch
+
+    named = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
+    count = torch.cuda.device_count()
+    return named[:count] if named else [str(number) for number in range(count)]
 
 
 def half_precision(device: str) -> Any:

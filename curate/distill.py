@@ -94,7 +94,10 @@ class Teacher:
     def engine(self) -> Engine:
         """Open the engine, once."""
         if self._engine is None:
-            self._engine = open_engine(self.config.teacher, self.config.engine, revision=self.config.revision)
+            engine = self.config.engine
+            if engine.replicas is None and choose(engine) == "vllm":
+                engine = replace(engine, replicas=1)  # a night of work is not to end with one engine
+            self._engine = open_engine(self.config.teacher, engine, revision=self.config.revision)
             if self._engine.identity != self.identity:
                 raise UserError(f"{self.config.teacher}: its weights changed while it was being loaded; run the same command again")
         return self._engine
@@ -209,7 +212,7 @@ class Distillation:
         config, engine = self.teacher.config, self.teacher.engine
         settings = {**self.teacher.settings(), "max_new_tokens": missing[0].sampling.max_new_tokens}
         sampling_key = self.store.remember(config.teacher, settings)
-        self._spent = int(self.store.frame()["num_tokens"].sum()) if config.budget_tokens else 0
+        self._spent = self.store.tokens() if config.budget_tokens else 0
         waiting = deque(missing)
         total = len(self.wanted) if label == "distill" else len(missing)
         start = time.monotonic()

@@ -29,7 +29,7 @@ def sampling_options(*, show_default: bool = True) -> Callable[[Any], Any]:
 def distill_settings(options: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a DistillConfig: options over `base`, those of the engine in their own section."""
     chosen = given(options)
-    engine = {name: chosen.pop(name) for name in ("engine", "base_url", "concurrency") if name in chosen}
+    engine = {name: chosen.pop(name) for name in ("engine", "base_url", "concurrency", "replicas") if name in chosen}
     merged = {**base, **chosen}
     if engine:
         merged["engine"] = {**base.get("engine", {}), **engine}
@@ -42,6 +42,7 @@ def distill_settings(options: dict[str, Any], base: dict[str, Any]) -> dict[str,
 @config_option(DistillConfig, "k", "-k")
 @sampling_options()
 @config_option(EngineConfig, "concurrency")
+@config_option(EngineConfig, "replicas")
 @config_option(DistillConfig, "limit")
 @config_option(DistillConfig, "retry_truncated")
 @config_option(DistillConfig, "budget_tokens")
@@ -92,3 +93,17 @@ def explain(run: Path, **options: Any) -> None:
     from .cache import explain
 
     click.echo("\n".join(each.summary() for each in explain(run, distill_settings(options, {}))))
+
+
+@cache.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Parquet file to write.")
+def export(run: Path, out: Path) -> None:
+    """Write all stored samples of RUN to a Parquet file, also those that no settings ask for any more.
+
+    \b
+    sftkit curate cache export runs/a -o samples.parquet
+    """
+    from .cache import export
+
+    click.echo(f"{out}: {export(run, out):,} samples")

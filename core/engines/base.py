@@ -6,9 +6,14 @@ from typing import Literal, Protocol
 
 from ..chat import Chat
 from ..config import setting
+from ..errors import UserError
 from ..example import Message
 
 ENGINES = ("auto", "transformers", "vllm", "openai")
+
+
+class EngineDied(UserError):
+    """The process that runs a model has ended or stopped moving: what it was answering may be asked again of a new one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +28,10 @@ class EngineConfig:
     dtype: str = setting("auto", "Number format of the weights.", choices=("auto", "bfloat16", "float16", "float32"))
     gpu_memory_utilization: float = setting(0.9, "Share of the GPU's memory that vLLM may take.")
     max_num_seqs: int | None = setting(None, "Sequences vLLM runs at once; its own default when not given.")
+    replicas: str | int | None = setting(
+        None, "Engine processes, each with the whole model, spread over the GPUs; auto: one for each GPU. One that dies is started again."
+    )
+    stall_seconds: float = setting(600.0, "Seconds without a token after which an engine process counts as stalled and is started again.")
     max_model_len: int | None = setting(None, "Context length that vLLM reserves; the model's own when not given.")
     enforce_eager: bool = setting(False, "Start vLLM without compiling graphs: a faster start, slower tokens.")
 
@@ -97,6 +106,7 @@ class Engine(Protocol):
     identity: str  # what the key of a sample takes for the model: see core.models.model_identity
     chat: Chat | None  # None where a server renders
     context_length: int | None  # tokens of prompt and answer together; None where unknown
+    steps: int  # of the model so far: it grows while something is under way, or the engine has stalled
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]: ...
 

@@ -93,6 +93,7 @@ class OpenAIEngine:
         self._concurrency = concurrency
         self._refused: set[str] = set()  # names of DISPENSABLE
         self._length = "max_tokens"
+        self.steps = 0  # answers
 
     def close(self) -> None:
         """Do nothing: no connection outlives `generate`."""
@@ -124,6 +125,7 @@ class OpenAIEngine:
                     return
                 completion, exhausted = connection.next_finished()
                 under_way -= 1
+                self.steps += 1
                 failing = failing + 1 if exhausted else 0
                 if failing > 2 * self._concurrency:
                     raise UserError(

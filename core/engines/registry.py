@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 
-from ..errors import unknown_name
+from ..errors import UserError, unknown_name
 from .base import Engine, EngineConfig
 
 LOADERS = {
@@ -28,10 +28,19 @@ def choose(config: EngineConfig) -> str:
 
 
 def open_engine(model: str, config: EngineConfig, *, revision: str | None = None) -> Engine:
-    """Open a model in the engine that the config names. Raises UserError for an engine that is unknown or not installed."""
+    """Open a model in the engine that the config names. Raises UserError for an engine that is unknown or not installed.
+
+    With `replicas` it runs in processes of its own: see `core.engines.replicas`.
+    """
     name = choose(config)
     if name not in LOADERS:
         raise unknown_name("engine", name, LOADERS)
+    if config.replicas is not None:
+        if name == "openai":
+            raise UserError("replicas: a server runs its own; give the address of each as base_url, parted by commas")
+        from .replicas import open_replicas
+
+        return open_replicas(f"{__package__}.{LOADERS[name]}", model, config, revision=revision)
     module = importlib.import_module(f".{LOADERS[name]}", __package__)
     engine: Engine = module.open(model, config, revision=revision)
     return engine

@@ -62,6 +62,7 @@ class TransformersEngine:
         self._batch_tokens = batch_tokens
         # transformers renames the argument in 5.24 and warns about the old name
         self._cache_argument = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+        self.steps = 0
         self._stop = torch.tensor(chat.stop_ids, device=model.device)
         self._runner = BatchRunner(batch_tokens, model.device.type)
         self._scorer: Any = Scorer(model)
@@ -134,6 +135,7 @@ class TransformersEngine:
             logits = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **told).logits[:, -1].float()
             tokens, logprobs = _choose(logits, rows, step)
             step += 1
+            self.steps += 1
             stopped = torch.isin(tokens, self._stop).tolist()
             for row, token, logprob, stop in zip(rows, tokens.tolist(), logprobs.tolist(), stopped, strict=True):
                 if row.done:
@@ -201,6 +203,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _score(self, batch: list[ScoreRequest]) -> list[TokenLogprobs]:
+        self.steps += 1
         ids, _ = pad([each.ids for each in batch], self._chat.pad_id, left=False)
         counts = torch.tensor([len(each.ids) - each.start for each in batch])
         lines = torch.repeat_interleave(torch.arange(len(batch)), counts)
@@ -211,6 +214,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _choose(self, batch: list[ChoiceRequest]) -> list[TokenLogprobs]:
+        self.steps += 1
         ids, mask = pad([each.ids for each in batch], self._chat.pad_id, left=False)
         device = self.model.device
         choices = [torch.tensor(each.choices, device=device) for each in batch]

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 from ..chat import Chat, load_chat
 from ..errors import UserError, missing_package
 from ..models import ModelRef, context_length, load_settings, model_identity, resolve_model
-from .base import Completion, EngineConfig, Request, Sampling, ScoreRequest, TokenLogprobs
+from .base import Completion, EngineConfig, EngineDied, Request, Sampling, ScoreRequest, TokenLogprobs
 from .vllm_processes import Processes
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class VllmEngine:
         self._engine, self._processes, self._chat = engine, processes, chat
         self._in_flight = 2 * engine.vllm_config.scheduler_config.max_num_seqs
         self._number = 0
+        self.steps = 0
         self._ended = threading.Event()
         processes.when_one_ends(self._wake)
 
@@ -174,14 +175,16 @@ class VllmEngine:
     def _step(self) -> list[Any]:
         """Wait for the engine's next step; return what finished in it."""
         try:
-            return [each for each in self._engine.step() if each.finished]
+            outputs = self._engine.step()
         except Exception as error:
             if not self._ended.is_set() and type(error).__name__ != "EngineDeadError":
                 raise
-            raise UserError(
+            raise EngineDied(
                 f"vLLM's engine {self._processes.ending()}; its messages are above. What finished is kept, and the same command goes on;"
                 " where memory was the reason, lower gpu_memory_utilization, max_num_seqs or max_model_len first"
             ) from error
+        self.steps += 1
+        return [each for each in outputs if each.finished]
 
     def _completion(self, request: Request, output: Any) -> Completion:
         answer = output.outputs[0]

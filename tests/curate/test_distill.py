@@ -11,10 +11,13 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 from sftkit.cli import sftkit
+from sftkit.core.chat import load_chat
 from sftkit.core.config import load_config
-from sftkit.core.engines.base import Completion, Request
+from sftkit.core.engines.base import Completion, EngineConfig, Request
+from sftkit.core.engines.replicas import Replicas
 from sftkit.core.errors import TooManyFailures, UserError
 from sftkit.core.example import Decision
+from sftkit.core.models import model_identity, resolve_model
 from sftkit.core.run import Run
 from sftkit.core.store import SampleStore
 from sftkit.curate import distill as distill_module
@@ -503,6 +506,8 @@ def test_the_commands_say_what_happened(tmp_path: Path, tiny_model: Path) -> Non
     assert "40 samples of" in (told := call("curate", "cache", "explain", str(run), "--temperature", "1.0"))
     assert "temperature: stored 0.8, asked 1.0" in told
     assert "nothing differs" in call("curate", "cache", "explain", str(run))
+    assert "40 samples" in call("curate", "cache", "export", str(run), "-o", str(tmp_path / "samples.parquet"))
+    assert pl.read_parquet(tmp_path / "samples.parquet").height == 40
 
 
 def test_a_config_file_speaks_below_the_options(tmp_path: Path, tiny_model: Path) -> None:
@@ -514,3 +519,28 @@ def test_a_config_file_speaks_below_the_options(tmp_path: Path, tiny_model: Path
     section = Run.open(tmp_path / "run").config()["distill"]
     assert (section["k"], section["max_new_tokens"]) == (2, 9)
     assert (section["engine"]["engine"], section["engine"]["dtype"]) == ("transformers", "float32")
+
+
+def test_a_prompt_that_kills_the_engine_fails_and_the_run_finishes(
+    tmp_path: Path, tiny_model: Path, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engines run in processes of their own, which die at one of the prompts each time."""
+    path, run = tmp_path / "p.jsonl", tmp_path / "run"
+    path.write_text("".join(json.dumps({"prompt": "~" if number == 7 else f"number {number}"}) + "\n" for number in range(40)))
+    model = resolve_model(str(tiny_model))
+    ids = [load_chat(model).prompt([{"role": "user", "content": text}]) for text in ("~", "number 1")]
+    (tmp_path / "poison").write_text(f"kill {next(iter({*ids[0]}.difference(ids[1])))}")
+    monkeypatch.setenv("SFTKIT_TEST_POISON", str(tmp_path / "poison"))
+    monkeypatch.setenv("SFTKIT_TEST_IDENTITY", model_identity(model))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent / "core"))
+
+    def open_poisoned(model: str, config: EngineConfig, revision: str | None) -> Replicas:
+        return Replicas("poisoned_engine", model, config, revision=revision, chat=None)
+
+    monkeypatch.setattr(distill_module, "open_engine", open_poisoned)
+    result = distill(path, run, settings(k=2, engine={"replicas": 2}, max_failed=0.1))
+    assert (result.samples, sum(result.failed.values())) == (78, 2)
+    failed = ledger(run, "distill").filter(pl.col("action") == "failed")
+    assert failed["example_id"].n_unique() == 1
+    assert all("the engine was killed (SIGKILL) each of the" in rule for rule in failed["rule"])
+    assert len(data_set(run)) == stored(run).height == 78

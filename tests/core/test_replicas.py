@@ -1,0 +1,181 @@
+"""Engines in processes of their own: the same answers, and a run that finishes although they die, hang and are killed."""
+
+import os
+import re
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import psutil
+import pytest
+from sftkit.core.engines.base import Completion, EngineConfig, EngineDied, Request, Sampling, ScoreRequest
+from sftkit.core.engines.registry import open_engine
+from sftkit.core.engines.replicas import Replicas
+from sftkit.core.errors import UserError
+
+SAMPLING = Sampling(temperature=0.8, max_new_tokens=12)
+Open = Callable[..., Replicas]
+
+
+def config(**changes: object) -> EngineConfig:
+    return EngineConfig(**{"engine": "transformers", "dtype": "float32", "device": "cpu", "replicas": 1, "batch_tokens": 256, **changes})
+
+
+def requests(count: int) -> list[Request]:
+    """Return prompts of ten tokens; the first one is the number of the request, from 300."""
+    return [
+        Request(key=str(number), prompt_ids=(300 + number, *range(5, 14)), messages=[], sampling=SAMPLING, seed=number)
+        for number in range(count)
+    ]
+
+
+@pytest.fixture
+def poison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "poison"
+    path.write_text("")
+    monkeypatch.setenv("SFTKIT_TEST_POISON", str(path))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return path
+
+
+@pytest.fixture
+def poisoned(poison: Path) -> Iterator[Open]:
+    opened: list[Replicas] = []
+
+    def make(**changes: object) -> Replicas:
+        opened.append(Replicas("poisoned_engine", "model", config(**changes), revision=None, chat=None))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        each.close()
+    assert_no_process_left()
+
+
+def assert_no_process_left() -> None:
+    left = [each for each in psutil.Process().children(recursive=True) if "sftkit.core.engines.worker" in " ".join(each.cmdline())]
+    assert left == []
+
+
+def by_key(completions: Iterator[Completion]) -> dict[str, Completion]:
+    found = list(completions)
+    assert len(found) == len({each.key for each in found})  # none twice
+    return {each.key: each for each in found}
+
+
+def pids(engine: Replicas) -> list[int]:
+    return [each._popen.pid for each in engine._processes if each]
+
+
+def test_two_processes_give_the_answers_of_one(tiny_model: Path) -> None:
+    wanted = requests(40)
+    with closing(open_engine(str(tiny_model), config(replicas=None))) as alone:
+        expected = by_key(alone.generate(wanted))
+        scores = [ScoreRequest(key=each.key, ids=each.prompt_ids, start=3) for each in wanted]
+        scored = {each.key: each.logprobs for each in alone.logprobs(scores)}
+        identity = alone.identity
+    with closing(open_engine(str(tiny_model), config(replicas=2))) as engine:
+        assert isinstance(engine, Replicas)
+        assert (engine.identity, engine.context_length) == (identity, 512)
+        found = by_key(engine.generate(wanted))
+        assert {key: (each.text, each.finish_reason, each.num_tokens) for key, each in found.items()} == {
+            key: (each.text, each.finish_reason, each.num_tokens) for key, each in expected.items()
+        }
+        assert list(engine.generate([])) == []
+        again = {each.key: each.logprobs for each in engine.logprobs(scores)}
+        assert {key: pytest.approx(values, abs=1e-4) for key, values in scored.items()} == again
+    assert_no_process_left()
+
+
+def test_a_killed_process_is_started_again_and_nothing_is_lost_or_made_twice(tiny_model: Path) -> None:
+    with closing(open_engine(str(tiny_model), config(replicas=2))) as engine:
+        assert isinstance(engine, Replicas)
+        wanted = requests(150)
+        expected = by_key(engine.generate(wanted))
+        before, found = pids(engine), []
+        for number, completion in enumerate(engine.generate(wanted)):
+            found.append(completion)
+            if number == 20:
+                os.kill(before[0], signal.SIGKILL)
+        again = by_key(iter(found))
+        assert {key: each.text for key, each in again.items()} == {key: each.text for key, each in expected.items()}
+        assert before[1] in pids(engine)  # the other one went on
+    assert_no_process_left()
+
+
+def test_one_death_blames_nobody(poison: Path, poisoned: Open) -> None:
+    engine = poisoned()
+    poison.write_text("once 310")
+    found = by_key(engine.generate(requests(30)))
+    assert {key: each.text for key, each in found.items()} == {str(number): str(300 + number) for number in range(30)}
+    assert poison.with_suffix(".log").read_text() == "once 10\n"
+
+
+@pytest.mark.parametrize(
+    ("what", "ending"), [("kill", r"was killed \(SIGKILL\)"), ("raise", r"stopped \(RuntimeError: a fault of the device\)")]
+)
+def test_the_request_at_which_an_engine_dies_is_found_and_fails_alone(
+    poison: Path, poisoned: Open, what: str, ending: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = poisoned()
+    poison.write_text(f"{what} 317\n{what} 341")
+    found = by_key(engine.generate(requests(60)))
+    failed = {key: each.error for key, each in found.items() if each.error}
+    assert sorted(failed) == ["17", "41"]
+    for error in failed.values():
+        assert re.fullmatch(rf"the engine {ending} each of the \d+ times it answered this request", error or "")
+    assert Counter(poison.with_suffix(".log").read_text().split("\n"))[f"{what} 17"] <= 4
+    assert by_key(engine.generate(requests(5))).keys() == {"0", "1", "2", "3", "4"}  # and it still works
+
+
+def test_an_engine_that_hangs_is_dumped_and_started_again(poison: Path, poisoned: Open, capfd: pytest.CaptureFixture[str]) -> None:
+    engine = poisoned(stall_seconds=2)
+    poison.write_text("hang 303")
+    found = by_key(engine.generate(requests(4)))
+    failed = {key: each.error for key, each in found.items() if each.error}
+    assert list(failed) == ["3"]
+    assert "gave no token for 2 s" in str(failed["3"])
+    said = capfd.readouterr().err
+    assert "Fatal Python error: Aborted" in said  # where every thread stood
+    assert "poisoned_engine.py" in said
+
+
+def test_an_engine_that_always_dies_is_given_up(poison: Path, poisoned: Open) -> None:
+    engine = poisoned()
+    poison.write_text("\n".join(f"kill {number}" for number in range(300, 340)))
+    with pytest.raises(EngineDied, match=r"its engine was killed \(SIGKILL\), the 9th in a row without an answer"):
+        list(engine.generate(requests(40)))
+
+
+def test_what_an_engine_refuses_is_the_users(poison: Path, poisoned: Open) -> None:
+    engine = poisoned()
+    poison.write_text("refuse 302")
+    with pytest.raises(UserError, match=r"^these settings are not taken$"):
+        list(engine.generate(requests(4)))
+
+
+def test_an_engine_that_cannot_start_is_said_at_once(poison: Path, poisoned: Open, tiny_model: Path, tmp_path: Path) -> None:
+    poison.write_text("no start")
+    with pytest.raises(EngineDied, match=r"its engine was killed \(SIGSEGV\) while it started"):
+        poisoned()
+    with pytest.raises(UserError, match=r"device cuda: this machine has no usable GPU"):
+        open_engine(str(tiny_model), config(device="cuda"))  # said by the process, raised here
+    assert_no_process_left()
+
+
+def test_left_early_it_forgets_what_it_was_asked(poisoned: Open) -> None:
+    engine = poisoned()
+    stream = engine.generate(requests(100))
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    wanted = requests(3)
+    assert by_key(engine.generate([*wanted])).keys() == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize("replicas", ["0", "many", -1])
+def test_how_many_there_can_be(tiny_model: Path, replicas: object) -> None:
+    with pytest.raises(UserError, match="replicas: expected a whole number from 1, or auto"):
+        open_engine(str(tiny_model), config(replicas=replicas))
