@@ -1,8 +1,7 @@
 """The ledger: what every stage did with every row, and the law that no row goes missing."""
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 
 import polars as pl
@@ -22,6 +21,9 @@ SCHEMA = {
     "threshold": pl.Float64,
     "witness_id": pl.String,
 }
+DECIDED = {name: kind for name, kind in SCHEMA.items() if name != "step"}  # columns of decisions that are given as a table
+KEY = ["example_id", "sample_index"]
+ACTIONS = ("kept", "rejected", "failed")
 
 RowKey = tuple[str, int | None]  # (example_id, sample_index)
 
@@ -42,42 +44,50 @@ class Ledger:
             return pl.DataFrame(schema=SCHEMA)
         return pl.read_parquet(self.path)
 
+    def scan(self) -> pl.LazyFrame:
+        """Return all decisions as a plan that reads only what is asked of it."""
+        return pl.scan_parquet(self.path) if self.path.exists() else pl.LazyFrame(schema=SCHEMA)
+
+    def steps(self) -> dict[str, int]:
+        """Return the place of each recorded stage, in order."""
+        found = self.scan().select("stage", "step").unique().sort("step").collect()
+        return dict(zip(found["stage"], found["step"], strict=True))
+
     def stages(self) -> list[str]:
         """Return the recorded stages, in order."""
-        return self.read().select("step", "stage").unique().sort("step")["stage"].to_list()
+        return list(self.steps())
 
-    def record(self, stage: str, rows: Sequence[RowKey], decisions: Iterable[Decision]) -> list[str]:
+    def record(self, stage: str, rows: pl.DataFrame | Sequence[RowKey], decisions: pl.DataFrame | Iterable[Decision]) -> list[str]:
         """Write one stage's decisions for its input `rows`; return the later stages this made void.
 
-        A stage that is recorded again replaces itself, and the stages after it are removed: they decided on rows
-        that may no longer be there. Raises ConservationError unless every input row has exactly one decision.
+        Many decisions come as a table, columns as in DECIDED, for rows given by the columns KEY. A stage that is recorded again
+        replaces itself, and the stages after it are removed: they decided on rows that may no longer be there. Raises
+        ConservationError unless every input row has exactly one decision.
         """
-        decided = list(decisions)
+        decided = table_of(decisions)
         check_conservation(stage, rows, decided)
-        before = self.read()
-        order = before.select("step", "stage").unique().sort("step")
-        steps = dict(zip(order["stage"], order["step"], strict=True))
+        steps = self.steps()
         step = steps.get(stage, len(steps))
-        void = [name for name, number in steps.items() if number > step]
-        columns = [{"step": step, **asdict(decision)} for decision in decided]
-        after = pl.DataFrame(columns, schema=SCHEMA) if columns else pl.DataFrame(schema=SCHEMA)
+        before = self.scan().filter(pl.col("step") < step)
+        after = decided.lazy().select(pl.lit(step, pl.Int32).alias("step"), *DECIDED)
         with write_atomically(self.path) as temporary:
-            pl.concat([before.filter(pl.col("step") < step), after]).write_parquet(temporary)
-        return void
+            pl.concat([before, after]).sink_parquet(temporary, engine="streaming")
+        return [name for name, number in steps.items() if number > step]
 
-    def holds(self, stage: str, decisions: Sequence[Decision]) -> bool:
+    def holds(self, stage: str, decisions: pl.DataFrame | Iterable[Decision]) -> bool:
         """Say whether exactly these decisions of a stage are recorded: recording them again would make later stages void for nothing."""
-        before = self.read().filter(pl.col("stage") == stage).drop("step")
-        return not before.is_empty() and before.rows() == [tuple(getattr(each, name) for name in before.columns) for each in decisions]
+        before = self.scan().filter(pl.col("stage") == stage).select(list(DECIDED)).collect()
+        return not before.is_empty() and before.equals(table_of(decisions))
 
     def summary(self) -> pl.DataFrame:
         """Return one row per stage and rule: step, stage, action, rule, rows."""
-        return self.read().group_by("step", "stage", "action", "rule").agg(pl.len().alias("rows")).sort("step", "action", "rule")
+        counts = self.scan().group_by("step", "stage", "action", "rule").agg(pl.len().alias("rows"))
+        return counts.sort("step", "action", "rule").collect(engine="streaming")
 
     def about(self, example_id: str) -> pl.DataFrame:
         """Return every decision about the examples whose id begins so (`ID/INDEX`: about that sample), in order; none if there are none."""
         wanted, _, index = example_id.partition("/")
-        found = self.read().filter(pl.col("example_id").str.starts_with(wanted))
+        found = self.scan().filter(pl.col("example_id").str.starts_with(wanted)).collect(engine="streaming")
         if index:
             found = found.filter(pl.col("sample_index").is_null() | (pl.col("sample_index").cast(pl.String) == index))
         exact = found.filter(pl.col("example_id") == wanted)
@@ -94,20 +104,32 @@ class Ledger:
         return found
 
 
-def check_conservation(stage: str, rows: Sequence[RowKey], decisions: Sequence[Decision]) -> None:
+def table_of(decisions: pl.DataFrame | Iterable[Decision]) -> pl.DataFrame:
+    """Return decisions as a table, columns as in DECIDED."""
+    if isinstance(decisions, pl.DataFrame):
+        return decisions.select([pl.col(name).cast(kind) for name, kind in DECIDED.items()])
+    return pl.DataFrame(list(map(attrgetter(*DECIDED), decisions)), schema=DECIDED, orient="row")
+
+
+def check_conservation(stage: str, rows: pl.DataFrame | Sequence[RowKey], decisions: pl.DataFrame | Iterable[Decision]) -> None:
     """Raise ConservationError unless input = kept + rejected + failed, row by row, and each removal has its rule."""
-    expected, decided = Counter(rows), Counter((d.example_id, d.sample_index) for d in decisions)
-    repeated = [row_id(*key) for key, count in (expected | decided).items() if count > 1]
-    lost, invented = expected - decided, decided - expected
-    if repeated or lost or invented:
-        examples = {
-            "repeated": repeated[:3],
-            "lost": [row_id(*k) for k in list(lost)[:3]],
-            "invented": [row_id(*k) for k in list(invented)[:3]],
-        }
-        raise ConservationError(f"{stage}: {len(rows)} rows in, {len(decisions)} decided: {examples}")
-    for decision in decisions:
-        if decision.stage != stage:
-            raise ConservationError(f"{stage}: a decision carries the stage {decision.stage!r}")
-        if decision.action != "kept" and not decision.rule:
-            raise ConservationError(f"{stage}: {row_id(decision.example_id, decision.sample_index)} was {decision.action} without a rule")
+    decided = table_of(decisions)
+    given = rows if isinstance(rows, pl.DataFrame) else pl.DataFrame(list(rows), schema={name: SCHEMA[name] for name in KEY}, orient="row")
+    both = pl.concat([given.select(*KEY, came=1, went=0), decided.select(*KEY, came=0, went=1)])
+    counts = both.lazy().group_by(KEY, maintain_order=True).agg(pl.col("came").sum(), pl.col("went").sum())
+    wrong = counts.filter((pl.col("came") != 1) | (pl.col("went") != 1)).collect()
+    if len(wrong):
+        came, went = pl.col("came"), pl.col("went")
+        faults = {"repeated": pl.max_horizontal(came, went) > 1, "lost": came > went, "invented": went > came}
+        examples = {name: [row_id(*key) for key in wrong.filter(fault).select(KEY).head(3).iter_rows()] for name, fault in faults.items()}
+        raise ConservationError(f"{stage}: {len(given)} rows in, {len(decided)} decided: {examples}")
+    action, rule = pl.col("action"), pl.col("rule")
+    for fault, told in (
+        (pl.col("stage").ne_missing(stage), "{row}: a decision carries the stage {stage!r}"),
+        (~action.is_in(ACTIONS), "{row} was {action!r}, which is none of kept, rejected and failed"),
+        ((action != "kept") & (rule.is_null() | (rule == "")), "{row} was {action} without a rule"),
+    ):
+        first = decided.lazy().filter(fault).head(1).collect()
+        for decision in first.iter_rows(named=True):
+            row = row_id(decision["example_id"], decision["sample_index"])
+            raise ConservationError(f"{stage}: {told.format(row=row, stage=decision['stage'], action=decision['action'])}")

@@ -1,111 +1,143 @@
 """Choose among the samples of each prompt: by scores, by majority of their answers, or at random as a control."""
 
-from collections import defaultdict
-from collections.abc import Sequence
-
 import polars as pl
 
 from ..core.config import to_mapping
-from ..core.example import Decision, row_id
+from ..core.ledger import KEY
 from ..core.run import Run
 from .config import BestConfig, Gate, parse_gate
-from .rows import Outcome, input_rows, keys, record
-from .score import best_first, read_score, sort_columns
+from .controls import clear_controls, write_controls_of
+from .rows import Outcome, decision_table, input_rows, record, row_name
+from .score import read_score
+from .scored import best_first, columns_for, score_values, sort_columns
 
 
 def best(run: Run, config: BestConfig) -> Outcome:
     """Keep the best samples of each prompt, as the stage "best"; an imported row without sample index is a prompt of its own.
 
     Not eligible, in this order: cut answers (rule truncated), rows without an answer (no_response), a gate not passed
-    (gate:NAME) or without a value (unscored). With `majority`, the eligible samples vote with the answer they give
+    (gate:NAME) or without a value (unscored). Of a prompt whose share of samples that are eligible lies outside the band none
+    is kept (min_pass_rate, max_pass_rate). With `majority`, the eligible samples vote with the answer they give
     (no_answer: none); those with another answer lose (not_majority: score is the share of their answer, threshold that of
     the winning one). A tie between answers goes to the one whose best row is better. Better is: higher by the scores in
-    order, no value last; then shorter; then the lower index. Losers (not_best) name the winner as their witness.
+    order, no value last; then shorter; then the lower index. Where the best is not `min_margin` above the median of those left
+    (Llama 3's rejection sampling), none is kept (low_margin). Losers (not_best) name the winner as their witness.
     """
-    rows = input_rows(run, "best")
+    gates = [parse_gate(text) for text in config.gate]
+    scores = columns_for(run, [*config.by, *(gate.name for gate in gates)])
+    rows = input_rows(run, "best", list(dict.fromkeys([*KEY, "finish_reason", "num_tokens", "response", *scores])))
     columns = sort_columns(run, rows, config.by, config.seed)
-    gates = [(gate, read_score(run, rows, gate.name)["value"].to_list()) for gate in map(parse_gate, config.gate)]
-    answers = read_score(run, rows, config.answers)["detail"].to_list() if config.majority else None
+    values = [score_values(run, rows, gate.name) for gate in gates]
+    answers = read_score(run, rows.select(KEY), config.answers)["detail"] if config.majority else None
     run.configure("best", to_mapping(config), free=("*",))
 
-    names = keys(rows)
-    lengths = [len(text or "") for text in rows["response"]]
-    order = [(best_first(columns, row), lengths[row], -1 if names[row][1] is None else names[row][1], row) for row in range(len(rows))]
-    decisions: list[Decision | None] = _not_eligible(rows, gates)
-    prompts: defaultdict[str, list[int]] = defaultdict(list)
-    for row, (example_id, _) in enumerate(names):
-        prompts[example_id].append(row)
-    without = 0
-    for members in prompts.values():
-        eligible = sorted((row for row in members if decisions[row] is None), key=lambda row: order[row])
-        if answers is not None:
-            eligible = _vote(eligible, answers, names, decisions, config.min_share)
-        without += not eligible
-        for rank, row in enumerate(eligible):
-            example_id, index = names[row]
-            if rank < config.keep:
-                decisions[row] = Decision(example_id, index, "best", "kept")
-            else:
-                first = eligible[0]
-                own, winner = (columns[0][row], columns[0][first]) if columns else (None, None)
-                sign = -1.0 if config.by and config.by[0].startswith("-") else 1.0
-                decisions[row] = Decision(
-                    example_id,
-                    index,
-                    "best",
-                    "rejected",
-                    "not_best",
-                    None if own is None else own * sign,
-                    None if winner is None else winner * sign,
-                    row_id(*names[first]),
-                )
-    notes = [f"{without:,} of {len(prompts):,} prompts have no eligible sample"] if without else []
+    lengths = rows["response"].str.len_chars().fill_null(0)
+    table = rows.select(*KEY, "finish_reason", "num_tokens", no_response=pl.col("response").is_null())
+    table = table.with_columns(
+        row_name().alias("name"), (pl.lit(None, pl.String) if answers is None else answers).alias("answer"), lengths.alias("length")
+    )
+    if columns.width:  # the first score as it is stored, higher or lower being better
+        own = columns["0"]
+        table = table.with_columns((-own if config.by[0].startswith("-") else own).alias("own"), own.alias("better"))
+    else:
+        table = table.with_columns(own=pl.lit(None, pl.Float64), better=pl.lit(None, pl.Float64))
+    order = best_first(columns, ties=[lengths, rows["sample_index"].fill_null(-1)])
+    table = _with_ineligible(table, gates, values)[order].with_columns(place=pl.Series(order))
+    table = _in_band(table, config)
+    if config.majority:
+        table = _voted(table, config.min_share)
+    table = _chosen(table, config).sort("place")
+
+    without = table.group_by("example_id").agg((pl.col("rule").is_null()).any().alias("kept"))["kept"].not_().sum()
+    num_prompts = rows["example_id"].n_unique()
+    notes = [f"{without:,} of {num_prompts:,} prompts have no eligible sample"] if without else []
     if rows["sample_index"].null_count() == len(rows):
         notes.append("these rows are not samples of one prompt each: every row stood alone")
-    return record(run, "best", rows, [each for each in decisions if each is not None], notes)
+    told = {name: pl.col(name) for name in ("score", "threshold", "witness_id")}
+    decisions = decision_table(table, "best", pl.col("rule"), **told)
+    clear_controls(run, "best_")
+    if config.controls:
+        pool = (table["finish_reason"].fill_null("") != "length") & ~table["no_response"]
+        notes += write_controls_of(run, "best", decisions, lengths, config.seed, pool, within_prompts=True)
+    return record(run, "best", rows, decisions, notes)
 
 
-def _not_eligible(rows: pl.DataFrame, gates: Sequence[tuple[Gate, list[float | None]]]) -> list[Decision | None]:
-    decisions: list[Decision | None] = []
-    columns = rows.select("example_id", "sample_index", "finish_reason", "num_tokens", "response").iter_rows()
-    for row, (example_id, index, finish_reason, num_tokens, response) in enumerate(columns):
-        found: tuple[str, float | None, float | None] | None = None
-        if finish_reason == "length":
-            found = ("truncated", None if num_tokens is None else float(num_tokens), None)
-        elif response is None:
-            found = ("no_response", None, None)
-        else:
-            for gate, values in gates:
-                value = values[row]
-                if value is None or not gate.passes(value):
-                    found = ("unscored" if value is None else f"gate:{gate.name}", value, gate.threshold)
-                    break
-        decisions.append(None if found is None else Decision(example_id, index, "best", "rejected", *found))
-    return decisions
+def _with_ineligible(table: pl.DataFrame, gates: list[Gate], values: list[pl.Series]) -> pl.DataFrame:
+    """Add rule, score, threshold and witness_id of the rows that are not eligible; null for those that are."""
+    table = table.with_columns(value.alias(f"gate {place}") for place, value in enumerate(values))
+    none = pl.lit(None, pl.Float64)
+    cases = [
+        (pl.col("finish_reason") == "length", pl.lit("truncated"), pl.col("num_tokens").cast(pl.Float64), none),
+        (pl.col("no_response"), pl.lit("no_response"), none, none),
+    ]
+    for place, gate in enumerate(gates):
+        value, threshold = pl.col(f"gate {place}"), pl.lit(gate.threshold)
+        passes = gate.passes(value)
+        cases += [(value.is_null(), pl.lit("unscored"), value, threshold), (~passes, pl.lit(f"gate:{gate.name}"), value, threshold)]
+    first: dict[str, pl.Expr] = {"rule": pl.lit(None, pl.String), "score": none, "threshold": none}
+    for case, *found in reversed(cases):
+        first = {name: pl.when(case).then(what).otherwise(first[name]) for name, what in zip(first, found, strict=True)}
+    return table.with_columns(**first, witness_id=pl.lit(None, pl.String))
 
 
-def _vote(
-    eligible: list[int], answers: list[str | None], names: list[tuple[str, int | None]], decisions: list[Decision | None], min_share: float
-) -> list[int]:
-    """Return the rows with the majority's answer, and decide on the others. `eligible` comes best first."""
-    votes: defaultdict[str, list[int]] = defaultdict(list)
-    for row in eligible:
-        answer = answers[row]
-        if answer:
-            votes[answer].append(row)
-        else:
-            decisions[row] = Decision(*names[row], "best", "rejected", "no_answer")
-    if not votes:
-        return []
-    winner = max(votes, key=lambda answer: len(votes[answer]))  # of equals the first entered: the one whose best row is better
-    total = sum(map(len, votes.values()))
-    share = len(votes[winner]) / total
-    if share < min_share:
-        for row in (row for each in votes.values() for row in each):
-            decisions[row] = Decision(*names[row], "best", "rejected", "low_agreement", share, min_share)
-        return []
-    witness = row_id(*names[votes[winner][0]])
-    for answer, members in votes.items():
-        for row in members if answer != winner else ():
-            decisions[row] = Decision(*names[row], "best", "rejected", "not_majority", len(members) / total, share, witness)
-    return votes[winner]
+def _reject(case: pl.Expr, rule: str, score: pl.Expr, threshold: pl.Expr, witness: pl.Expr | None = None) -> list[pl.Expr]:
+    """Return the columns of a table in which the rows of a case, of those that are still eligible, are rejected."""
+    case = pl.col("rule").is_null() & case
+    found = {
+        "rule": pl.lit(rule),
+        "score": score,
+        "threshold": threshold,
+        "witness_id": pl.lit(None, pl.String) if witness is None else witness,
+    }
+    return [pl.when(case).then(what).otherwise(pl.col(name)).alias(name) for name, what in found.items()]
+
+
+def _in_band(table: pl.DataFrame, config: BestConfig) -> pl.DataFrame:
+    rate = pl.col("rule").is_null().mean().over("example_id")
+    for rule, bound, outside in (
+        ("min_pass_rate", config.min_pass_rate, pl.Expr.lt),
+        ("max_pass_rate", config.max_pass_rate, pl.Expr.gt),
+    ):
+        if bound is not None:
+            table = table.with_columns(rate.alias("rate"))
+            table = table.with_columns(_reject(outside(pl.col("rate"), bound), rule, pl.col("rate"), pl.lit(bound)))
+    return table
+
+
+def _voted(table: pl.DataFrame, min_share: float) -> pl.DataFrame:
+    """Reject what is not the answer of the majority; the rows come best first."""
+    nothing = pl.lit(None, pl.Float64)
+    table = table.with_columns(_reject(pl.col("answer").fill_null("") == "", "no_answer", nothing, nothing)).with_row_index("rank")
+    votes = (
+        table.filter(pl.col("rule").is_null())
+        .group_by("example_id", "answer")
+        .agg(pl.len().alias("votes"), pl.col("rank").min(), pl.col("name").sort_by("rank").first().alias("first"))
+        .with_columns((pl.col("votes") / pl.col("votes").sum().over("example_id")).alias("share"))
+        .sort(["votes", "rank"], descending=[True, False])  # of equals the one whose best row is better
+        .with_columns(pl.col(name).first().over("example_id").alias(f"winner {name}") for name in ("answer", "share", "first"))
+        .drop("rank", "votes", "first")
+    )
+    table = table.join(votes, on=["example_id", "answer"], how="left", maintain_order="left").sort("rank")
+    share = pl.col("winner share")
+    table = table.with_columns(_reject(share < min_share, "low_agreement", share, pl.lit(min_share)))
+    lost = pl.col("answer") != pl.col("winner answer")
+    return table.with_columns(_reject(lost, "not_majority", pl.col("share"), share, pl.col("winner first")))
+
+
+def _chosen(table: pl.DataFrame, config: BestConfig) -> pl.DataFrame:
+    """Reject all but the best eligible rows of each prompt; the rows come best first."""
+    eligible = pl.col("rule").is_null()
+    if config.min_margin is not None:
+        better = pl.col("better").filter(eligible)
+        margin = (better.max() - better.median()).over("example_id")
+        table = table.with_columns(margin.alias("margin"))
+        low = pl.col("margin").fill_null(0.0) < config.min_margin
+        table = table.with_columns(_reject(low, "low_margin", pl.col("margin"), pl.lit(config.min_margin)))
+    if config.keep_all:
+        return table
+    rank = eligible.cast(pl.Int64).cum_sum().over("example_id")
+    first = [pl.col(name).filter(eligible).first().over("example_id").alias(f"best {name}") for name in ("own", "name")]
+    table = table.with_columns(rank.alias("rank of prompt"), *first)
+    return table.with_columns(
+        _reject(pl.col("rank of prompt") > config.keep, "not_best", pl.col("own"), pl.col("best own"), pl.col("best name"))
+    )

@@ -83,13 +83,28 @@ class BestConfig:
     min_share: float = setting(0.0, "Share of the votes the majority answer needs, else none of the prompt's samples is kept.")
     gate: tuple[str, ...] = setting((), "Only samples that pass are eligible: NAME (1 or more), NAME>=x, NAME<=x, NAME>x, NAME<x.")
     keep: int = setting(1, "Samples kept for each prompt, at most.")
-    seed: int = setting(0, "Seed of `random`.")
+    keep_all: bool = setting(False, "Keep every eligible sample: with --gate all that are correct.")
+    min_pass_rate: float | None = setting(None, "Smallest share of a prompt's samples that pass the gates, else none of them is kept.")
+    max_pass_rate: float | None = setting(None, "Largest such share: above it a prompt is too easy.")
+    min_margin: float | None = setting(
+        None, "How far the best must be above the median of the prompt's eligible samples, by the first --by."
+    )
+    controls: bool = setting(False, "Also write random samples of the same prompts, and of the same lengths, to curate/controls/.")
+    seed: int = setting(0, "Seed of `random` and of controls.")
 
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise UserError(f"keep: expected 1 or more, found {self.keep}")
-        if not self.by and not self.majority:
-            raise UserError("say how to choose: --by SCORE (highest first), --by random or --majority; `filter --min` keeps all that pass")
+        if not self.by and not self.majority and not self.keep_all:
+            raise UserError("say how to choose: --by SCORE (highest first), --by random, --majority, or --gate SCORE --keep-all")
+        for name in ("min_pass_rate", "max_pass_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UserError(f"{name}: expected a share between 0 and 1, found {value}")
+            if value is not None and not self.gate:
+                raise UserError(f"{name}: say what passes, as --gate numeric")
+        if self.min_margin is not None and not self.by:
+            raise UserError("min_margin: say by which score, as --by logprob")
         if not 0 <= self.min_share <= 1:
             raise UserError(f"min_share: expected a share between 0 and 1, found {self.min_share}")
         for text in self.gate:
@@ -104,8 +119,8 @@ class Gate:
     relation: str
     threshold: float
 
-    def passes(self, value: float) -> bool:
-        """Say whether a value meets the condition."""
+    def passes(self, value: Any) -> Any:
+        """Say whether a value, or each of a column, meets the condition."""
         relations = {">=": value >= self.threshold, "<=": value <= self.threshold, ">": value > self.threshold, "<": value < self.threshold}
         return relations[self.relation]
 

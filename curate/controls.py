@@ -1,6 +1,7 @@
 """Controls of a selection: rows drawn at random from the same rows, as many, or of the same lengths."""
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from ..core.run import Run
-from .rows import export_rows, keys
+from .rows import EXPORTED, export_rows, keys, load_rows
 from .score import random_number
 
 CONTROLS = ("random", "length_matched")
@@ -40,25 +41,54 @@ def length_matched(order: Sequence[int], lengths: Sequence[float], taken: Sequen
     return matched
 
 
-def clear_controls(run: Run) -> None:
+def clear_controls(run: Run, prefix: str = "") -> None:
     """Remove the controls of an earlier selection: they are none of this one."""
     for name in CONTROLS:
-        _path(run, name).unlink(missing_ok=True)
+        _path(run, prefix + name).unlink(missing_ok=True)
 
 
-def write_controls(run: Run, rows: pl.DataFrame, drawn: Sequence[list[int]], lengths: Sequence[float], taken: Sequence[int]) -> list[str]:
+def write_controls(
+    run: Run, rows: pl.DataFrame, drawn: Sequence[list[int]], lengths: Sequence[float], taken: Sequence[int], prefix: str = ""
+) -> list[str]:
     """Write curate/controls/NAME.jsonl for each of CONTROLS; return a line about each, beside the selection."""
     told = []
     of_selection = np.mean([lengths[row] for row in taken])
     for name, chosen in zip(CONTROLS, drawn, strict=True):
-        path = _path(run, name)
+        path = _path(run, prefix + name)
         export_rows(rows[sorted(chosen)], path)
         shared = len(set(chosen) & set(taken))
         told.append(
-            f"control {name}: {len(chosen):,} rows, {shared:,} of them selected too; mean length "
+            f"control {prefix}{name}: {len(chosen):,} rows, {shared:,} of them selected too; mean length "
             f"{np.mean([lengths[row] for row in chosen]):,.1f}, of the selection {of_selection:,.1f}: {path}"
         )
     return told
+
+
+def write_controls_of(
+    run: Run, stage: str, decisions: pl.DataFrame, lengths: pl.Series, seed: int, pool: pl.Series, *, within_prompts: bool = False
+) -> list[str]:
+    """Write the controls of a stage's decisions, as STAGE_NAME.jsonl: as many rows as it kept, drawn from those of the `pool`.
+
+    Within prompts, the random control has as many samples of each prompt as were kept of it.
+    """
+    rows = load_rows(run, before=stage, columns=EXPORTED)
+    taken = (decisions["action"] == "kept").arg_true().to_list()
+    if not taken:
+        return []
+    order = [row for row in random_order(rows, seed) if pool[row]]
+    drawn = order[: len(taken)]
+    if within_prompts:
+        left: defaultdict[str, int] = defaultdict(int)
+        names = rows["example_id"].to_list()
+        for row in taken:
+            left[names[row]] += 1
+        drawn = []
+        for row in order:
+            if left[names[row]]:
+                left[names[row]] -= 1
+                drawn.append(row)
+    numbers = lengths.cast(pl.Float64).to_list()
+    return write_controls(run, rows, [drawn, length_matched(order, numbers, taken)], numbers, taken, f"{stage}_")
 
 
 def _path(run: Run, name: str) -> Path:

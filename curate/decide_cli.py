@@ -31,6 +31,11 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @config_option(BestConfig, "min_share")
 @config_option(BestConfig, "gate")
 @config_option(BestConfig, "keep")
+@config_option(BestConfig, "keep_all")
+@config_option(BestConfig, "min_pass_rate")
+@config_option(BestConfig, "max_pass_rate")
+@config_option(BestConfig, "min_margin")
+@config_option(BestConfig, "controls")
 @config_option(BestConfig, "seed")
 def best(run: str, out: Path | None, settings: Path | None, **options: Any) -> None:
     """Keep the best of each prompt's samples in a RUN. Cut answers are never kept.
@@ -40,6 +45,8 @@ def best(run: str, out: Path | None, settings: Path | None, **options: Any) -> N
     \b
     sftkit curate best runs/a --by numeric --by logprob              right first, then likely
     sftkit curate best runs/a --gate numeric --by -num_tokens        the shortest right answer
+    sftkit curate best runs/a --gate numeric --keep-all              every right answer
+    sftkit curate best runs/a --gate numeric --by logprob --min-pass-rate 0.1 --max-pass-rate 0.6    prompts neither hopeless nor easy
     sftkit curate best runs/a --majority --by logprob                the answer most samples agree on
     sftkit curate best runs/a --by random --seed 1 --keep 2          a control
     """

@@ -3,8 +3,7 @@
 import hashlib
 import json
 import logging
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ import polars as pl
 from ..core.errors import UserError
 from ..core.example import Decision, Message, row_id
 from ..core.files import write_atomically
-from ..core.ledger import RowKey
+from ..core.ledger import KEY as KEY
+from ..core.ledger import RowKey, table_of
 from ..core.run import Run
 from .card import write_card
 
 log = logging.getLogger(__name__)
 
-KEY = ["example_id", "sample_index"]
 STORED = {  # rows.parquet (imported rows); prompts.parquet (of a distillation) has those that do not belong to an answer
     "example_id": pl.String,
     "sample_index": pl.Int32,  # null unless several answers were imported for one prompt
@@ -35,9 +34,14 @@ STORED = {  # rows.parquet (imported rows); prompts.parquet (of a distillation) 
 SCHEMA = {**STORED, "prompt": pl.String, "response": pl.String}
 
 
+TURNS: pl.DataType = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
+PLAIN = r'^\[(?:\{"role": "(?:system|user|assistant|tool)", "content": "(?:[^"\\]|\\.)*"\}(?:, )?)+\]$'  # turns of a role and a text alone
+ESCAPED = {chr(code): json.dumps(chr(code))[1:-1] for code in (*range(32), 34, 92)}  # what JSON writes otherwise in a text
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a stage did: rows in, rows kept, and how many each rule removed."""
+    """What a stage did: rows in, the rows kept (their columns KEY), and how many each rule removed."""
 
     stage: str
     num_input: int
@@ -46,67 +50,114 @@ class Outcome:
     notes: tuple[str, ...] = ()  # what else a person should know
 
 
-def load_rows(run: Run, *, all: bool = False, before: str | None = None, after: str | None = None) -> pl.DataFrame:
-    """Return the candidate rows that the newest stage kept, columns as in SCHEMA, in input order.
+def load_rows(
+    run: Run, *, all: bool = False, before: str | None = None, after: str | None = None, columns: Sequence[str] = tuple(SCHEMA)
+) -> pl.DataFrame:
+    """Return the candidate rows that the newest stage kept, `columns` of SCHEMA, in input order.
 
     `all` returns every candidate, kept or not; `after` those that the stage of this name kept; `before` what it has for
-    its input, the rows that the stage before it kept. Raises UserError for a run without rows.
+    its input, the rows that the stage before it kept. The texts of prompt and response are read out of the conversations
+    only where they are asked for. Raises UserError for a run without rows.
     """
+    return scan_rows(run, all=all, before=before, after=after, columns=columns).collect(engine="streaming")
+
+
+def scan_rows(
+    run: Run, *, all: bool = False, before: str | None = None, after: str | None = None, columns: Sequence[str] = tuple(SCHEMA)
+) -> pl.LazyFrame:
+    """Return what `load_rows` does as a plan: written to a file, its rows are never in memory together."""
     curate = run.path / "curate"
     if (curate / "rows.parquet").exists():
-        rows = imported_rows(curate / "rows.parquet")
+        rows = _imported(curate / "rows.parquet", columns)
     elif (curate / "prompts.parquet").exists():
-        rows = _distilled_rows(curate)
+        rows = _distilled(curate, columns)
     else:
         raise UserError(f"{run.path}: has no rows yet; `sftkit curate distill` or `sftkit curate import` brings some")
     if all:
-        return rows
-    ledger = run.ledger.read()
-    steps = dict(ledger.select("stage", "step").unique().iter_rows())
-    if before in steps:
-        ledger = ledger.filter(pl.col("step") < steps[before])
-    if after is not None:
-        ledger = ledger.filter(pl.col("step") <= steps[after])
-    if ledger.is_empty():
-        return rows
-    newest = ledger.filter(pl.col("step") == pl.col("step").max())
-    if (curate / "prompts.parquet").exists() and newest["stage"][0] == "prompts":
+        return rows.select(columns)
+    steps = run.ledger.steps()
+    known = [name for name in steps if before not in steps or steps[name] < steps[before]]
+    known = [name for name in known if after is None or steps[name] <= steps[after]]
+    if not known:
+        return rows.select(columns)
+    if (curate / "prompts.parquet").exists() and known[-1] == "prompts":
         raise UserError(f"{run.path}: the distillation has not finished; the same `sftkit curate distill` command finishes it")
-    kept = newest.filter(pl.col("action") == "kept").select(KEY)
-    return rows.join(kept, on=KEY, how="semi", nulls_equal=True, maintain_order="left")
+    kept = run.ledger.scan().filter((pl.col("stage") == known[-1]) & (pl.col("action") == "kept")).select(KEY)
+    return rows.join(kept, on=KEY, how="semi", nulls_equal=True, maintain_order="left").select(columns)
 
 
-def imported_rows(path: Path) -> pl.DataFrame:
-    """Read a rows.parquet and add the texts of prompt and response."""
-    stored = pl.read_parquet(path)
-    columns = [pl.col(name).cast(kind) if name in stored.columns else pl.lit(None, kind).alias(name) for name, kind in STORED.items()]
-    rows = stored.select(columns)
-    texts = [split_texts(json.loads(messages)) for messages in rows["messages"]]
-    return rows.with_columns(
-        pl.Series("prompt", [prompt for prompt, _ in texts], pl.String),
-        pl.Series("response", [response for _, response in texts], pl.String),
+def _imported(path: Path, columns: Sequence[str]) -> pl.LazyFrame:
+    """Return the rows of a rows.parquet, with the texts of prompt and response if they are among the columns."""
+    there = pl.read_parquet_schema(path)
+    own = [name for name in STORED if name in (*columns, *KEY) or name == "messages"]
+    rows = pl.scan_parquet(path).select(
+        [pl.col(name).cast(STORED[name]) if name in there else pl.lit(None, STORED[name]).alias(name) for name in own]
     )
+    if not {"prompt", "response"} & set(columns):
+        return rows
+    texts = pl.col("messages").map_batches(text_columns, return_dtype=TEXTS, is_elementwise=True)
+    return rows.with_columns(texts.alias("texts")).unnest("texts").select(*(name for name in own if name in columns or name in KEY), *TEXT)
 
 
-def _distilled_rows(curate: Path) -> pl.DataFrame:
+def _distilled(curate: Path, columns: Sequence[str]) -> pl.LazyFrame:
     from ..core.store import SampleStore
 
-    prompts = pl.read_parquet(curate / "prompts.parquet").with_row_index("order")
-    conversations = [json.loads(messages) for messages in prompts["messages"]]
-    prompts = prompts.with_columns(pl.Series("prompt", [_text(each) for each in conversations], pl.String))
     if not (curate / "samples.sqlite").exists():
-        return pl.DataFrame(schema=SCHEMA)
+        return pl.LazyFrame(schema=SCHEMA)
+    asked = pl.scan_parquet(curate / "prompts.parquet").with_row_index("order")
+    if "prompt" in columns:
+        asked = asked.with_columns(pl.col("messages").map_batches(all_text, return_dtype=pl.String, is_elementwise=True).alias("prompt"))
     with SampleStore(curate / "samples.sqlite") as store:
         samples = store.frame().select("example_id", "sample_index", "text", "finish_reason", "num_tokens", "logprob")
     # asked again because it was cut, an answer is there twice: the one that is whole counts, or the longer
     samples = samples.sort(pl.col("finish_reason") == "length", -pl.col("num_tokens")).unique(KEY, keep="first", maintain_order=True)
-    rows = prompts.join(samples, on="example_id").sort("order", "sample_index")
-    answered = [
-        _json([*conversations[order], {"role": "assistant", "content": text}])
-        for order, text in zip(rows["order"], rows["text"], strict=True)
-    ]
-    rows = rows.with_columns(pl.Series("messages", answered, pl.String), pl.col("text").alias("response"))
-    return rows.select([pl.col(name).cast(kind) for name, kind in SCHEMA.items()])
+    rows = asked.join(samples.lazy(), on="example_id").sort("order", "sample_index")
+    answer = pl.concat_str(pl.lit(', {"role": "assistant", "content": '), json_text(pl.col("text")), pl.lit("}]"))
+    rows = rows.with_columns(pl.col("messages").str.head(-1) + answer, pl.col("text").alias("response"))
+    return rows.select([pl.col(name).cast(kind) for name, kind in SCHEMA.items() if name != "prompt" or "prompt" in columns])
+
+
+TEXT = ("prompt", "response")
+TEXTS = pl.Struct(dict.fromkeys(TEXT, pl.String))
+
+
+def text_columns(messages: pl.Series) -> pl.Series:
+    """Return what `split_texts` says of each conversation, given as JSON text, as a column of prompt and response."""
+    turns, contents = pl.col("turns"), pl.col("turns").list.eval(pl.element().struct.field("content"))
+    answered = turns.list.last().struct.field("role") == "assistant"
+    prompt = contents.list.head(turns.list.len() - answered.cast(pl.UInt32)).list.join("\n")
+    response = pl.when(answered).then(contents.list.last())
+    return _by_turns(
+        messages,
+        TEXTS,
+        pl.struct(prompt=prompt, response=response),
+        lambda text: dict(zip(TEXT, split_texts(json.loads(text)), strict=True)),
+    )
+
+
+def all_text(messages: pl.Series) -> pl.Series:
+    """Return the text of all turns of each conversation, given as JSON text."""
+    return _by_turns(
+        messages,
+        pl.String(),
+        pl.col("turns").list.eval(pl.element().struct.field("content")).list.join("\n"),
+        lambda text: _text(json.loads(text)),
+    )
+
+
+def _by_turns(messages: pl.Series, kind: Any, plain: pl.Expr, other: Callable[[str], Any]) -> pl.Series:
+    """Return `plain` of the conversations that are turns of a role and a text alone, as the column `turns`, and `other` of the rest."""
+    is_plain = messages.str.contains(PLAIN)
+    found = pl.select(turns=messages.filter(is_plain).str.json_decode(TURNS)).select(plain.alias(messages.name)).to_series()
+    if is_plain.all():
+        return found
+    rest = pl.Series(messages.name, [other(each) for each in messages.filter(~is_plain)], kind)
+    return pl.concat([found, rest]).gather(pl.concat([is_plain.arg_true(), (~is_plain).arg_true()]).arg_sort())
+
+
+def json_text(text: pl.Expr) -> pl.Expr:
+    """Return a text as JSON writes it, in quotes; letters beyond ASCII stand as they are."""
+    return pl.concat_str(pl.lit('"'), text.str.replace_many(ESCAPED), pl.lit('"'))
 
 
 def split_texts(messages: Sequence[Message]) -> tuple[str, str | None]:
@@ -137,13 +188,14 @@ def _text(messages: Sequence[Message]) -> str:
     return "\n".join(message_text(message) for message in messages)
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
 def keys(rows: pl.DataFrame) -> list[RowKey]:
     """Return (example_id, sample_index) of each row."""
     return list(zip(rows["example_id"].to_list(), rows["sample_index"].to_list(), strict=True))
+
+
+def row_name() -> pl.Expr:
+    """Return how each row is written for people and as a witness, as `row_id` says, from its columns KEY."""
+    return pl.when(pl.col("sample_index").is_null()).then("example_id").otherwise(pl.concat_str(KEY, separator="/"))
 
 
 def row_ids(rows: pl.DataFrame) -> list[str]:
@@ -151,9 +203,9 @@ def row_ids(rows: pl.DataFrame) -> list[str]:
     return [row_id(*key) for key in keys(rows)]
 
 
-def input_rows(run: Run, stage: str) -> pl.DataFrame:
+def input_rows(run: Run, stage: str, columns: Sequence[str] = tuple(SCHEMA)) -> pl.DataFrame:
     """Return what a stage has to decide on. Raises UserError when nothing is left for it."""
-    rows = load_rows(run, before=stage)
+    rows = load_rows(run, before=stage, columns=columns)
     if rows.is_empty():
         raise UserError(f"{run.path}: no row is left to decide on{_what_removed_most(run, stage)}")
     return rows
@@ -172,63 +224,92 @@ def _what_removed_most(run: Run, stage: str) -> str:
 
 
 def record(
-    run: Run, stage: str, rows: pl.DataFrame | Sequence[RowKey], decisions: Iterable[Decision], notes: Sequence[str] = ()
+    run: Run, stage: str, rows: pl.DataFrame | Sequence[RowKey], decisions: pl.DataFrame | Iterable[Decision], notes: Sequence[str] = ()
 ) -> Outcome:
     """Enter a stage's decisions on its input `rows` in the ledger and make the kept rows the run's data set.
 
     Says which later stages became void; decisions that stand there already make none void.
     Raises ConservationError unless every input row has exactly one decision.
     """
-    decided = list(decisions)
-    if run.ledger.holds(stage, decided):
-        left = load_rows(run, after=stage)
-    else:
-        void = run.ledger.record(stage, keys(rows) if isinstance(rows, pl.DataFrame) else rows, decided)
+    decided = table_of(decisions)
+    if not run.ledger.holds(stage, decided):
+        void = run.ledger.record(stage, rows, decided)
         if void:
             log.info(
                 "%s: %s stood on the former rows and %s void now: run again", stage, ", ".join(void), "is" if len(void) == 1 else "are"
             )
-        left = load_rows(run)
     if run.ledger.stages()[-1] == stage:
-        write_dataset(left, run.room("curate"))
-        write_card(run, left)
-    removed = Counter(d.rule for d in decided if d.action != "kept")
-    if left.is_empty() and decided:
-        rule, count = removed.most_common(1)[0]
+        write_dataset(scan_rows(run, after=stage, columns=EXPORTED), run.room("curate"))
+        write_card(run, load_rows(run, after=stage, columns=["example_id", "source"]))
+    is_kept = pl.col("action") == "kept"
+    kept = decided.filter(is_kept).select(KEY)
+    counts = decided.filter(~is_kept).group_by("rule", maintain_order=True).len().sort("len", descending=True, maintain_order=True)
+    removed: dict[str, int] = dict(counts.iter_rows())
+    if kept.is_empty() and len(decided):
+        rule, count = next(iter(removed.items()))
         log.warning("%s kept none of %s rows; the rule %r alone removed %s", stage, f"{len(decided):,}", rule, f"{count:,}")
-    return Outcome(stage, len(decided), left, dict(removed.most_common()), tuple(notes))
+    return Outcome(stage, len(decided), kept, removed, tuple(notes))
 
 
-def write_dataset(rows: pl.DataFrame, folder: Path) -> None:
+def decision_table(rows: pl.DataFrame, stage: str, rule: pl.Expr, **told: pl.Expr) -> pl.DataFrame:
+    """Return one decision per row: rejected by `rule`, kept where that is null; `told` are score, threshold and witness_id."""
+    return table_of(
+        rows.select(
+            *KEY,
+            stage=pl.lit(stage),
+            action=pl.when(rule.is_null()).then(pl.lit("kept")).otherwise(pl.lit("rejected")),
+            rule=rule.fill_null(""),
+            **{name: told.get(name, pl.lit(None)) for name in ("score", "threshold", "witness_id")},
+        )
+    )
+
+
+EXPORTED = (*KEY, "messages", "source", "meta")
+WRITTEN = {"turns": TURNS, "extra": pl.String()}
+
+
+def write_dataset(rows: pl.DataFrame | pl.LazyFrame, folder: Path) -> None:
     """Write rows as dataset.jsonl and dataset.parquet: id (as `row_id`), messages, source, meta.
 
     In the Parquet file `messages` is a list of {role, content}. Where a turn holds more than two texts (tool calls, names,
     parts), the column `extra` has the JSON text of the whole conversation and the content is the turn's text.
     """
     export_rows(rows, folder / "dataset.jsonl")
-    turns, extra = [], []
-    for text in rows["messages"]:
-        messages = json.loads(text)
-        simple = all(set(each) == {"role", "content"} and isinstance(each["content"], str) for each in messages)
-        turns.append([{"role": each["role"], "content": message_text(each)} for each in messages])
-        extra.append(None if simple else text)
-    message_type = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
-    columns = [
-        pl.Series("id", row_ids(rows), pl.String),
-        rows["example_id"],
-        rows["sample_index"],
-        pl.Series("messages", turns, message_type),
-        rows["source"],
-        rows["meta"],
-    ]
-    if any(each is not None for each in extra):
-        columns.append(pl.Series("extra", extra, pl.String))
+    others = rows.lazy().select("messages").filter(~pl.col("messages").str.contains(PLAIN)).collect(engine="streaming")["messages"]
+    has_extra = any(not _is_simple(json.loads(text)) for text in others)
+    columns = rows.lazy().select(
+        row_name().alias("id"),
+        *KEY,
+        pl.col("messages").map_batches(_written, return_dtype=pl.Struct(WRITTEN), is_elementwise=True).alias("written"),
+        "source",
+        "meta",
+    )
+    table = columns.unnest("written").rename({"turns": "messages"})
+    names = ["id", *KEY, "messages", "source", "meta", *["extra"] * has_extra]
     with write_atomically(folder / "dataset.parquet") as temporary:
-        pl.DataFrame(columns).write_parquet(temporary)
+        table.select(names).sink_parquet(temporary, engine="streaming")
 
 
-def export_rows(rows: pl.DataFrame, path: Path) -> None:
+def _is_simple(messages: Sequence[Message]) -> bool:
+    return all(set(each) == {"role", "content"} and isinstance(each["content"], str) for each in messages)
+
+
+def _written(messages: pl.Series) -> pl.Series:
+    """Return each conversation, given as JSON text, as turns, and as the text itself where they do not hold all of it."""
+
+    def other(text: str) -> dict[str, Any]:
+        conversation = json.loads(text)
+        turns = [{"role": each["role"], "content": message_text(each)} for each in conversation]
+        return {"turns": turns, "extra": None if _is_simple(conversation) else text}
+
+    return _by_turns(messages, pl.Struct(WRITTEN), pl.struct("turns", extra=pl.lit(None, pl.String)), other)
+
+
+def export_rows(rows: pl.DataFrame | pl.LazyFrame, path: Path) -> None:
     """Write rows as JSONL, one conversation a line: {"id": …, "messages": […], "source": …, "meta": {…}}."""
-    with write_atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for name, messages, source, meta in zip(row_ids(rows), rows["messages"], rows["source"], rows["meta"], strict=True):
-            file.write(f'{{"id": {_json(name)}, "messages": {messages}, "source": {_json(source)}, "meta": {meta or "{}"}}}\n')
+    meta = pl.when(pl.col("meta").fill_null("") == "").then(pl.lit("{}")).otherwise("meta")
+    source = json_text(pl.col("source")).fill_null("null")
+    parts = ['{"id": ', json_text(row_name()), ', "messages": ', pl.col("messages"), ', "source": ', source, ', "meta": ', meta, "}"]
+    line = pl.concat_str([pl.lit(part) if isinstance(part, str) else part for part in parts])
+    with write_atomically(path) as temporary:
+        rows.lazy().select(line).sink_csv(temporary, include_header=False, quote_style="never", engine="streaming")

@@ -152,3 +152,63 @@ def test_missing_score(toy_run: Callable[..., Run]) -> None:
         best(run, BestConfig(by=("helpful",)))
     with pytest.raises(UserError, match=r"no score 'numeric'.*`sftkit curate score .* --with numeric` adds it"):
         best(run, BestConfig(majority=True))
+
+
+def graded(toy_run: Callable[..., Run]) -> Run:
+    """Make a run of three prompts of which 1, 2 and 4 of four samples are right."""
+    rows = [
+        *samples("a", "7", "1", "2", "3"),
+        *samples("b", "7", "it is 7", "2", "3"),
+        *samples("c", "7", "so 7", "and 7", "in all 7"),
+    ]
+    return numeric(toy_run([{**row, "reference": "7"} for row in rows]))
+
+
+def test_all_that_pass_the_gate_are_kept(toy_run: Callable[..., Run]) -> None:
+    run = graded(toy_run)
+    best(run, BestConfig(gate=("numeric",), keep_all=True))
+    assert kept(run) == ["a/0", "b/0", "b/1", "c/0", "c/1", "c/2", "c/3"]
+
+
+def test_prompts_outside_the_band_of_pass_rates_are_left_out(toy_run: Callable[..., Run], rejections: Callable) -> None:
+    run = graded(toy_run)
+    best(run, BestConfig(gate=("numeric",), by=("num_chars",), min_pass_rate=0.3, max_pass_rate=0.9))
+    assert kept(run) == ["b/1"]
+    found = rejections(run, "best")
+    assert found["a/0"] == ("min_pass_rate", 0.25, 0.3, None)
+    assert found["a/1"][0] == "gate:numeric", "what did not pass keeps its own reason"
+    assert {found[f"c/{index}"] for index in range(4)} == {("max_pass_rate", 1.0, 0.9, None)}
+
+
+def test_the_best_must_be_above_the_median_by_the_margin(toy_run: Callable[..., Run], rejections: Callable) -> None:
+    run = toy_run([*samples("a", "1", "22", "7777777"), *samples("b", "1", "22", "333"), *samples("c", "1")])
+    best(run, BestConfig(by=("num_chars",), min_margin=3))
+    assert kept(run) == ["a/2"]
+    found = rejections(run, "best")
+    assert found["b/2"] == ("low_margin", 1, 3, None)
+    assert found["c/0"] == ("low_margin", 0, 3, None), "of one sample nothing says that it is good"
+
+
+def test_controls_have_as_many_samples_of_each_prompt(toy_run: Callable[..., Run]) -> None:
+    run = graded(toy_run)
+    outcome = best(run, BestConfig(gate=("numeric",), keep_all=True, controls=True))
+    lines = (run.path / "curate" / "controls" / "best_random.jsonl").read_text().splitlines()
+    prompts = [line.split('"')[3].split("/")[0] for line in lines]
+    assert [prompts.count(name) for name in "abc"] == [1, 2, 4]
+    assert [note.split(":")[0] for note in outcome.notes] == ["control best_random", "control best_length_matched"]
+    best(run, BestConfig(by=("num_chars",)))
+    assert not (run.path / "curate" / "controls" / "best_random.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"keep_all": True, "min_pass_rate": 0.2}, "min_pass_rate: say what passes, as --gate numeric"),
+        ({"by": ("x",), "gate": ("y",), "max_pass_rate": 60}, "max_pass_rate: expected a share between 0 and 1, found 60"),
+        ({"majority": True, "min_margin": 1.0}, "min_margin: say by which score"),
+    ],
+)
+def test_settings_that_say_nothing(settings: dict, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        BestConfig(**settings)
+    assert told in str(error.value)

@@ -1,0 +1,64 @@
+"""Scores as columns of numbers beside the rows, and the order that they put rows in: what the deciding steps read of a million rows."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from ..core.run import Run
+from .rows import KEY, keys
+from .score import check_score_name, random_number, read_score, score_path
+from .scorers import count_words
+
+Order = npt.NDArray[np.int64]
+READ_OFF = {"num_tokens": "num_tokens", "logprob": "logprob", "num_chars": "response", "num_words": "response"}  # by the column of the rows
+
+
+def columns_for(run: Run, names: Iterable[str]) -> list[str]:
+    """Return the columns of the rows that these scores are read off, where they are not stored. Raises UserError for an unknown score."""
+    needed = []
+    for name in (each.removeprefix("-") for each in names):
+        if name != "random":
+            check_score_name(run, name)
+        if name in READ_OFF and not score_path(run, name).exists():
+            needed.append(READ_OFF[name])
+    return list(dict.fromkeys(needed))
+
+
+def score_values(run: Run, rows: pl.DataFrame, name: str) -> pl.Series:
+    """Return the values of a score for these rows, which have KEY and `columns_for` it; null where there is none."""
+    check_score_name(run, name)
+    if name not in READ_OFF or score_path(run, name).exists():
+        return read_score(run, rows.select(KEY), name)["value"].alias(name)
+    column = rows[READ_OFF[name]]
+    if name == "num_chars":
+        column = column.str.len_chars()
+    elif name == "num_words":
+        column = pl.Series([None if text is None else count_words(text) for text in column], dtype=pl.Float64)
+    return column.cast(pl.Float64).alias(name)
+
+
+def sort_columns(run: Run, rows: pl.DataFrame, by: Sequence[str], seed: int = 0) -> pl.DataFrame:
+    """Return a column per name in `by`, turned so that higher is better: `-NAME` is negated, `random` is drawn by row and seed."""
+    columns = []
+    for place, name in enumerate(by):
+        if name == "random":
+            values = pl.Series([random_number(seed, *key) for key in keys(rows)], dtype=pl.Float64)
+        else:
+            values = score_values(run, rows, name.removeprefix("-"))
+        columns.append((-values if name.startswith("-") else values).alias(str(place)))
+    return pl.DataFrame(columns)
+
+
+def best_first(columns: pl.DataFrame, *, ties: Sequence[pl.Series] = ()) -> Order:
+    """Return the rows in order: highest first by the first column, of equals by the next, without a value last.
+
+    Of equals in all columns those lowest in `ties` come first; what is equal in these too keeps its order.
+    """
+    table = pl.DataFrame([*columns.get_columns(), *(each.alias(f"tie {place}") for place, each in enumerate(ties))])
+    if not table.width:
+        raise ValueError("nothing to sort by")
+    falling = [True] * columns.width + [False] * len(ties)
+    order = table.with_row_index("row").sort(table.columns, descending=falling, nulls_last=True, maintain_order=True)["row"]
+    return order.cast(pl.Int64).to_numpy()
