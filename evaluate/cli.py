@@ -9,14 +9,14 @@ import click
 from ..core.cli import Commands, config_option, given
 from ..core.config import load_config, read_yaml
 from ..core.engines.base import EngineConfig
-from .config import CompareConfig, LossConfig, parse_models
+from .config import CompareConfig, JudgeConfig, LossConfig, parse_models
 
 OF_ENGINE = ("engine", "base_url", "device", "dtype", "batch_tokens")
 
 
 @click.group(cls=Commands)
 def evaluate() -> None:
-    """Compare models: answers side by side, held-out loss."""
+    """Compare models: answers side by side, held-out loss, a judge."""
 
 
 def model_options(*of_engine: str) -> Callable[[Any], Any]:
@@ -95,3 +95,41 @@ def loss(heldout: str, models: tuple[str, ...], out: Path | None, settings: Path
     from .loss import loss
 
     click.echo(loss(heldout, chosen, out, config).summary())
+
+
+@evaluate.command()
+@click.argument("answers", nargs=-1, required=False)
+@click.option("--judge", help="The model that judges: a folder, a Hub id, a catalogue name, a server's model.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Run folder for the results; a run that is judged, when not given.")
+@click.option("--verdicts", type=click.Path(), help="File of labelled verdicts, as LLMBar's: only say how often --judge was right.")
+@config_option(JudgeConfig, "rubric")
+@config_option(JudgeConfig, "parse")
+@config_option(JudgeConfig, "references")
+@config_option(JudgeConfig, "calibrate")
+@config_option(JudgeConfig, "calibrate_limit")
+@config_option(JudgeConfig, "limit")
+@config_option(EngineConfig, "engine")
+@config_option(EngineConfig, "base_url")
+@config_option(EngineConfig, "device")
+@config_option(EngineConfig, "dtype")
+@click.option("--config", "settings", type=click.Path(path_type=Path), help="YAML file of settings; options win over it.")
+def judge(answers: tuple[str, ...], out: Path | None, verdicts: str | None, settings: Path | None, **options: Any) -> None:
+    """Let a model judge stored ANSWERS in pairs: those of a run's `compare`, each model against the first, or two files.
+
+    Each pair is judged in both orders, and a flip is a tie. The win rate stands beside the one at equal lengths, for judges
+    like long answers, and beside what the judge is worth on labelled pairs (--calibrate). Any engine can judge.
+
+    \b
+    sftkit evaluate judge runs/b --judge org/name --calibrate llmbar.jsonl
+    sftkit evaluate judge new.jsonl old.jsonl --judge gpt-x --engine openai --base-url https://host/v1 --references gold.jsonl
+    sftkit evaluate judge --verdicts judge_verdicts.jsonl.gz --judge GPT-4
+    """
+    if verdicts is not None and options["judge"] is not None:
+        from .calibration import agreement_lines, read_verdicts
+
+        click.echo("\n".join(agreement_lines(read_verdicts(verdicts, judge=options["judge"]))))
+        return
+    config = load_config(JudgeConfig, merged(options, settings), str(settings or ""))
+    from .judge import judge
+
+    click.echo(judge(answers, out, config).summary())

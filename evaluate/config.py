@@ -41,6 +41,25 @@ class LossConfig:
             raise UserError(f"seed: expected 0 or more, found {self.seed}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """Who judges stored answers, by what, and on which labelled pairs it shows what it is worth."""
+
+    judge: str = field(metadata={"help": "The model that judges: a folder, a Hub id, a catalogue name, a server's model."})
+    rubric: str = setting(
+        "helpfulness", "What is better: helpfulness, correctness, instructions, quality, a text file, or the rubric itself in words."
+    )
+    parse: bool = setting(False, "Read what the judge writes, as from a server, instead of its probabilities.")
+    references: str | None = setting(None, "Data file with right answers, which the judge is shown: it needs them for maths and code.")
+    calibrate: str | None = setting(None, "File of labelled pairs (input, output_1, output_2, label), as LLMBar's, that it judges too.")
+    calibrate_limit: int | None = setting(None, "Only the first pairs of each subset of that file.")
+    limit: int | None = setting(None, "Only the first questions.")
+    engine: EngineConfig = field(default_factory=EngineConfig, metadata={"help": "How the judge is run."})
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "calibrate_limit", "limit")
+
+
 def _at_least_one(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
