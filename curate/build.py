@@ -16,7 +16,7 @@ from .best import best
 from .config import BuildConfig, ImportConfig, parse_gate
 from .decontaminate import decontaminate, open_benchmark
 from .dedup import dedup
-from .filters import filter_rows, text_rules
+from .filters import filter_rows, read_conditions, text_rules
 from .heldout import hold_out
 from .intake import take_in
 from .rows import Outcome
@@ -89,6 +89,7 @@ def check_early(out: Path, config: BuildConfig) -> None:
         open_scorer(name, options)
     if config.filter:
         text_rules(config.filter)
+        read_conditions(Run(out), config.filter, list(scorers))
     for benchmark in config.decontaminate.benchmarks if config.decontaminate else ():
         open_benchmark(benchmark)
     names = [name for step in (config.best, config.dedup, config.select) if step for name in step.by]

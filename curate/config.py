@@ -9,6 +9,17 @@ from ..core.engines.base import EngineConfig, Sampling
 from ..core.errors import UserError
 
 
+FORMATS = {"####": r"####\s*[-+$]?[\d.]", "boxed": r"\\boxed\s*\{"}
+
+
+def format_pattern(wanted: str | None) -> re.Pattern[str] | None:
+    """Return what is searched for in an answer that should have a format. Raises UserError for what is no regular expression."""
+    try:
+        return None if wanted is None else re.compile(FORMATS.get(wanted, wanted), re.MULTILINE)
+    except re.error as error:
+        raise UserError(f"want_format {wanted!r}: is no regular expression ({error}); known by name are {', '.join(FORMATS)}") from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(Sampling):
     """What is asked of which teacher. All but k, the limits and the engine is fixed once the run folder has begun."""
@@ -23,6 +34,12 @@ class DistillConfig(Sampling):
     budget_tokens: int | None = setting(None, "Most tokens generated into this run folder, over all calls.")
     budget_hours: float | None = setting(None, "Longest time of asking in one call, in hours; what is under way then still finishes.")
     max_failed: float = setting(0.01, "Share of failed samples above which the command ends with exit code 3.")
+    want_format: str | None = setting(
+        None, "What every answer should hold: '####' and a number, boxed (\\boxed{…}), or a regular expression."
+    )
+    stop_below: float | None = setting(
+        None, "First ask 50 prompts; stop unless this share of the answers ended by themselves and hold the wanted format."
+    )
     engine: EngineConfig = field(default_factory=EngineConfig, metadata={"help": "How the teacher is run."})
 
     def __post_init__(self) -> None:
@@ -39,6 +56,9 @@ class DistillConfig(Sampling):
             raise UserError(f"top_p: expected a share above 0 and up to 1, found {self.top_p}")
         if not 0 <= self.max_failed <= 1:
             raise UserError(f"max_failed: expected a share between 0 and 1, as 0.01, found {self.max_failed}")
+        if self.stop_below is not None and not 0 <= self.stop_below <= 1:
+            raise UserError(f"stop_below: expected a share between 0 and 1, as 0.9, found {self.stop_below:g}")
+        format_pattern(self.want_format)
         if self.temperature == 0 and self.k > 1:
             raise UserError(f"k is {self.k} at temperature 0: all samples of a prompt would be the same; raise the temperature or give k 1")
 
@@ -158,6 +178,13 @@ class FilterConfig:
     max_top_ngram: float = setting(0.5, "Largest share of the words in one 2-, 3- or 4-gram, in texts of 50 words or more.")
     min_score: dict[str, float] = field(default_factory=dict, metadata={"help": "Lowest value of a score, as {numeric: 1}."})
     max_score: dict[str, float] = field(default_factory=dict, metadata={"help": "Highest value of a score."})
+    where: tuple[str, ...] = setting((), "Condition that a row must meet, as 'num_tokens < 800 and ifd < 1', or 'NAME: CONDITION'.")
+    presets: tuple[str, ...] = setting(
+        (), "Named condition: correct, whole, prompt-helps (ifd < 1), alpagasus (judge >= 4.5), short-tokens."
+    )
+    keep_unscored: bool = setting(False, "Keep rows of which a condition says nothing, as a value is missing; else they are rejected so.")
+    controls: bool = setting(False, "Also write random rows, and random rows of the same lengths, to curate/controls/.")
+    seed: int = setting(0, "Seed of controls.")
 
 
 TEXTS = ("pair", "prompt")

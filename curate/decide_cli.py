@@ -67,6 +67,10 @@ def best(run: str, out: Path | None, settings: Path | None, **options: Any) -> N
 @config_option(FilterConfig, "repetition")
 @config_option(FilterConfig, "include")
 @config_option(FilterConfig, "exclude")
+@config_option(FilterConfig, "where")
+@config_option(FilterConfig, "presets", "--preset")
+@config_option(FilterConfig, "keep_unscored")
+@config_option(FilterConfig, "controls")
 @click.option("--min", "min_score", multiple=True, metavar="NAME=VALUE", help="Lowest value of a score.")
 @click.option("--max", "max_score", multiple=True, metavar="NAME=VALUE", help="Highest value of a score.")
 def filter_(run: str, out: Path | None, settings: Path | None, **options: Any) -> None:
@@ -76,6 +80,7 @@ def filter_(run: str, out: Path | None, settings: Path | None, **options: Any) -
 
     \b
     sftkit curate filter runs/a
+    sftkit curate filter runs/a --where 'num_tokens < 800 and ifd < 1' --where "known: meta.topic in ('a', 'b')"
     sftkit curate filter runs/a --min numeric=1 --max-words 400 --languages en,zh
     sftkit curate filter data.jsonl -o runs/b --exclude 'as an AI' --no-repetition
     """

@@ -1,21 +1,29 @@
-"""Reject rows by named rules: length, cut, empty, refusing, repeating, in another language, by pattern, by score."""
+"""Reject rows by named rules: length, cut, empty, refusing, repeating, in another language, by pattern, by score, by any condition."""
 
+import functools
+import json
 import re
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import polars as pl
 
 from ..core.config import to_mapping
 from ..core.errors import UserError, unknown_name
-from ..core.example import Decision
 from ..core.progress import Progress
 from ..core.run import Run
 from .config import FilterConfig
-from .rows import Outcome, input_rows, keys, record
-from .score import read_score
-from .scorers import WORD, count_words
+from .controls import clear_controls, write_controls_of
+from .expressions import Condition, Kind, parse_condition
+from .rows import KEY, Outcome, decision_table, input_rows, record
+from .score import known_scores
+from .scored import READ_OFF, columns_for, score_values
+from .scorers import CHINESE_WORD, WORD, count_words
 
 LATIN = ("LATIN",)
 SCRIPTS = {  # the scripts a language is written in, by the names that Unicode gives their letters
@@ -65,63 +73,230 @@ REFUSALS = re.compile(
 REFUSAL_CHARS = 300  # a refusal stands at the beginning
 
 
+REFUSAL_SIGNS = (  # no refusal is without one of these, in whatever case
+    *("cannot", "can't", "can’t", "can not", "am not", "unable", "'m not", "’m not", "won't", "won’t", "will not"),
+    *("don't", "don’t", "do not", "抱歉", "对不起", "對不起", "不好意思", "作为", "作為", "我无法", "我無法", "我不能"),
+    *("ı", "İ", "ſ", "K"),  # which ignoring case takes for an i, s or k
+)
+TEXT_COLUMNS = ("source", "prompt", "response", "reference", "finish_reason")  # that a condition may name, beside the scores
+
+
 Finding = tuple[str, float | None, float | None]  # rule, score, threshold
 
 
+@dataclass(frozen=True, slots=True)
+class TextRule:
+    """What is wrong with a text, or None. Asked only of the texts that `suspect` leaves, and it leaves each one that is at fault."""
+
+    judge: Callable[[str], Finding | None]
+    suspect: pl.Expr | None = None  # over the column "text"
+
+
 def filter_rows(run: Run, config: FilterConfig) -> Outcome:
-    """Reject the rows that break a rule, as the stage "filter". The first rule broken names the rejection."""
-    rows = input_rows(run, "filter")
-    bounds = [(name, +1, bound, _values(run, rows, name)) for name, bound in config.min_score.items()]
-    bounds += [(name, -1, bound, _values(run, rows, name)) for name, bound in config.max_score.items()]
-    tokens = _values(run, rows, "num_tokens") if config.min_tokens is not None or config.max_tokens is not None else None
+    """Reject the rows that break a rule, as the stage "filter". The first rule broken names the rejection.
+
+    A row of which a condition says neither yes nor no, as a value is missing, is rejected as unscored:CONDITION, or kept
+    with `keep_unscored`; a note counts them.
+    """
+    conditions = read_conditions(run, config)
+    bounds = [(name, "min", bound) for name, bound in config.min_score.items()]
+    bounds += [(name, "max", bound) for name, bound in config.max_score.items()]
+    tokens = ["num_tokens"] if config.min_tokens is not None or config.max_tokens is not None else []
+    scores = [name for name in (*tokens, *(name for name, _, _ in bounds)) if name]
+    named = [name for condition in conditions for name in condition.names]
+    kinds = condition_kinds(run)
+    scores = list(dict.fromkeys([*scores, *(name for name in named if kinds.get(name) == "number" and name != "sample_index")]))
+    wanted = [*KEY, "prompt", "response", "finish_reason", *columns_for(run, scores), *(n for n in named if n in TEXT_COLUMNS)]
+    wanted += ["meta"] if any(name.startswith("meta.") for name in named) else []
+    rows = input_rows(run, "filter", list(dict.fromkeys(wanted)))
     rules = text_rules(config)
     run.configure("filter", to_mapping(config), free=("*",))
-    decisions = []
-    columns = rows.select("prompt", "response", "finish_reason").iter_rows()
-    with Progress("filter", total=len(rows), unit="rows") as progress:
-        for row, ((example_id, index), (prompt, response, finish_reason)) in enumerate(zip(keys(rows), columns, strict=True)):
-            text = prompt if response is None else response
-            found: Finding | None = None
-            if config.truncated and finish_reason == "length":
-                found = "truncated", None, None
-            if found is None and tokens is not None:
-                found = _between("tokens", tokens[row], config.min_tokens, config.max_tokens)
-            for rule in rules:
-                found = found or rule(text)
-            for name, sign, bound, values in bounds:
-                found = found or _score_rule(name, sign, bound, values[row])
-            decisions.append(Decision(example_id, index, "filter", "rejected" if found else "kept", *(found or ())))
+
+    sieve = _Sieve(rows.with_columns(*_values(run, rows, scores, named)).with_columns(text=pl.coalesce("response", "prompt")))
+    notes = []
+    with Progress("filter", total=len(rules) + len(bounds) + len(conditions) + 2, unit="rules") as progress:
+        if config.truncated:
+            sieve.take(pl.col("finish_reason") == "length", "truncated")
+        progress.advance()
+        if tokens:
+            sieve.between("tokens", pl.col("score num_tokens"), config.min_tokens, config.max_tokens)
+        progress.advance()
+        for rule in rules:
+            sieve.judge(rule)
             progress.advance()
-    return record(run, "filter", rows, decisions)
+        for name, side, bound in bounds:
+            value = pl.col(f"score {name}")
+            sieve.take(value.is_null(), "unscored", None, bound)
+            sieve.take(value < bound if side == "min" else value > bound, f"{side}:{name}", value, bound)
+            progress.advance()
+        for condition in conditions:
+            notes += sieve.meet(condition, config.keep_unscored)
+            progress.advance()
+    found = sieve.findings()
+    told = {name: pl.col(name) for name in ("score", "threshold")}
+    decisions = decision_table(rows.select(KEY).with_columns(found), "filter", pl.col("rule"), **told)
+    clear_controls(run, "filter_")
+    if config.controls:
+        lengths = sieve.lengths
+        notes += write_controls_of(run, "filter", decisions, lengths, config.seed, pl.Series([True]).new_from_index(0, len(rows)))
+    return record(run, "filter", rows, decisions, notes)
 
 
-def text_rules(config: FilterConfig) -> list[Callable[[str], Finding | None]]:
-    """Return the rules that need the text alone, in order. Each returns what it found wrong, or None.
+class _Sieve:
+    """Rows that no rule has found at fault yet, and what was found of the others."""
 
-    Raises UserError for an unknown language or a broken regular expression.
+    def __init__(self, table: pl.DataFrame) -> None:
+        self.left = table.with_row_index("row")
+        self.lengths = table["text"].str.len_chars()
+        self._found = [pl.DataFrame(schema={"row": pl.UInt32, "rule": pl.String, "score": pl.Float64, "threshold": pl.Float64})]
+
+    def take(self, case: pl.Expr, rule: str, score: pl.Expr | None = None, threshold: float | None = None) -> int:
+        """Find the rows of a case at fault; return how many they are."""
+        marked = self.left.lazy().with_columns(at_fault=case.fill_null(value=False)).collect(engine="streaming")
+        value = pl.lit(None, pl.Float64) if score is None else score.cast(pl.Float64)
+        found = marked.filter("at_fault").select("row", rule=pl.lit(rule), score=value, threshold=pl.lit(threshold, pl.Float64))
+        self._found.append(found)
+        self.left = marked.filter(~pl.col("at_fault")).drop("at_fault")
+        return len(found)
+
+    def between(self, unit: str, value: pl.Expr, lowest: float | None, highest: float | None) -> None:
+        """Find the rows at fault whose value is too low or too high, or missing."""
+        self.take(value.is_null(), "unscored")
+        if lowest is not None:
+            self.take(value < lowest, f"min_{unit}", value, lowest)
+        if highest is not None:
+            self.take(value > highest, f"max_{unit}", value, highest)
+
+    def judge(self, rule: TextRule) -> None:
+        """Find the rows at fault whose text is."""
+        texts = self.left.lazy() if rule.suspect is None else self.left.lazy().filter(rule.suspect)
+        suspects = texts.select("row", "text").collect(engine="streaming")
+        found = [(row, *finding) for row, text in suspects.iter_rows() if (finding := rule.judge(text))]
+        self._found.append(pl.DataFrame(found, schema=self._found[0].schema, orient="row"))
+        self.left = self.left.join(self._found[-1], on="row", how="anti", maintain_order="left")
+
+    def meet(self, condition: Condition, keep_unscored: bool) -> list[str]:
+        """Find the rows at fault that do not meet a condition; return a note on those of which it says nothing."""
+        unknown = self.left.select(condition.truth.is_null().sum()).item()
+        value, threshold = condition.compared or (None, None)
+        self.take(~condition.truth, condition.name, value, threshold)
+        if not unknown:
+            return []
+        if not keep_unscored:
+            self.take(condition.truth.is_null(), f"unscored:{condition.name}")
+        did = "kept (keep_unscored)" if keep_unscored else "rejected as unscored; --keep-unscored keeps them"
+        return [f"of {unknown:,} rows {condition.name!r} says nothing, as a value is missing: {did}"]
+
+    def findings(self) -> pl.DataFrame:
+        """Return rule, score and threshold of all rows, null where nothing was found."""
+        found = pl.concat(self._found)
+        rows = pl.DataFrame({"row": range(len(self.lengths))}, schema={"row": pl.UInt32})
+        return rows.join(found, on="row", how="left", maintain_order="left").drop("row")
+
+
+def condition_kinds(run: Run) -> dict[str, Kind]:
+    """Return what a condition may name: the scores of a run, those read off its rows, and columns of the rows."""
+    numbers: dict[str, Kind] = dict.fromkeys((*known_scores(run), *READ_OFF, "sample_index"), "number")
+    return {**numbers, **dict.fromkeys(TEXT_COLUMNS, "text")}
+
+
+def read_conditions(run: Run, config: FilterConfig, more: Sequence[str] = ()) -> list[Condition]:
+    """Return the conditions of a filter, those of its presets first; `more` scores are known beside those of the run.
+
+    Raises UserError for what is no condition.
     """
+    kinds: dict[str, Kind] = {**condition_kinds(run), **dict.fromkeys(more, "number")}
+    for name in config.presets:
+        if name not in PRESETS:
+            raise unknown_name("preset", name, PRESETS)
+    return [parse_condition(text, kinds) for text in (*(f"{name}: {PRESETS[name]}" for name in config.presets), *config.where)]
+
+
+PRESETS = {
+    "correct": "numeric >= 1",
+    "whole": "finish_reason is None or finish_reason == 'stop'",
+    "prompt-helps": "ifd < 1",  # Li et al. 2023 (From Quantity to Quality): from 1 on the prompt makes the answer no likelier
+    "alpagasus": "judge >= 4.5",  # Chen et al. 2023: a grade of 4.5 or more out of 5
+    "short-tokens": "num_tokens <= 2048",
+}
+
+
+def _values(run: Run, rows: pl.DataFrame, scores: Sequence[str], named: Sequence[str]) -> list[pl.Series]:
+    """Return the columns that rules and conditions read: each score by its name for conditions, and as `score NAME` for the rules."""
+    columns: dict[str, pl.Series] = {}
+    for name in scores:
+        values = score_values(run, rows, name)
+        columns[f"score {name}"] = values.alias(f"score {name}")
+        if name in named:
+            columns[name] = values.alias(name)
+    for name in named:
+        if name == "sample_index":
+            columns[name] = rows[name].cast(pl.Float64)
+        elif name.startswith("meta."):
+            columns[name] = rows["meta"].str.json_path_match("$." + name.removeprefix("meta.")).alias(name)
+            if columns[name].null_count() == len(rows):
+                keys = {f"meta.{key}" for text in rows["meta"].head(1000) for key in json.loads(text or "{}")}
+                raise unknown_name("column", name, keys or ["(meta is empty)"], f"{run.path}: where")
+    return list(columns.values())
+
+
+@functools.cache
+def word_pattern() -> str:
+    """Return scorers.WORD as polars takes it: its letters by number, as the two engines differ in what is one."""
+    letters = [code for code in range(sys.maxunicode + 1) if chr(code).isalnum() or chr(code) in "_'’-"]
+    alone = [code for code in letters if re.fullmatch(CHINESE_WORD, chr(code))]
+    together = sorted(set(letters) - set(alone))
+
+    def ranges(codes: Sequence[int]) -> str:
+        runs = [[code for _, code in part] for _, part in groupby(enumerate(codes), lambda pair: pair[1] - pair[0])]
+        return "".join(rf"\x{{{run[0]:x}}}-\x{{{run[-1]:x}}}" for run in runs)
+
+    return f"{CHINESE_WORD}|[{ranges(together)}]+"
+
+
+def text_rules(config: FilterConfig) -> list[TextRule]:
+    """Return the rules that need the text alone, in order. Raises UserError for an unknown language or a broken regular expression."""
     for language in config.languages:
         if language not in SCRIPTS:
             raise unknown_name("language", language, SCRIPTS)
     include, exclude = [_compile(each) for each in config.include], [_compile(each) for each in config.exclude]
-    rules: list[Callable[[str], Finding | None]] = []
+    rules: list[TextRule] = []
+    text = pl.col("text")
     if config.empty:
-        rules.append(lambda text: None if text.strip() else ("empty", None, None))
-    if config.min_chars is not None or config.max_chars is not None:
-        rules.append(lambda text: _between("chars", len(text), config.min_chars, config.max_chars))
-    if config.min_words is not None or config.max_words is not None:
-        rules.append(lambda text: _between("words", count_words(text), config.min_words, config.max_words))
+        rules.append(TextRule(lambda text: None if text.strip() else ("empty", None, None), ~text.str.contains(r"[^\s\x1c-\x1f]")))
+    for unit, lowest, highest, count, quick in (
+        ("chars", config.min_chars, config.max_chars, len, text.str.len_chars()),
+        ("words", config.min_words, config.max_words, count_words, None),
+    ):
+        if lowest is not None or highest is not None:
+            counted = text.str.count_matches(word_pattern()) if quick is None else quick
+            outside = pl.lit(value=False) if lowest is None else counted < lowest
+            outside = outside if highest is None else outside | (counted > highest)
+            rules.append(TextRule(functools.partial(_between, unit, count, lowest, highest), outside))
     if include:
-        rules.append(lambda text: None if any(each.search(text) for each in include) else ("include", None, None))
+        rules.append(TextRule(lambda text: None if any(each.search(text) for each in include) else ("include", None, None)))
     if exclude:
-        rules.append(lambda text: ("exclude", None, None) if any(each.search(text) for each in exclude) else None)
+        rules.append(TextRule(lambda text: ("exclude", None, None) if any(each.search(text) for each in exclude) else None))
     if config.languages:
-        rules.append(lambda text: _language_rule(text, config.languages, config.min_language_share))
+        rules.append(TextRule(lambda text: _language_rule(text, config.languages, config.min_language_share)))
     if config.refusal:
-        rules.append(lambda text: ("refusal", None, None) if REFUSALS.search(text[:REFUSAL_CHARS]) else None)
+        signs = text.str.head(REFUSAL_CHARS).str.contains_any(list(REFUSAL_SIGNS), ascii_case_insensitive=True)
+        rules.append(TextRule(lambda text: ("refusal", None, None) if REFUSALS.search(text[:REFUSAL_CHARS]) else None, signs))
     if config.repetition:
-        rules.append(lambda text: _repetition_rule(text, config.max_duplicate_ngrams, config.max_top_ngram))
+        most = config.max_duplicate_ngrams, config.max_top_ngram
+        rules.append(TextRule(lambda text: _repetition_rule(text, *most), _few_words(*most)))
     return rules
+
+
+def _few_words(max_duplicate: float, max_top: float) -> pl.Expr:
+    """Say of which texts the words are too few to rule out repetition.
+
+    A word that stands at place 10 or later for the first time ends a window of 10 that did not stand before; and what an n-gram
+    of 4 words at most does not cover has all the other words.
+    """
+    words = pl.col("text").str.to_lowercase().str.extract_all(word_pattern())
+    distinct, total = words.list.n_unique(), words.list.len().cast(pl.Float64)
+    return (distinct < 9 + (1 - max_duplicate) * (total - 9)) | (distinct < 4 + (1 - max_top) * total)
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -202,23 +377,10 @@ def _repetition_rule(text: str, max_duplicate: float, max_top: float) -> Finding
     return None
 
 
-def _between(unit: str, value: float | None, lowest: float | None, highest: float | None) -> Finding | None:
-    if value is None:
-        return "unscored", None, None
+def _between(unit: str, count: Callable[[Any], float], lowest: float | None, highest: float | None, text: str) -> Finding | None:
+    value = count(text)
     if lowest is not None and value < lowest:
         return f"min_{unit}", value, lowest
     if highest is not None and value > highest:
         return f"max_{unit}", value, highest
     return None
-
-
-def _score_rule(name: str, sign: int, bound: float, value: float | None) -> Finding | None:
-    if value is None:
-        return "unscored", None, bound
-    if (value - bound) * sign < 0:
-        return f"{'min' if sign > 0 else 'max'}:{name}", value, bound
-    return None
-
-
-def _values(run: Run, rows: pl.DataFrame, name: str) -> list[float | None]:
-    return read_score(run, rows, name)["value"].to_list()
