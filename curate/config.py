@@ -8,7 +8,6 @@ from ..core.config import part, setting
 from ..core.engines.base import EngineConfig, Sampling
 from ..core.errors import UserError
 
-
 FORMATS = {"####": r"####\s*[-+$]?[\d.]", "boxed": r"\\boxed\s*\{"}
 
 

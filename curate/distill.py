@@ -23,15 +23,18 @@ from ..core.models import context_length, load_settings, model_identity, resolve
 from ..core.progress import Progress, duration
 from ..core.run import Run
 from ..core.store import SampleStore, decisive_settings, sample_key, sample_seed
-from .config import DistillConfig
+from .config import DistillConfig, format_pattern
+from .probe import FEWEST, Probe
 from .prompts import Prompt, check_growth, choose_prompts
-from .rows import record
+from .rows import message_text, record
 
 log = logging.getLogger(__name__)
 
 FREE = (  # settings that do not decide what a sample is
     *("prompts", "k", "limit", "retry_truncated", "budget_tokens", "budget_hours", "max_failed", "engine"),
+    *("want_format", "stop_below"),
 )
+PROBE = 50  # prompts
 BUDGET = "budget"  # the rule of samples that were not asked for, because a budget was used up
 
 
@@ -44,6 +47,7 @@ class DistillResult:
     rejected: dict[str, int]  # prompts that were not sent, by rule
     samples: int
     cut: int  # of the samples: reached max_new_tokens
+    matched: int | None  # of the samples: hold the wanted format; None where none is wanted
     tokens: int
     failed: dict[str, int]  # samples, by error
     over_budget: int
@@ -55,6 +59,8 @@ class DistillResult:
         """Write it for people."""
         asked = self.samples + sum(self.failed.values()) + self.over_budget
         cut = f", {self.cut / self.samples:.1%} of them cut at the longest length" if self.samples else ""
+        if self.samples and self.matched is not None:
+            cut += f", {self.matched / self.samples:.1%} in the wanted format"
         lines = [f"{self.run}: {self.samples:,} of {asked:,} samples of {self.prompts:,} prompts, {self.tokens:,} tokens{cut}"]
         if self.new_samples:
             rate = f"{self.new_tokens / self.seconds:,.0f} tokens/s"
@@ -137,6 +143,8 @@ def distill(source: str | Path, run: Path, config: DistillConfig) -> DistillResu
     TooManyFailures, after everything that finished is stored and recorded.
     """
     with distillation(source, run, config) as work:
+        if config.stop_below is not None:
+            work.probe().stop()
         new_samples, new_tokens, seconds = work.generate(work.missing())
         if config.retry_truncated:
             again = work.generate(work.retries(), label="ask cut ones again")
@@ -180,6 +188,27 @@ class Distillation:
         stored = self.store.keys()
         return [each for each in self.wanted if each.key not in stored]
 
+    def first_of_each(self, missing: Sequence[Wanted], most: int) -> list[Wanted]:
+        """Return the first missing sample of up to so many prompts, evenly spaced."""
+        first = list({each.row[0]: each for each in reversed(missing)}.values())[::-1]
+        return [first[place * len(first) // most] for place in range(most)] if len(first) > most else first
+
+    def probe(self) -> Probe:
+        """Look at the answers to 50 prompts, evenly spaced; those that are missing are asked now."""
+        asked = self.first_of_each(self.wanted, PROBE)
+        stored = self.store.keys()
+        self.generate([each for each in asked if each.key not in stored], label="probe")
+        found = Probe(self.teacher.config)
+        rows = {row["key"]: row for row in self.samples().select("key", "text", "finish_reason").iter_rows(named=True)}
+        for each in asked:
+            if each.key in rows:
+                found.add(message_text(each.prompt.messages[-1]), rows[each.key]["text"], rows[each.key]["finish_reason"])
+        if not found.answers:
+            raise UserError(
+                f"{self.run.path}: none of the {len(asked)} prompts of the probe got an answer; `sftkit curate show` has the errors"
+            )
+        return found
+
     def retries(self) -> list[Wanted]:
         """Return what to ask again: a sample for each that was cut, with twice the tokens, where it fits the context and is not stored."""
         cut = set(self.samples().filter(pl.col("finish_reason") == "length")["key"])
@@ -214,6 +243,9 @@ class Distillation:
         sampling_key = self.store.remember(config.teacher, settings)
         self._spent = self.store.tokens() if config.budget_tokens else 0
         waiting = deque(missing)
+        watching = label == "distill" and config.stop_below is None
+        watched = {each.key for each in list({each.row[0]: each for each in reversed(missing)}.values())[-PROBE:]} if watching else set()
+        seen = Probe(config)
         total = len(self.wanted) if label == "distill" else len(missing)
         start = time.monotonic()
         if config.budget_hours is not None and self._deadline is None:
@@ -235,6 +267,12 @@ class Distillation:
                             writer.put_failure(wanted.key, *wanted.row, " ".join((completion.error or "the engine gave no reason").split()))
                         else:
                             writer.put(wanted.key, _sample(wanted, completion, config.teacher, sampling_key))
+                        if completion.key in watched:
+                            watched.discard(completion.key)
+                            if completion.finish_reason != "error":
+                                seen.add(message_text(wanted.prompt.messages[-1]), completion.text, completion.finish_reason)
+                            if not watched and seen.answers >= FEWEST:
+                                seen.warn()
                     for key, wanted in self._asked.items():
                         writer.put_failure(key, *wanted.row, "the engine gave no answer")
                     self._asked.clear()
@@ -263,6 +301,7 @@ class Distillation:
         config = self.teacher.config
         stored, failures = self.samples(), self.store.failures()
         have = set(zip(stored["example_id"], stored["sample_index"], strict=True))
+        pattern = format_pattern(config.want_format)
         errors = dict(zip(failures["key"], failures["error"], strict=True))
         decisions = []
         for each in self.wanted:
@@ -282,6 +321,7 @@ class Distillation:
             rejected=dict(zip(rejected["rule"], rejected["rows"], strict=True)),
             samples=stored.height,
             cut=stored.filter(pl.col("finish_reason") == "length").height,
+            matched=None if pattern is None else sum(pattern.search(text) is not None for text in stored["text"]),
             tokens=int(stored["num_tokens"].sum()),
             failed={rule.removeprefix("error: "): count for rule, count in rules.most_common()},
             over_budget=over_budget,

@@ -48,7 +48,9 @@ def distill_settings(options: dict[str, Any], base: dict[str, Any]) -> dict[str,
 @config_option(DistillConfig, "budget_tokens")
 @config_option(DistillConfig, "budget_hours")
 @config_option(DistillConfig, "max_failed")
-@click.option("--dry-run", is_flag=True, help="Answer 16 of the prompts, keep those answers, and say what the rest will take.")
+@config_option(DistillConfig, "want_format")
+@config_option(DistillConfig, "stop_below")
+@click.option("--dry-run", is_flag=True, help="Answer 50 of the prompts, keep those answers, and say what the rest will take.")
 @click.option("--config", "settings", type=click.Path(path_type=Path), help="YAML file of settings; options win over it.")
 def distill(prompts: str, out: Path, dry_run: bool, settings: Path | None, **options: Any) -> None:
     """Ask a teacher for k answers to each of the PROMPTS, a file, folder, `-`, or Hub data set.
@@ -59,6 +61,7 @@ def distill(prompts: str, out: Path, dry_run: bool, settings: Path | None, **opt
     sftkit curate distill prompts.jsonl -o runs/a --teacher smollm2-135m-instruct -k 4
     sftkit curate distill prompts.jsonl -o runs/a --teacher smollm2-135m-instruct -k 8      four more of each
     sftkit curate distill prompts.jsonl -o runs/b --teacher org/name --system "Be brief." --dry-run
+    sftkit curate distill math.jsonl -o runs/m --teacher org/name --want-format '####' --stop-below 0.9    a probe first
     sftkit curate distill prompts.jsonl -o runs/c --teacher name --engine openai --base-url http://localhost:8000/v1
     """
     config = load_config(DistillConfig, distill_settings(options, read_yaml(settings) if settings else {}))

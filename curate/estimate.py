@@ -8,10 +8,9 @@ import polars as pl
 
 from ..core.progress import duration
 from .config import DistillConfig
-from .distill import Wanted, distillation
+from .distill import PROBE, distillation
+from .probe import Probe, tell
 from .rows import message_text
-
-PROBE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +22,11 @@ class Estimate:
     stored: int  # of them, before the probe
     probed: int
     measured: int  # stored samples that the means are taken over, the probe's included
-    cut_share: float | None  # of the measured samples that reached max_new_tokens
+    probe: Probe  # what those samples look like
     prompt_tokens: int | None  # of the samples that are still missing, a prompt counted for each; None where a server renders
     new_tokens: float | None  # to be generated for the samples that are still missing
     standard_error: float | None  # of new_tokens; one prompt's samples count as one observation
     tokens_per_second: float | None  # of the probe, which runs fewer answers at once than the whole will
-    examples: list[tuple[str, str, str]]  # (prompt, answer, finish_reason) of three probed samples, or stored ones
 
     @property
     def remaining(self) -> int:
@@ -54,29 +52,20 @@ class Estimate:
             lines.append(f"time: about {duration(self.seconds)} at the {rate}")
         elif self.remaining:
             lines.append("time: not known, the probe measured nothing")
-        if self.cut_share is not None:
-            lines.append(f"stopped by themselves: {1 - self.cut_share:.0%}; cut at the longest length: {self.cut_share:.0%}")
-        for prompt, answer, reason in self.examples:
-            lines.append(f"\nprompt: {shorten(prompt)}\nanswer: {shorten(answer)}{' (cut)' if reason == 'length' else ''}")
+        if self.probe.answers:
+            lines += [self.probe.shares(), *(f"warning: {fault}" for fault in self.probe.faults()), tell(self.probe.examples())]
         return "\n".join(lines)
 
 
-def shorten(text: str, length: int = 200) -> str:
-    """Return the text in one line, its end left out when it is long."""
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[:length].rstrip() + " …"
-
-
 def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
-    """Generate one sample of up to 16 evenly spaced prompts that miss some, store them, and say what the rest will take.
+    """Generate one sample of up to 50 evenly spaced prompts that miss some, store them, and say what the rest will take.
 
     The run folder is begun with these settings, as `distill` would; raises what `distill` raises.
     """
     with distillation(source, run, config) as work:
         missing = work.missing()
-        first = list({each.row[0]: each for each in reversed(missing)}.values())[::-1]  # the first missing sample of each prompt
-        probe = [first[place * len(first) // PROBE] for place in range(PROBE)] if len(first) > PROBE else first
-        probed, tokens, seconds = work.generate(probe, label="probe")
+        asked = work.first_of_each(missing, PROBE)
+        probed, tokens, seconds = work.generate(asked, label="probe")
         stored = work.samples()
         keys = set(stored["key"])
         left = [each for each in missing if each.key not in keys]
@@ -85,22 +74,19 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
         error = None
         if mean is not None and len(means) > 1:
             error = math.sqrt(sum((each - mean) ** 2 for each in means) / (len(means) - 1) / len(means))
-        answers = {row["key"]: row for row in stored.select("key", "text", "finish_reason").iter_rows(named=True)}
-        shown = [each for each in (probe or work.wanted) if each.key in answers]
+        probe, answers = Probe(config), {row["key"]: row for row in stored.select("key", "text", "finish_reason").iter_rows(named=True)}
+        for each in asked or work.first_of_each(work.wanted, PROBE):
+            if each.key in answers:
+                probe.add(message_text(each.prompt.messages[-1]), answers[each.key]["text"], answers[each.key]["finish_reason"])
         return Estimate(
             run=work.run.path,
             wanted=len(work.wanted),
             stored=len(work.wanted) - len(missing),
             probed=probed,
             measured=stored.height,
-            cut_share=(stored["finish_reason"] == "length").mean() if stored.height else None,  # type: ignore[arg-type]
+            probe=probe,
             prompt_tokens=sum(len(each.prompt.ids) for each in left) if work.teacher.chat else None,
             new_tokens=None if mean is None else mean * len(left),
             standard_error=None if error is None else error * len(left),
             tokens_per_second=tokens / seconds if probed else None,
-            examples=[_example(each, answers[each.key]) for each in shown[:: max(1, len(shown) // 3)][:3]],
         )
-
-
-def _example(wanted: Wanted, answer: dict[str, str]) -> tuple[str, str, str]:
-    return message_text(wanted.prompt.messages[-1]), answer["text"], answer["finish_reason"]

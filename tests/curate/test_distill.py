@@ -22,7 +22,7 @@ from sftkit.core.run import Run
 from sftkit.core.store import SampleStore
 from sftkit.curate import distill as distill_module
 from sftkit.curate.cache import explain
-from sftkit.curate.config import DistillConfig
+from sftkit.curate.config import DistillConfig, format_pattern
 from sftkit.curate.distill import distill
 from sftkit.curate.estimate import estimate
 from sftkit.curate.rows import load_rows
@@ -425,29 +425,70 @@ def test_an_engine_that_swallows_a_request_fails_it_by_name(tmp_path: Path, sett
     assert stored(tmp_path / "run").height == 2
 
 
-def test_a_dry_run_probes_sixteen_prompts_and_wastes_nothing(tmp_path: Path, settings: Any, between: Between) -> None:
-    path, run = prompts(tmp_path / "p.jsonl", 64), tmp_path / "run"
-    found = estimate(path, run, settings(k=2))
-    assert (found.wanted, found.stored, found.probed, found.remaining, found.measured) == (128, 0, 16, 112, 16)
+def test_a_dry_run_probes_fifty_prompts_and_wastes_nothing(tmp_path: Path, settings: Any, between: Between) -> None:
+    path, run = prompts(tmp_path / "p.jsonl", 100), tmp_path / "run"
+    config = settings(k=2, max_new_tokens=40)
+    found = estimate(path, run, config)
+    assert (found.wanted, found.stored, found.probed, found.remaining, found.measured) == (200, 0, 50, 150, 50)
     numbers = [int(each.messages[-1]["content"].split()[2]) for each in between.asked]
-    assert numbers == list(range(0, 64, 4))
+    assert numbers == list(range(0, 100, 2))
     tokens = stored(run)["num_tokens"]
-    assert found.new_tokens == pytest.approx(tokens.mean() * 112)
-    assert found.standard_error == pytest.approx(tokens.std() / 4 * 112)
+    assert found.new_tokens == pytest.approx(tokens.mean() * 150)
+    assert found.standard_error == pytest.approx(tokens.std() / 50**0.5 * 150)
     assert found.seconds == pytest.approx(found.new_tokens / found.tokens_per_second)
-    assert found.prompt_tokens == pytest.approx(len(between.asked[8].prompt_ids) * 112, rel=0.05)
-    assert found.cut_share == (stored(run)["finish_reason"] == "length").mean()
-    assert len(found.examples) == 3
-    assert found.examples[0][0] == "What is 0 plus 0?"
+    assert found.prompt_tokens == pytest.approx(len(between.asked[8].prompt_ids) * 150, rel=0.05)
+    assert found.probe.cut == (stored(run)["finish_reason"] == "length").sum()
+    assert len(found.probe.examples()) == 3
 
     between.asked = []
-    result = distill(path, run, settings(k=2))
-    assert (len(between.asked), result.samples, result.new_samples) == (112, 128, 112)
-    distill(path, tmp_path / "whole", settings(k=2))
+    result = distill(path, run, config)
+    assert (len(between.asked), result.samples, result.new_samples) == (150, 200, 150)
+    assert result.new_tokens == pytest.approx(found.new_tokens, rel=0.15)  # a tiny model, but its lengths vary as a real one's do
+    distill(path, tmp_path / "whole", config)
     assert data_set(run) == data_set(tmp_path / "whole")
-    after = estimate(path, run, settings(k=2))
-    assert (after.stored, after.probed, after.remaining, after.tokens_per_second) == (128, 0, 0, None)
+    after = estimate(path, run, config)
+    assert (after.stored, after.probed, after.remaining, after.tokens_per_second) == (200, 0, 0, None)
     assert "to come: 0 samples" in after.summary()
+
+
+def test_answers_without_the_wanted_format_are_noticed_at_once(
+    tmp_path: Path, settings: Any, between: Between, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = prompts(tmp_path / "p.jsonl", 60)
+    with caplog.at_level(logging.INFO, logger="sftkit"):
+        result = distill(path, tmp_path / "run", settings(want_format="####", engine={"batch_tokens": 256}))
+    assert result.samples == 60
+    assert result.matched == 0
+    assert "0.0% in the wanted format" in result.summary()
+    (warning,) = [each.message for each in caplog.records if "in the wanted format '####': ask for it" in each.message]
+    assert "only 0.0% of the answers are" in warning
+    assert caplog.text.count("prompt: What is") == 3
+    assert "of 50 answers" in caplog.text
+
+    between.asked = []
+    with pytest.raises(UserError, match=r"stopped after a probe, as stop_below 0\.5 asks: .*'boxed'.*Its answers are kept"):
+        distill(path, tmp_path / "stopped", settings(want_format="boxed", stop_below=0.5))
+    assert len(between.asked) == stored(tmp_path / "stopped").height == 50
+    anything = settings(want_format="(?s).*", stop_below=0.0)
+    assert distill(path, tmp_path / "stopped", anything).matched == 60
+    with pytest.raises(UserError, match=r"want_format '\(': is no regular expression .*known by name are ####, boxed"):
+        settings(want_format="(")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "answer", "holds"),
+    [
+        ("####", "so it is\n#### 42", True),
+        ("####", "#### The end", False),
+        ("boxed", r"the answer is \boxed{42}", True),
+        ("boxed", "42", False),
+        (r"^Answer: \w+$", "first\nAnswer: B", True),
+    ],
+)
+def test_what_a_format_is(wanted: str, answer: str, holds: bool) -> None:
+    pattern = format_pattern(wanted)
+    assert pattern is not None
+    assert (pattern.search(answer) is not None) == holds
 
 
 def test_cache_explain_names_the_fields_that_differ(tmp_path: Path, tiny_model: Path, settings: Any) -> None:
@@ -472,7 +513,7 @@ def test_cache_explain_names_the_fields_that_differ(tmp_path: Path, tiny_model: 
 
 
 def test_the_commands_say_what_happened(tmp_path: Path, tiny_model: Path) -> None:
-    path, run = prompts(tmp_path / "p.jsonl", 20), tmp_path / "run"
+    path, run = prompts(tmp_path / "p.jsonl", 70), tmp_path / "run"
     base = [
         "curate",
         "distill",
@@ -493,21 +534,21 @@ def test_the_commands_say_what_happened(tmp_path: Path, tiny_model: Path) -> Non
         return result.stdout
 
     dry = call(*base, "-k", "2", "--dry-run")
-    assert "40 samples wanted, 0 were there, 16 probed now and kept" in dry
-    assert "to come: 24 samples" in dry
+    assert "140 samples wanted, 0 were there, 50 probed now and kept" in dry
+    assert "to come: 90 samples" in dry
     assert "standard error" in dry
     assert dry.count("prompt: What is") == 3
     done = call(*base, "-k", "2")
-    assert "40 of 40 samples of 20 prompts" in done
-    assert "new: 24 samples" in done
+    assert "140 of 140 samples of 70 prompts" in done
+    assert "new: 90 samples" in done
     assert "cut at the longest length" in done
     assert str(run / "curate" / "dataset.jsonl") in done
     assert "new: none, everything that was asked for is there" in call(*base, "-k", "2")
-    assert "40 samples of" in (told := call("curate", "cache", "explain", str(run), "--temperature", "1.0"))
+    assert "140 samples of" in (told := call("curate", "cache", "explain", str(run), "--temperature", "1.0"))
     assert "temperature: stored 0.8, asked 1.0" in told
     assert "nothing differs" in call("curate", "cache", "explain", str(run))
-    assert "40 samples" in call("curate", "cache", "export", str(run), "-o", str(tmp_path / "samples.parquet"))
-    assert pl.read_parquet(tmp_path / "samples.parquet").height == 40
+    assert "140 samples" in call("curate", "cache", "export", str(run), "-o", str(tmp_path / "samples.parquet"))
+    assert pl.read_parquet(tmp_path / "samples.parquet").height == 140
 
 
 def test_a_config_file_speaks_below_the_options(tmp_path: Path, tiny_model: Path) -> None:

@@ -1,0 +1,107 @@
+"""What the first answers of a teacher show before the rest is paid for: whether they end, and in the format that is wanted."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..core.errors import UserError
+from .config import DistillConfig, format_pattern
+
+log = logging.getLogger(__name__)
+
+ENOUGH = 0.9  # below it there is a warning
+FEWEST = 20  # answers from which on a share says something
+
+
+def shorten(text: str, length: int = 200) -> str:
+    """Return the text in one line, its end left out when it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[:length].rstrip() + " …"
+
+
+@dataclass(slots=True)
+class Probe:
+    """Answers looked at: how many ended, were cut, and hold the wanted format."""
+
+    config: DistillConfig
+    answers: int = 0
+    cut: int = 0
+    matched: int = 0
+    sound: list[tuple[str, str, str]] = field(default_factory=list)  # (prompt, answer, finish_reason), three at most
+    faulty: list[tuple[str, str, str]] = field(default_factory=list)  # cut, or without the format
+
+    def add(self, prompt: str, answer: str, finish_reason: str) -> None:
+        """Look at an answer."""
+        pattern = format_pattern(self.config.want_format)
+        matched = pattern is not None and pattern.search(answer) is not None
+        self.answers += 1
+        self.cut += finish_reason == "length"
+        self.matched += matched
+        shown = self.faulty if finish_reason == "length" or (pattern is not None and not matched) else self.sound
+        if len(shown) < 3:
+            shown.append((prompt, answer, finish_reason))
+
+    @property
+    def stopped_share(self) -> float:
+        """Return the share that ended by itself."""
+        return 1 - self.cut / self.answers
+
+    @property
+    def matched_share(self) -> float | None:
+        """Return the share that holds the wanted format; None where none is wanted."""
+        return None if self.config.want_format is None else self.matched / self.answers
+
+    def examples(self) -> list[tuple[str, str, str]]:
+        """Return three answers, those first that are not as wanted."""
+        return [*self.faulty, *self.sound][:3]
+
+    def shares(self) -> str:
+        """Say the shares in a line."""
+        parts = [
+            f"{self.stopped_share:.1%} stopped by themselves, {self.cut / self.answers:.1%} cut at {self.config.max_new_tokens} tokens"
+        ]
+        if self.matched_share is not None:
+            parts.append(f"{self.matched_share:.1%} in the wanted format {self.config.want_format!r}")
+        return f"of {self.answers:,} answers " + ", ".join(parts)
+
+    def faults(self, least: float = ENOUGH) -> list[str]:
+        """Return what is wrong with the answers, and what helps, a line each."""
+        found = []
+        if self.stopped_share < least:
+            found.append(
+                f"only {self.stopped_share:.1%} of the answers stopped by themselves: raise max_new_tokens, or take retry_truncated"
+            )
+        if self.matched_share is not None and self.matched_share < least:
+            wanted = self.config.want_format
+            found.append(
+                f"only {self.matched_share:.1%} of the answers are in the wanted format {wanted!r}: ask for it in the system message, best"
+                " with an example, or want the format that this teacher has"
+            )
+        return found
+
+    def warn(self) -> None:
+        """Log the shares, and with three examples what is wrong."""
+        log.info("%s", self.shares())
+        faults = self.faults()
+        for fault in faults:
+            log.warning("warning: %s", fault)
+        if faults:
+            log.warning("%s", tell(self.examples()))
+
+    def stop(self) -> None:
+        """Raise UserError where less than the share `stop_below` is as wanted."""
+        assert self.config.stop_below is not None
+        faults = self.faults(self.config.stop_below)
+        if faults:
+            log.warning("%s", tell(self.examples()))
+            raise UserError(
+                f"stopped after a probe, as stop_below {self.config.stop_below:g} asks: {'; '.join(faults)}. Its answers are kept"
+            )
+
+
+def tell(examples: Sequence[tuple[str, str, str]]) -> str:
+    """Write prompts and answers for people."""
+    return "\n".join(
+        f"\nprompt: {shorten(prompt)}\nanswer: {shorten(answer)}{' (cut)' if reason == 'length' else ''}"
+        for prompt, answer, reason in examples
+    )
