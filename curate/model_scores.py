@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from ..core.errors import UserError
 from ..core.likelihood import Reading, compute, make_reading, read_conversation
 from ..core.named_models import NamedModel, find_models
 from ..core.progress import Progress
+from ..core.run import Run
 from ..core.values import ValueStore, value_key
 from .scorers import Candidate, ColumnScorer, Result, Scorer, failure
 
@@ -88,14 +88,14 @@ def reward(*, model: str, device: str | None = None, dtype: str = "auto", batch_
     """Give the score of the whole conversation by a reward model: sequence classification with one output and a chat template."""
     config = _engine_config("transformers", device, dtype, batch_tokens)
 
-    def score(rows: Sequence[Candidate], place: Path) -> Iterator[tuple[int, Result]]:
+    def score(rows: Sequence[Candidate], run: Run) -> Iterator[tuple[int, Result]]:
         from ..core.models import resolve_model
         from ..core.reward import open_reward_model
 
         found = _find(model, config)
         assert found.chat is not None
         readings = [_read(found, row, read_reward) for row in rows]
-        with ValueStore(place / VALUES) as store:
+        with ValueStore(run.room("curate") / VALUES) as store:
             missing = {each.key: each for each in readings if not each.error and each.key not in store}
             errors: dict[str, str] = {}
             if missing:
@@ -136,11 +136,11 @@ def judge(
     if not str(scale).isdecimal():
         raise UserError(f"scale: expected a whole number from 2 to 9, found {scale!r}")
 
-    def score(rows: Sequence[Candidate], place: Path) -> Iterator[tuple[int, Result]]:
+    def score(rows: Sequence[Candidate], run: Run) -> Iterator[tuple[int, Result]]:
         from ..core.judge import Item, Judge
 
         (found,) = find_models({model: model}, config)
-        with ValueStore(place / VALUES) as store:
+        with ValueStore(run.room("curate") / VALUES) as store:
             judging = Judge(found, store, rubric=rubric, scale=int(scale), parse=parse)
             answered = [number for number, row in enumerate(rows) if row.response is not None]
             items = [Item(rows[number].prompt, rows[number].response or "", rows[number].reference) for number in answered]
@@ -163,7 +163,7 @@ def read_reward(model: NamedModel, row: Candidate) -> Reading:
 def _of_answers(value: Callable[[Floats], float], config: EngineConfig, model: str) -> ColumnScorer:
     """Return the scorer whose value is made of the log-probabilities of the answer's tokens."""
 
-    def score(rows: Sequence[Candidate], place: Path) -> Iterator[tuple[int, Result]]:
+    def score(rows: Sequence[Candidate], run: Run) -> Iterator[tuple[int, Result]]:
         found = _find(model, config)
 
         def of(values: Floats, reading: Reading, row: Candidate) -> float:
@@ -172,7 +172,7 @@ def _of_answers(value: Callable[[Floats], float], config: EngineConfig, model: s
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]
             readings = [_read(found, row, read_answer) for row in chunk]
-            with ValueStore(place / VALUES) as store:
+            with ValueStore(run.room("curate") / VALUES) as store:
                 errors, _ = compute(found, readings, store)
                 for number, (row, each) in enumerate(zip(chunk, readings, strict=True)):
                     yield start + number, _result(each, store, errors, lambda values, reading, row=row: of(values, reading, row))
@@ -183,12 +183,12 @@ def _of_answers(value: Callable[[Floats], float], config: EngineConfig, model: s
 def _ifd(value: Callable[[float, float], float], config: EngineConfig, model: str) -> ColumnScorer:
     """Return the scorer whose value is made of the mean log-probabilities of the answer after its prompt, and alone."""
 
-    def score(rows: Sequence[Candidate], place: Path) -> Iterator[tuple[int, Result]]:
+    def score(rows: Sequence[Candidate], run: Run) -> Iterator[tuple[int, Result]]:
         found = _find(model, config)
         for start in range(0, len(rows), CHUNK):
             readings = [_read(found, row, read_answer) for row in rows[start : start + CHUNK]]
             alone = [each if each.error else read_alone(found, each) for each in readings]
-            with ValueStore(place / VALUES) as store:
+            with ValueStore(run.room("curate") / VALUES) as store:
                 errors, _ = compute(found, [*readings, *alone], store)
 
                 def mean(values: Floats, reading: Reading) -> float:

@@ -22,6 +22,7 @@ from .config import ScoreConfig
 from .model_scores import grape, ifd, ifd_ppl, judge, logprob, perplexity, reward
 from .rows import KEY, keys, load_rows
 from .scorers import Candidate, ColumnScorer, Result, Scorer, exact, failure, num_chars, num_tokens, num_words, numeric, regex
+from .text_scores import cluster, language, neighbour, refusal, repetition, top_ngram, truncated
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +42,19 @@ SCORERS: dict[str, Callable[..., Scorer | ColumnScorer]] = {
     "perplexity": perplexity,
     "reward": reward,
     "judge": judge,
+    "language": language,
+    "repetition": repetition,
+    "top_ngram": top_ngram,
+    "refusal": refusal,
+    "truncated": truncated,
+    "neighbour": neighbour,
+    "cluster": cluster,
 }
 COLUMNS = ("num_chars", "num_words", "num_tokens", "logprob")  # read off a row at once: they need not be stored
 GROUPS = {  # what `--with NAME` stands for, where it is several scores; computed once, the second costs nothing
     "length": ("num_chars", "num_words", "num_tokens"),
     "ifd": ("ifd", "ifd_ppl"),
+    "repetition": ("repetition", "top_ngram"),
 }
 
 
@@ -100,17 +109,17 @@ def score(run: Run, config: ScoreConfig) -> dict[str, pl.DataFrame]:
     results = {}
     for name, scorer in scorers.items():
         if isinstance(scorer, ColumnScorer):  # it tells its progress itself
-            results[name] = _score_rows(rows, name, scorer, run.room("curate"), None)
+            results[name] = _score_rows(rows, name, scorer, run, None)
         else:
             with Progress(f"score {name}", total=len(rows), unit="rows") as progress:
-                results[name] = _score_rows(rows, name, scorer, run.room("curate"), progress)
+                results[name] = _score_rows(rows, name, scorer, run, progress)
         with write_atomically(score_path(run, name)) as temporary:
             results[name].write_parquet(temporary)
     return results
 
 
-def _score_rows(rows: pl.DataFrame, name: str, scorer: Scorer | ColumnScorer, place: Path, progress: Progress | None) -> pl.DataFrame:
-    found, errors = _score_column(rows, scorer, place) if isinstance(scorer, ColumnScorer) else _score_each(rows, scorer, progress)
+def _score_rows(rows: pl.DataFrame, name: str, scorer: Scorer | ColumnScorer, run: Run, progress: Progress | None) -> pl.DataFrame:
+    found, errors = _score_column(rows, scorer, run) if isinstance(scorer, ColumnScorer) else _score_each(rows, scorer, progress)
     sound = [
         (None, f"not a finite number: {value}") if value is not None and not math.isfinite(value) else (value, detail)
         for value, detail in found
@@ -123,13 +132,13 @@ def _score_rows(rows: pl.DataFrame, name: str, scorer: Scorer | ColumnScorer, pl
 
 def _candidates(rows: pl.DataFrame) -> Iterator[Candidate | Exception]:
     columns = ["prompt", "response", "reference", "meta", "num_tokens", "logprob", "messages", "finish_reason"]
-    for prompt, response, reference, meta, tokens, mean, messages, finish_reason in rows.select(columns).iter_rows():
+    for name, index, prompt, response, reference, meta, tokens, mean, messages, finish_reason in rows.select(*KEY, *columns).iter_rows():
         try:
             known = json.loads(meta or "{}")
         except ValueError as error:
             yield error
             continue
-        yield Candidate(prompt, response, reference, known, tokens, mean, messages, finish_reason)
+        yield Candidate(prompt, response, reference, known, tokens, mean, messages, finish_reason, row_id(name, index))
 
 
 def _score_each(rows: pl.DataFrame, scorer: Scorer, progress: Progress | None) -> tuple[list[Result], int]:
@@ -153,7 +162,7 @@ def _score_each(rows: pl.DataFrame, scorer: Scorer, progress: Progress | None) -
     return found, errors
 
 
-def _score_column(rows: pl.DataFrame, scorer: ColumnScorer, place: Path) -> tuple[list[Result], int]:
+def _score_column(rows: pl.DataFrame, scorer: ColumnScorer, run: Run) -> tuple[list[Result], int]:
     """Return the result of each row, and how many have no value."""
     found: list[Result] = [(None, "the scorer gave nothing")] * len(rows)
     places, sound = [], []
@@ -163,7 +172,7 @@ def _score_column(rows: pl.DataFrame, scorer: ColumnScorer, place: Path) -> tupl
         else:
             places.append(number)
             sound.append(candidate)
-    for number, result in scorer.score(sound, place):
+    for number, result in scorer.score(sound, run):
         found[places[number]] = result
     return found, sum(value is None for value, _ in found)
 
@@ -205,7 +214,7 @@ def read_score(run: Run, rows: pl.DataFrame, name: str) -> pl.DataFrame:
     """
     check_score_name(run, name)
     if not score_path(run, name).exists():
-        return _score_rows(rows, name, SCORERS[name](), run.path / "curate", None).select("value", "detail")
+        return _score_rows(rows, name, SCORERS[name](), run, None).select("value", "detail")
     stored = pl.read_parquet(score_path(run, name)).select(*KEY, "value", "detail")
     found = rows.select(KEY).join(stored, on=KEY, how="left", nulls_equal=True, maintain_order="left")
     fresh = len(rows.select(KEY).join(stored, on=KEY, how="anti", nulls_equal=True))

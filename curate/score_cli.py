@@ -26,6 +26,10 @@ def score(run: str, out: Path | None, settings: Path | None, scorers: tuple[str,
     perplexity  of the answer after its prompt (model=…)
     ifd         how little the prompt helps to find the answer, in both definitions: ifd and ifd_ppl (model=…)
     reward      what a reward model says of the conversation (model=…)
+    language    how sure it is which one, by name; or 1 and 0 (wanted=zh-Hant)
+    repetition  repetition and top_ngram: the shares that the filter's rules measure
+    refusal     begins with a refusal: 1 or 0;  truncated  cut at the longest length: 1 or 0
+    neighbour   the cosine with the most similar other row (on=prompt);  cluster  its number (clusters=…, seed=…)
     judge       a grade by any model (model=…, rubric=helpfulness|correctness|FILE|words, scale=6, engine=…, base_url=…)
 
     \b

@@ -3,11 +3,11 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..core.checks.numbers import RULES, Rule, canonical, extract_number
 from ..core.errors import UserError, unknown_name
+from ..core.run import Run
 
 CHINESE_WORD = r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"  # scripts without spaces: each character counts as a word
 WORD = re.compile(rf"{CHINESE_WORD}|(?:(?!{CHINESE_WORD})[\w'’-])+")
@@ -25,6 +25,7 @@ class Candidate:
     logprob: float | None
     messages: str = "[]"  # JSON text of the conversation, with the answer
     finish_reason: str | None = None
+    id: str = ""  # as a row is written for people
 
 
 Result = tuple[float | None, str]  # value and detail; value None with the reason as detail where there is nothing to say
@@ -35,11 +36,11 @@ Scorer = Callable[[Candidate], Result]
 class ColumnScorer:
     """A scorer that takes the whole column, because its rows are cheaper together or are compared with one another.
 
-    `score` gets all rows and the run's folder curate/, where it keeps what was expensive, and yields each row's place and
-    result as they come, in any order. A row it fails on has no value and the reason as detail.
+    `score` gets all rows and the run, in whose folder it keeps what was expensive, and yields each row's place and result as they
+    come, in any order. A row it fails on has no value and the reason as detail.
     """
 
-    score: Callable[[Sequence[Candidate], Path], Iterator[tuple[int, Result]]]
+    score: Callable[[Sequence[Candidate], Run], Iterator[tuple[int, Result]]]
 
 
 def failure(error: Exception) -> Result:

@@ -1,0 +1,147 @@
+"""Scores that are statistics of a text, or of its place among the others: language, repetition, refusal, neighbours, clusters."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import polars as pl
+
+from ..core.errors import UserError, unknown_name
+from ..core.language import detect_language
+from ..core.run import Run
+from .config import TEXTS, EmbedConfig
+from .scorers import WORD, Candidate, ColumnScorer, Result, Scorer
+
+NGRAM = 10  # words, as the filter's rule counts them
+DEFAULT = EmbedConfig()
+
+
+def language(*, wanted: str | None = None) -> Scorer:
+    """Give how sure it is in which language the answer is written, from 0 to 1; the detail is the language. See core.language.
+
+    With `wanted`, as en or zh-Hant or zh (either script), 1 where the answer is written in it and 0 where it is not.
+    """
+
+    def score(text: str) -> Result:
+        found = detect_language(text)
+        if found.code == "und":
+            return None, "no words"
+        if wanted is None:
+            return found.confidence, found.code
+        return float(found.code == wanted or found.code.startswith(f"{wanted}-")), found.code
+
+    return _of_response(score)
+
+
+def repetition() -> Scorer:
+    """Give the share of the answer's 10-word windows that stood in it before: what the filter's rule `duplicate_ngrams` measures."""
+    from .filters import duplicate_ngrams
+
+    return _of_response(lambda text: (duplicate_ngrams(WORD.findall(text.lower()), NGRAM), ""))
+
+
+def top_ngram() -> Scorer:
+    """Give the largest share of the answer's words in one 2-, 3- or 4-gram: as the filter's rule measures from 50 words on."""
+    from .filters import top_ngram
+
+    def score(text: str) -> Result:
+        words = WORD.findall(text.lower())
+        return max(top_ngram(words, n) for n in (2, 3, 4)), ""
+
+    return _of_response(score)
+
+
+def refusal() -> Scorer:
+    """Say whether the answer begins with a refusal or a disclaimer, as the filter's rule has them: 1 or 0. The detail is its words."""
+    from .filters import REFUSAL_CHARS, REFUSALS
+
+    def score(text: str) -> Result:
+        match = REFUSALS.search(text[:REFUSAL_CHARS])
+        return (0.0, "") if match is None else (1.0, match[0][:200])
+
+    return _of_response(score)
+
+
+def truncated() -> Scorer:
+    """Say whether the answer was cut at the longest length: 1 or 0; nothing where it is not known how it ended."""
+    return lambda row: (None, "how it ended is not known") if row.finish_reason is None else (float(row.finish_reason == "length"), "")
+
+
+def neighbour(
+    *, on: str = "pair", model: str = DEFAULT.model, max_seq_length: int = DEFAULT.max_seq_length, device: str | None = None
+) -> ColumnScorer:
+    """Give the cosine with the most similar other row; the detail is that row. Of equals the first counts.
+
+    Vectors are those that dedup and select keep in the run. Costs n² · d multiplications, in blocks: 8 MB are held, not n².
+    """
+    config = _embed_config(on, model, max_seq_length, device)
+
+    def score(rows: Sequence[Candidate], run: Run) -> Iterator[tuple[int, Result]]:
+        from .embed import embed_rows
+        from .similarity import BLOCK, TILE, Candidates
+
+        vectors = embed_rows(run, _frame(rows), on, config)
+        everyone = np.arange(len(rows))
+        for start in range(0, len(rows), BLOCK):
+            block = everyone[start : start + BLOCK]
+            found = Candidates(len(block), floor=-2.0)
+            for tile in range(0, len(rows), TILE):
+                columns = everyone[tile : tile + TILE]
+                cosines = vectors[block] @ vectors[columns].T
+                own = np.flatnonzero((block >= tile) & (block < tile + len(columns)))
+                cosines[own, block[own] - tile] = -3.0  # a row is not its own neighbour
+                found.add(cosines, tile)
+            for number, (places, exact) in zip(block.tolist(), found.verified(vectors, block, everyone), strict=True):
+                if not len(places):
+                    yield number, (None, "there is no other row")
+                    continue
+                best = int(np.argmax(exact))
+                yield number, (float(exact[best]), rows[int(places[best])].id)
+
+    return ColumnScorer(score)
+
+
+def cluster(
+    *,
+    clusters: int | None = None,
+    seed: int = 0,
+    on: str = "pair",
+    model: str = DEFAULT.model,
+    max_seq_length: int = DEFAULT.max_seq_length,
+    device: str | None = None,
+) -> ColumnScorer:
+    """Give the number of the row's cluster: k-means by cosine, seeded, as `select` makes them; as many as the root of the rows."""
+    config = _embed_config(on, model, max_seq_length, device)
+    count, drawn = (None if each is None else _whole(name, each) for name, each in (("clusters", clusters), ("seed", seed)))
+
+    def score(rows: Sequence[Candidate], run: Run) -> Iterator[tuple[int, Result]]:
+        from .embed import embed_rows
+        from .quotas import cluster as k_means
+        from .quotas import num_clusters
+
+        if not rows:
+            return
+        vectors = embed_rows(run, _frame(rows), on, config)
+        for number, label in enumerate(k_means(vectors, num_clusters(len(rows), count), drawn or 0)):
+            yield number, (float(label), "")
+
+    return ColumnScorer(score)
+
+
+def _of_response(score: Callable[[str], Result]) -> Scorer:
+    return lambda row: (None, "no response") if row.response is None else score(row.response)
+
+
+def _frame(rows: Sequence[Candidate]) -> pl.DataFrame:
+    return pl.DataFrame({"messages": [each.messages for each in rows]}, schema={"messages": pl.String})
+
+
+def _embed_config(on: str, model: str, max_seq_length: int | str, device: str | None) -> EmbedConfig:
+    if on not in TEXTS:
+        raise unknown_name("value for on", on, TEXTS)
+    return EmbedConfig(model=model, max_seq_length=_whole("max_seq_length", max_seq_length), device=device)
+
+
+def _whole(name: str, value: int | str) -> int:
+    if not str(value).isdecimal():
+        raise UserError(f"{name}: expected a whole number, found {value!r}")
+    return int(value)
