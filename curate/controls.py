@@ -18,8 +18,8 @@ BUCKETS_PER_DOUBLING = 4
 
 def random_order(rows: pl.DataFrame, seed: int) -> list[int]:
     """Return the rows in the order of a number drawn from the seed and each row's own id."""
-    names = keys(rows)
-    return sorted(range(len(rows)), key=lambda row: random_number(seed, *names[row]))
+    numbers = np.array([random_number(seed, *name) for name in keys(rows)])
+    return np.argsort(numbers, kind="stable").tolist()  # type: ignore[no-any-return]
 
 
 def length_bucket(length: float, per_doubling: int = 1) -> int:
@@ -95,7 +95,7 @@ def _path(run: Run, name: str) -> Path:
     return run.path / "curate" / "controls" / f"{name}.jsonl"
 
 
-def rank_correlation(scores: Sequence[float | None], lengths: Sequence[float]) -> tuple[float | None, int]:
+def rank_correlation(scores: Sequence[float | None] | pl.Series, lengths: Sequence[float]) -> tuple[float | None, int]:
     """Return Spearman's correlation of score and length over the rows with a score, None where one is constant, and their number."""
     both = pl.DataFrame({"score": scores, "length": lengths}, schema={"score": pl.Float64, "length": pl.Float64}).drop_nulls()
     if both["score"].n_unique() < 2 or both["length"].n_unique() < 2:

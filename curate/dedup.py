@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +12,13 @@ import numpy.typing as npt
 import polars as pl
 
 from ..core.config import to_mapping
-from ..core.example import Decision
 from ..core.formats import read_examples
 from ..core.progress import Progress
 from ..core.run import Run
 from .config import DedupConfig
 from .embed import embed_rows
-from .rows import Outcome, input_rows, keys, record, row_ids, split_texts
-from .score import best_first, sort_columns
+from .rows import KEY, TEXT, Outcome, decision_table, input_rows, record, row_name, split_texts
+from .scored import best_first, columns_for, sort_columns
 from .similarity import BLOCK, MARGIN, TILE, Candidates, Cosines, Indices, Vectors, exact_cosines
 
 log = logging.getLogger(__name__)
@@ -40,21 +39,21 @@ def dedup(run: Run, config: DedupConfig) -> list[Outcome]:
     outcomes = []
     run.configure("dedup", to_mapping(config), free=("*",))
     if config.exact:
-        stage = _Stage(run, "dedup_exact", "exact_duplicate", second, config.by)
-        outcomes.append(stage.decided(exact_duplicates(texts(stage.all, config.on), stage.order, given=len(second))))
+        stage = _Stage(run, "dedup_exact", "exact_duplicate", second, config.by, TEXT)
+        outcomes.append(stage.decided(exact_witnesses(stage.all, config.on, stage.order, given=len(second))))
     if config.minhash is not None:
         from .minhash import band_keys, near_duplicates, shingle_sets
 
-        stage = _Stage(run, "dedup_minhash", "near_duplicate", second, config.by)
+        stage = _Stage(run, "dedup_minhash", "near_duplicate", second, config.by, TEXT)
         shingles = shingle_sets(["\n".join(parts) for parts in texts(stage.all, config.on)])
         keys = band_keys(shingles) if config.candidates == "lsh" else None
-        witness, near = near_duplicates(shingles, config.minhash, stage.order, keys=keys, given=len(second))
-        outcomes.append(stage.decided(_removed(witness, near), config.minhash))
+        witness, near = near_duplicates(shingles, config.minhash, stage.order.tolist(), keys=keys, given=len(second))
+        outcomes.append(stage.decided(witness, near, config.minhash))
     if config.semantic is not None:
-        stage = _Stage(run, "dedup_semantic", "semantic_duplicate", second, config.by)
+        stage = _Stage(run, "dedup_semantic", "semantic_duplicate", second, config.by, ("messages", *TEXT))
         vectors = embed_rows(run, stage.all, config.on, config.embed)
-        witness, near = cover(vectors, config.semantic, stage.order, given=len(second))
-        outcomes.append(stage.decided(_removed(witness, near), config.semantic))
+        witness, near = cover(vectors, config.semantic, stage.order.tolist(), given=len(second))
+        outcomes.append(stage.decided(witness, near, config.semantic))
     return outcomes
 
 
@@ -73,10 +72,9 @@ def read_second(source: str, on: str) -> pl.DataFrame:
     return found
 
 
-def visiting_order(run: Run, rows: pl.DataFrame, by: Sequence[str]) -> list[int]:
+def visiting_order(run: Run, rows: pl.DataFrame, by: Sequence[str]) -> Indices:
     """Return the rows in the order in which they are visited: best first by the scores, of equals the earlier."""
-    columns = sort_columns(run, rows, by)
-    return sorted(range(len(rows)), key=lambda row: best_first(columns, row))
+    return best_first(sort_columns(run, rows, by)) if by else np.arange(len(rows))
 
 
 def texts(rows: pl.DataFrame, on: str) -> list[tuple[str, ...]]:
@@ -93,19 +91,36 @@ def normalised(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
-def exact_duplicates(texts: Sequence[tuple[str, ...]], order: Sequence[int], *, given: int = 0) -> dict[int, tuple[int, None]]:
-    """Return for each repeated text but the first in `order` that first one, by their places in `texts`.
+def normalised_column(texts: pl.Series) -> pl.Series:
+    """Return what `normalised` says of each text."""
+    is_ascii = texts.str.len_bytes() == texts.str.len_chars()
+    plain = pl.col("text").str.to_lowercase().str.replace_all(r"[ \t-\r\x1c-\x1f]{2,}|[\t-\r\x1c-\x1f]", " ").str.strip_chars(" ")
+    found = texts.to_frame("text").select(pl.when(pl.lit(is_ascii)).then(plain)).to_series().alias(texts.name)
+    if is_ascii.all():
+        return found
+    others = (~is_ascii).arg_true()
+    return found.scatter(others, [normalised(text) for text in texts.gather(others)])
 
-    The first `given` rows of the order stay even if repeated.
+
+def exact_witnesses(rows: pl.DataFrame, on: str, order: Indices, *, given: int = 0) -> Indices:
+    """Return the witness of each row whose text is repeated, -1 for those that stay: the first in `order` of its text.
+
+    Texts are compared by 128 bits of the SHA-256 of what is normalised. The first `given` rows of the order stay.
     """
-    first: dict[bytes, int] = {}
-    removed: dict[int, tuple[int, None]] = {}
-    for place, row in enumerate(order):
-        parts = json.dumps([normalised(part) for part in texts[row]])
-        digest = hashlib.sha256(parts.encode()).digest()[:16]
-        if first.setdefault(digest, row) != row and place >= given:
-            removed[row] = (first[digest], None)
-    return removed
+
+    def digests(texts: pl.Series) -> pl.Series:
+        parts = texts.struct.unnest()
+        prompts = normalised_column(parts["prompt"])
+        both = prompts if on == "prompt" else prompts + "\x1f" + normalised_column(parts["response"].fill_null(""))  # white space itself
+        return pl.Series(texts.name, [hashlib.sha256(text.encode()).digest()[:16] for text in both], pl.Binary)
+
+    digest = pl.struct(TEXT).map_batches(digests, return_dtype=pl.Binary, is_elementwise=True)
+    found = rows.lazy().select(digest.alias("digest")).collect(engine="streaming")
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    found = found.with_columns(place=pl.Series(place)).select("place", first=pl.col("place").min().over("digest"))
+    repeated = (found["first"] != found["place"]) & (found["place"] >= given)
+    return np.where(repeated.to_numpy(), order[found["first"].to_numpy()], -1)
 
 
 def cover(vectors: Vectors, threshold: float, order: Sequence[int], *, block: int = BLOCK, given: int = 0) -> tuple[Indices, Cosines]:
@@ -189,26 +204,26 @@ class _Bounded(Candidates):
 class _Stage:
     """The rows that a stage decides on, behind those of the second set."""
 
-    def __init__(self, run: Run, name: str, rule: str, second: pl.DataFrame, by: Sequence[str]) -> None:
+    def __init__(self, run: Run, name: str, rule: str, second: pl.DataFrame, by: Sequence[str], columns: Sequence[str]) -> None:
         self.run, self.name, self.rule = run, name, rule
-        self.rows = input_rows(run, name)
-        own = self.rows.select(pl.Series("id", row_ids(self.rows), pl.String), "messages", "prompt", "response")
-        self.all = pl.concat([second, own])
+        self.rows = input_rows(run, name, list(dict.fromkeys([*KEY, *columns, *columns_for(run, by)])))
+        self.all = pl.concat([second.select("id", *columns), self.rows.select(row_name().alias("id"), *columns)])
         self.num_given = len(second)
-        self.order = [*range(len(second)), *(len(second) + row for row in visiting_order(run, self.rows, by))]
+        self.order = np.concatenate([np.arange(len(second)), len(second) + visiting_order(run, self.rows, by)])
 
-    def decided(self, removed: Mapping[int, tuple[int, float | None]], threshold: float | None = None) -> Outcome:
-        """Record the stage: for each row that was removed, by its place in `all`, its witness and how like it is."""
-        ids = self.all["id"].to_list()
-        decisions = []
-        for row, (example_id, index) in enumerate(keys(self.rows), start=self.num_given):
-            if row in removed:
-                witness, score = removed[row]
-                decisions.append(Decision(example_id, index, self.name, "rejected", self.rule, score, threshold, ids[witness]))
-            else:
-                decisions.append(Decision(example_id, index, self.name, "kept"))
+    def decided(self, witness: Indices, near: Cosines | None = None, threshold: float | None = None) -> Outcome:
+        """Record the stage: for each row, by its place in `all`, its witness, -1 for one that stays, and how like it is."""
+        own = slice(self.num_given, None)
+        removed = witness[own] >= 0
+        place = pl.Series("place", witness[own]).set(pl.Series(~removed), None)
+        score = pl.lit(None, pl.Float64) if near is None else pl.Series("near", near[own], pl.Float64)
+        table = self.rows.select(KEY).with_columns(witness_id=self.all["id"].gather(place), removed=pl.Series(removed), near=score)
+        decisions = decision_table(
+            table,
+            self.name,
+            pl.when("removed").then(pl.lit(self.rule)),
+            score=pl.when("removed").then("near"),
+            threshold=pl.when("removed").then(pl.lit(threshold, pl.Float64)),
+            witness_id=pl.col("witness_id"),
+        )
         return record(self.run, self.name, self.rows, decisions)
-
-
-def _removed(witness: Indices, near: Cosines) -> dict[int, tuple[int, float]]:
-    return {int(row): (int(witness[row]), float(near[row])) for row in np.flatnonzero(witness >= 0)}

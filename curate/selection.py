@@ -8,7 +8,6 @@ import polars as pl
 
 from ..core.config import to_mapping
 from ..core.errors import UserError
-from ..core.example import Decision
 from ..core.files import write_atomically
 from ..core.progress import Progress
 from ..core.run import Run
@@ -19,8 +18,8 @@ from .diversity import deita_filter, dpp, mmr
 from .embed import embed_rows
 from .facility_location import facility_location
 from .quotas import balanced_order, cluster, num_clusters, quota_order
-from .rows import Outcome, input_rows, keys, record, row_ids
-from .score import best_first, read_score, sort_columns
+from .rows import EXPORTED, KEY, Outcome, decision_table, input_rows, load_rows, record, row_name
+from .scored import best_first, columns_for, score_values, sort_columns
 from .similarity import Cosines, Indices, Vectors, nearest
 
 ONLY_SCORED = ("top", "deita", "qdit", "mmr", "dpp")  # these never take a row without the score
@@ -35,7 +34,7 @@ def select(run: Run, config: SelectConfig) -> Outcome:
     where texts are compared; one that deita leaves out for that cosine is too_similar. A row without the score that the method
     chooses by is never taken (unscored); k-center and the methods with strata or clusters put such rows last.
     """
-    rows = input_rows(run, "select").sort("example_id", "sample_index")
+    rows = input_rows(run, "select", _columns(run, config)).sort(KEY)
     tokens = _tokens(run, rows) if config.budget_tokens is not None else None
     columns = sort_columns(run, rows, config.by, config.seed)
     lengths = row_lengths(rows)
@@ -60,27 +59,36 @@ def select(run: Run, config: SelectConfig) -> Outcome:
     taken = [row for row, _, _ in picks]
     notes = _budget_notes(len(rows), len(eligible), len(taken), size, spent, config)
     if config.by and not config.by[0].endswith("random"):
-        notes.append(_told_correlation(config.by[0], columns[0], lengths))
+        notes.append(_told_correlation(config.by[0], columns["0"], lengths))
     clear_controls(run)
     if config.controls:
         order = random_order(rows, config.seed)
         drawn = [_fitting(order, len(taken), tokens, config.budget_tokens), length_matched(order, lengths, taken)]
-        notes += write_controls(run, rows, drawn, lengths, taken)
+        whole = load_rows(run, before="select", columns=EXPORTED).sort(KEY)
+        notes += write_controls(run, whole, drawn, lengths, taken)
     return record(run, "select", rows, _decide(rows, eligible, taken, vectors, config), notes)
+
+
+def _columns(run: Run, config: SelectConfig) -> list[str]:
+    """Return the columns of the rows that a selection needs."""
+    needed = [*KEY, "num_tokens", "response", "prompt", "source"]
+    needed += ["messages"] if config.needs_vectors else []
+    needed += columns_for(run, [*config.by, *(["num_tokens"] if config.budget_tokens is not None else [])])
+    return list(dict.fromkeys(needed))
 
 
 def _ranking(
     rows: pl.DataFrame,
     eligible: Indices,
     vectors: Vectors | None,
-    columns: Sequence[Sequence[float | None]],
+    columns: pl.DataFrame,
     lengths: Sequence[float],
     size: int,
     config: SelectConfig,
 ) -> Iterator[Pick]:
     """Yield the eligible rows as the method ranks them, `size` of them at least."""
-    own = [[column[row] for row in eligible] for column in columns]
-    best = sorted(range(len(eligible)), key=lambda row: best_first(own, row))
+    own = columns[eligible] if columns.width else columns
+    best = best_first(own).tolist() if columns.width else list(range(len(eligible)))
     draws = config.method == "random" or (config.method in ("stratified", "cluster-balanced") and not config.by)
     within = random_order(rows[eligible], config.seed) if draws else best  # the order within a stratum or cluster, too
     quality = share_of_rows(own) if config.by and config.method in WEIGHED else None
@@ -89,9 +97,10 @@ def _ranking(
     if config.method == "random":
         ranking = ((row, None, None) for row in within)
     elif config.method == "top":
-        ranking = ((row, own[0][row], None) for row in best)
+        values = own["0"].to_list()
+        ranking = ((row, values[row], None) for row in best)
     elif config.method == "longest":
-        ranking = ((row, lengths[row], None) for row in sorted(range(len(rows)), key=lambda row: -lengths[row]))
+        ranking = ((row, lengths[row], None) for row in np.argsort(-np.asarray(lengths), kind="stable").tolist())
     elif config.method == "stratified":
         ranking = quota_order(_strata(rows, near, lengths, config), within)
     else:
@@ -121,25 +130,27 @@ def _compared(
     return mmr(vectors, quality, config.quality_weight)
 
 
-def share_of_rows(columns: Sequence[Sequence[float | None]]) -> Cosines:
+def share_of_rows(columns: pl.DataFrame) -> Cosines:
     """Return for each row the share of the other rows that are worse by the scores, equals counting half: 0 worst, 1 best.
 
     A rank has no unit, so that a weight against cosines means the same for any score.
     """
-    from scipy.stats import rankdata
-
-    num_rows = len(columns[0])
-    order = [best_first(columns, row) for row in range(num_rows)]
-    place = {key: number for number, key in enumerate(sorted(set(order), reverse=True))}
-    ranks = rankdata([place[key] for key in order], method="average")
-    return np.asarray((ranks - 1) / max(num_rows - 1, 1), dtype=np.float64)
+    order = best_first(columns)
+    differs = columns[order].select(pl.any_horizontal(pl.all().ne_missing(pl.all().shift()))).to_series().to_numpy().copy()
+    differs[0] = True
+    begins = np.flatnonzero(differs)  # of the rows that are equal, in order
+    sizes = np.diff(begins, append=len(order))
+    worse = len(order) - begins - sizes + (sizes - 1) / 2
+    shares = np.empty(len(order))
+    shares[order] = np.repeat(worse, sizes) / max(len(order) - 1, 1)
+    return shares
 
 
 def row_lengths(rows: pl.DataFrame) -> list[float]:
     """Return the length of each answer: in tokens where every row has their number, else in characters; without an answer, its prompt's."""
     if not rows["num_tokens"].null_count():
-        return [float(count) for count in rows["num_tokens"]]
-    return [float(len(prompt if response is None else response)) for prompt, response in zip(rows["prompt"], rows["response"], strict=True)]
+        return rows["num_tokens"].cast(pl.Float64).to_list()
+    return rows.select(pl.coalesce("response", "prompt").str.len_chars().cast(pl.Float64)).to_series().to_list()
 
 
 def _strata(rows: pl.DataFrame, vectors: Vectors | None, lengths: Sequence[float], config: SelectConfig) -> list[tuple[str | int, ...]]:
@@ -153,11 +164,11 @@ def _strata(rows: pl.DataFrame, vectors: Vectors | None, lengths: Sequence[float
     return list(zip(*(parts[name] for name in config.strata), strict=True))
 
 
-def _eligible(run: Run, rows: pl.DataFrame, columns: Sequence[Sequence[float | None]], config: SelectConfig) -> Indices:
+def _eligible(run: Run, rows: pl.DataFrame, columns: pl.DataFrame, config: SelectConfig) -> Indices:
     """Return the rows that the method may take."""
-    if config.method not in ONLY_SCORED or not columns:
+    if config.method not in ONLY_SCORED or not columns.width:
         return np.arange(len(rows))
-    eligible = np.array([row for row, value in enumerate(columns[0]) if value is not None], dtype=np.int64)
+    eligible = columns["0"].is_not_null().arg_true().cast(pl.Int64).to_numpy()
     if not len(eligible):
         raise UserError(
             f"{run.path}: none of {len(rows):,} rows has a score {config.by[0].removeprefix('-')!r}, which {config.method} chooses by; "
@@ -177,9 +188,8 @@ def _budget_notes(num_rows: int, num_eligible: int, num_taken: int, size: int, s
     return notes
 
 
-def _told_correlation(name: str, scores: Sequence[float | None], lengths: Sequence[float]) -> str:
-    given = [None if value is None else -value for value in scores] if name.startswith("-") else scores
-    correlation, count = rank_correlation(given, lengths)
+def _told_correlation(name: str, scores: pl.Series, lengths: Sequence[float]) -> str:
+    correlation, count = rank_correlation(-scores if name.startswith("-") else scores, lengths)
     if correlation is None:
         return f"the rank correlation of {name.removeprefix('-')} and length is not defined: one of them is the same for all rows"
     return f"rank correlation (Spearman) of {name.removeprefix('-')} and length: {correlation:+.2f} over {count:,} rows"
@@ -193,31 +203,35 @@ def _fitting(order: list[int], size: int, tokens: Sequence[float] | None, budget
     return order[: max(int(np.searchsorted(spent, budget_tokens, side="right")), 1)]
 
 
-def _decide(rows: pl.DataFrame, eligible: Indices, taken: list[int], vectors: Vectors | None, config: SelectConfig) -> list[Decision]:
-    ids = row_ids(rows)
-    chosen, scored = set(taken), set(eligible.tolist())
-    left = [row for row in range(len(rows)) if row not in chosen and row in scored]
-    witnesses: dict[int, tuple[int, float]] = {}
-    if vectors is not None and left:
-        found: tuple[Indices, Cosines] = nearest(vectors, left, taken)
-        witnesses = {row: (int(witness), float(cosine)) for row, witness, cosine in zip(left, *found, strict=True)}
-    decisions = []
-    for row, (example_id, index) in enumerate(keys(rows)):
-        if row in chosen:
-            decisions.append(Decision(example_id, index, "select", "kept"))
-        elif row not in scored:
-            decisions.append(Decision(example_id, index, "select", "rejected", "unscored"))
-        else:
-            witness, cosine = witnesses.get(row, (None, None))
-            alike = config.method == "deita" and cosine is not None and cosine >= config.max_cosine
-            rule, threshold = ("too_similar", config.max_cosine) if alike else ("not_selected", None)
-            told = None if witness is None else ids[witness]
-            decisions.append(Decision(example_id, index, "select", "rejected", rule, cosine, threshold, told))
-    return decisions
+def _decide(rows: pl.DataFrame, eligible: Indices, taken: list[int], vectors: Vectors | None, config: SelectConfig) -> pl.DataFrame:
+    is_taken, is_scored = np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool)
+    is_taken[taken], is_scored[eligible] = True, True
+    left = np.flatnonzero(is_scored & ~is_taken)
+    witness, cosine = np.full(len(rows), -1, dtype=np.int64), np.full(len(rows), np.nan)
+    if vectors is not None and len(left):
+        found: tuple[Indices, Cosines] = nearest(vectors, left.tolist(), taken)
+        witness[left], cosine[left] = found
+    table = rows.select(KEY).with_columns(
+        name=row_name(),
+        taken=pl.Series(is_taken),
+        scored=pl.Series(is_scored),
+        cosine=pl.Series(cosine).fill_nan(None),
+        witness=pl.Series(witness),
+    )
+    alike = (pl.col("cosine") >= config.max_cosine).fill_null(value=False) & (config.method == "deita")
+    rule = pl.when("taken").then(None).when(~pl.col("scored")).then(pl.lit("unscored"))
+    return decision_table(
+        table,
+        "select",
+        rule.when(alike).then(pl.lit("too_similar")).otherwise(pl.lit("not_selected")),
+        score=pl.col("cosine"),
+        threshold=pl.when(alike).then(config.max_cosine),
+        witness_id=pl.col("name").gather(pl.when(pl.col("witness") >= 0).then("witness")),
+    )
 
 
 def _tokens(run: Run, rows: pl.DataFrame) -> list[float]:
-    tokens = read_score(run, rows, "num_tokens")["value"]
+    tokens = score_values(run, rows, "num_tokens")
     if tokens.null_count():
         raise UserError(
             f"{run.path}: {tokens.null_count():,} of {len(rows):,} rows have no token count, which budget_tokens needs: "
@@ -227,16 +241,10 @@ def _tokens(run: Run, rows: pl.DataFrame) -> list[float]:
 
 
 def _write_ranking(run: Run, rows: pl.DataFrame, picks: list[Pick]) -> None:
-    ids, names = row_ids(rows), keys(rows)
-    ranking = pl.DataFrame(
-        {
-            "rank": range(len(picks)),
-            "example_id": [names[row][0] for row, _, _ in picks],
-            "sample_index": [names[row][1] for row, _, _ in picks],
-            "gain": [gain for _, gain, _ in picks],
-            "witness_id": [None if witness is None else ids[witness] for _, _, witness in picks],
-        },
-        schema={"rank": pl.Int32, "example_id": pl.String, "sample_index": pl.Int32, "gain": pl.Float64, "witness_id": pl.String},
+    names = rows.select(*KEY, name=row_name())
+    table = pl.DataFrame(picks, schema={"place": pl.Int64, "gain": pl.Float64, "witness": pl.Int64}, orient="row")
+    ranking = names[table["place"]].select(
+        pl.Series("rank", range(len(picks)), pl.Int32), *KEY, table["gain"], names["name"].gather(table["witness"]).alias("witness_id")
     )
     with write_atomically(run.room("curate") / "selection.parquet") as temporary:
         ranking.write_parquet(temporary)

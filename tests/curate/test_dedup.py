@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import polars as pl
 import pytest
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate import dedup as deduplicate
 from sftkit.curate.config import DedupConfig
-from sftkit.curate.dedup import cover, dedup, exact_duplicates, normalised
+from sftkit.curate.dedup import cover, dedup, exact_witnesses, normalised, normalised_column
 from sftkit.curate.rows import load_rows, row_ids
 from sftkit.curate.similarity import Candidates, Vectors, exact_cosines, nearest, unit_vectors
 
@@ -192,10 +193,18 @@ def test_normalisation() -> None:
     assert normalised("hello, world") != normalised("hello world")
 
 
+def test_a_column_is_normalised_as_each_text_is() -> None:
+    texts = ["", " ", "A  b\x1f\tC\n", "  Straße ﬁn\u2003ok", "ΑΣ\x85x", "x\x0b\x1c y", "İ", "plain text", "a\u00a0b ", "ｅ\u0301"]
+    assert normalised_column(pl.Series("text", texts)).to_list() == [normalised(text) for text in texts]
+    assert normalised_column(pl.Series("text", texts[:3])).to_list() == [normalised(text) for text in texts[:3]]
+
+
 def test_exact_duplicates_name_the_first_that_was_visited() -> None:
-    texts = [("A", "x"), ("a ", "X"), ("a x", ""), ("a", "y"), ("ａ", "x")]
-    assert exact_duplicates(texts, range(5)) == {1: (0, None), 4: (0, None)}
-    assert exact_duplicates(texts, [4, 3, 2, 1, 0]) == {1: (4, None), 0: (4, None)}
+    rows = pl.DataFrame({"prompt": ["A", "a ", "a x", "a", "ａ"], "response": ["x", "X", None, "y", "x"]})
+    assert exact_witnesses(rows, "pair", np.arange(5)).tolist() == [-1, 0, -1, -1, 0]
+    assert exact_witnesses(rows, "pair", np.arange(5)[::-1]).tolist() == [4, 4, -1, -1, -1]
+    assert exact_witnesses(rows, "prompt", np.arange(5)).tolist() == [-1, 0, -1, 0, 0]
+    assert exact_witnesses(rows, "prompt", np.arange(5), given=2).tolist() == [-1, -1, -1, 0, 0], "the given ones stay"
 
 
 def test_dedup_exact_on_pairs_or_prompts_in_the_order_of_a_score(toy_run: Callable[..., Run], rejections: Callable) -> None:

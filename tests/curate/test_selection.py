@@ -250,10 +250,14 @@ def test_the_correlation_of_score_and_length_is_told(toy_run: Callable[..., Run]
 
 
 def test_quality_is_the_share_of_worse_rows() -> None:
-    assert share_of_rows([[3.0, 1.0, 2.0]]).tolist() == [1, 0, 0.5]
-    assert share_of_rows([[1.0, 1.0, 5.0]]).tolist() == [0.25, 0.25, 1]
-    assert share_of_rows([[1.0, 1.0], [0.0, 2.0]]).tolist() == [0, 1]
-    assert share_of_rows([[4.0]]).tolist() == [0]
+    def shares(*columns: list[float | None]) -> list[float]:
+        return share_of_rows(pl.DataFrame({str(place): column for place, column in enumerate(columns)})).tolist()
+
+    assert shares([3.0, 1.0, 2.0]) == [1, 0, 0.5]
+    assert shares([1.0, 1.0, 5.0]) == [0.25, 0.25, 1]
+    assert shares([1.0, 1.0], [0.0, 2.0]) == [0, 1]
+    assert shares([None, -9.0, None]) == [0.25, 1, 0.25], "without a value is worse than any"
+    assert shares([4.0]) == [0]
 
 
 COMMANDS = [  # what is asked, what is said
