@@ -23,6 +23,8 @@ from .model_scores import grape, ifd, ifd_ppl, judge, logprob, perplexity, rewar
 from .rows import KEY, keys, load_rows
 from .scorers import Candidate, ColumnScorer, Result, Scorer, exact, failure, num_chars, num_tokens, num_words, numeric, regex
 from .text_scores import cluster, language, neighbour, refusal, repetition, top_ngram, truncated
+from .verifiers import ifeval, json_schema, unit_test
+from .verifiers import math as math_equal
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,10 @@ SCORERS: dict[str, Callable[..., Scorer | ColumnScorer]] = {
     "perplexity": perplexity,
     "reward": reward,
     "judge": judge,
+    "math": math_equal,
+    "json_schema": json_schema,
+    "ifeval": ifeval,
+    "unit_test": unit_test,
     "language": language,
     "repetition": repetition,
     "top_ngram": top_ngram,

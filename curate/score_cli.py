@@ -20,6 +20,10 @@ def score(run: str, out: Path | None, settings: Path | None, scorers: tuple[str,
     numeric     the final number is that of the reference: 1 or 0 (rule=strict|flexible, gold=COLUMN)
     exact       the answer is the reference (ignore_case=false, gold=COLUMN)
     regex       a pattern is found (pattern=…, ignore_case=true)
+    math        the final formula equals the reference's (pip install 'sftkit[math]'; gold=COLUMN)
+    json_schema the answer is JSON of this schema (schema=FILE, or column=NAME)
+    ifeval      the share of IFEval's instructions that is followed (columns instruction_id_list, kwargs; loose=true)
+    unit_test   the program passes the tests in a column, in a sandbox (tests=COLUMN, entry_point=COLUMN, unsafe=true)
     length      num_chars, num_words and num_tokens (num_tokens:model=… counts by that model's tokenizer)
     logprob     the teacher's mean log-probability per token, as it told it or under model=…
     grape       the student's: which answer fits it best (model=…)
