@@ -26,24 +26,24 @@ class NearestPick:
         self.picks = np.empty(num_rows, dtype=np.int64)
         self.count = 0
         self.witness = np.full(num_rows, -1, dtype=np.int64)
-        self._vectors = vectors
+        self.vectors = vectors
         self._pick_vectors = np.empty((min(num_rows, 1024), vectors.shape[1]), dtype=np.float32)
         self._exact = np.full(num_rows, -np.inf)
         self._compared = np.zeros(num_rows, dtype=np.int64)  # with so many of the picks
 
     def take(self, pick: int) -> None:
         """Add a pick and compare all rows with it. Costs n·d multiplications."""
-        np.maximum(self.proposed, self._vectors @ self._vectors[pick], out=self.proposed)
+        np.maximum(self.proposed, self.vectors @ self.vectors[pick], out=self.proposed)
         self.proposed[pick] = np.inf
         self.note(pick)
 
     def note(self, pick: int) -> None:
         """Add a pick, and leave `proposed` to `catch_up`."""
         if self.count == len(self._pick_vectors):
-            more = np.empty((min(2 * self.count, len(self.picks)), self._vectors.shape[1]), dtype=np.float32)
+            more = np.empty((min(2 * self.count, len(self.picks)), self.vectors.shape[1]), dtype=np.float32)
             more[: self.count] = self._pick_vectors
             self._pick_vectors = more
-        self._pick_vectors[self.count] = self._vectors[pick]
+        self._pick_vectors[self.count] = self.vectors[pick]
         self.picks[self.count] = pick
         self.count += 1
 
@@ -53,7 +53,7 @@ class NearestPick:
         if not len(late):
             return
         for start in range(0, len(self.proposed), TILE):
-            tile = (self._vectors[start : start + TILE] @ self._pick_vectors[began : self.count].T).max(axis=1)
+            tile = (self.vectors[start : start + TILE] @ self._pick_vectors[began : self.count].T).max(axis=1)
             np.maximum(self.proposed[start : start + TILE], tile, out=self.proposed[start : start + TILE])
         self.proposed[late] = np.inf
 
@@ -65,8 +65,8 @@ class NearestPick:
         for start in range(0, len(rows) if len(picks) else 0, height):
             part = rows[start : start + height]
             found = Candidates(len(part), floor=-2.0)
-            found.add(self._vectors[part] @ own.T, 0)
-            for row, (places, cosines) in zip(part, found.verified(self._vectors, part, picks), strict=True):
+            found.add(self.vectors[part] @ own.T, 0)
+            for row, (places, cosines) in zip(part, found.verified(self.vectors, part, picks), strict=True):
                 best = int(np.argmax(cosines))
                 if cosines[best] > self._exact[row]:
                     self._exact[row], self.witness[row] = cosines[best], picks[places[best]]
@@ -87,13 +87,11 @@ def k_center(vectors: Vectors, first: int, *, front: int = FRONT, batch: int = B
     near.take(first)
     yield first, None, None
     while near.count < len(vectors):
-        farthest = near.proposed.min()
-        if farthest >= 1 - MARGIN:
-            rest = np.flatnonzero(np.isfinite(near.proposed))
-            for copy, witness, cosine in zip(rest, *nearest(vectors, rest, near.picks[: near.count]), strict=True):
-                yield int(copy), 1 - float(cosine), int(witness)
+        least = near.proposed.min()
+        if least >= 1 - MARGIN:
+            yield from rest_of_copies(near, np.flatnonzero(np.isfinite(near.proposed)))
             return
-        pick, cosine = _farthest(near, np.flatnonzero(near.proposed <= farthest + 2 * MARGIN))
+        pick, cosine = farthest(near, np.flatnonzero(near.proposed <= least + 2 * MARGIN))
         near.take(pick)
         yield pick, 1 - cosine, int(near.witness[pick])
         if front >= len(vectors):
@@ -103,10 +101,10 @@ def k_center(vectors: Vectors, first: int, *, front: int = FRONT, batch: int = B
             rows, limit = np.sort(order[:front]), float(near.proposed[order[front]])
         own, proposed, began = vectors[rows], near.proposed[rows], near.count
         while near.count - began < batch:
-            farthest = proposed.min()
-            if farthest >= min(limit - 2 * MARGIN, 1 - MARGIN):
+            least = proposed.min()
+            if least >= min(limit - 2 * MARGIN, 1 - MARGIN):
                 break
-            pick, cosine = _farthest(near, rows[proposed <= farthest + 2 * MARGIN])
+            pick, cosine = farthest(near, rows[proposed <= least + 2 * MARGIN])
             near.note(pick)
             np.maximum(proposed, own @ vectors[pick], out=proposed)
             proposed[np.searchsorted(rows, pick)] = np.inf
@@ -114,11 +112,17 @@ def k_center(vectors: Vectors, first: int, *, front: int = FRONT, batch: int = B
         near.catch_up(began)
 
 
-def _farthest(near: NearestPick, rows: Indices) -> tuple[int, float]:
+def farthest(near: NearestPick, rows: Indices) -> tuple[int, float]:
     """Return the lowest of the rows that are farthest from the picks, and its cosine with the nearest."""
     cosines = near.settle(rows)
     place = int(np.argmin(cosines))
     return int(rows[place]), float(cosines[place])
+
+
+def rest_of_copies(near: NearestPick, rows: Indices) -> Iterator[Pick]:
+    """Yield rows that are copies of picks, in their order: none of them is farther than another."""
+    for copy, witness, cosine in zip(rows, *nearest(near.vectors, rows, near.picks[: near.count]), strict=True):
+        yield int(copy), 1 - float(cosine), int(witness)
 
 
 def nearest_to_mean(vectors: Vectors) -> int:

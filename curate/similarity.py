@@ -53,9 +53,8 @@ def nearest(vectors: Vectors, rows: Sequence[int] | Indices, kept: Sequence[int]
         found = Candidates(len(block), floor=-2.0)
         for tile in range(0, len(kept), TILE):
             found.add(vectors[block] @ vectors[kept[tile : tile + TILE]].T, tile)
-        for number, (places, cosines) in enumerate(found.verified(vectors, block, kept)):
-            best = int(np.argmax(cosines))
-            witness[start + number], cosine[start + number] = kept[places[best]], cosines[best]
+        places, cosine[start : start + BLOCK] = found.best(vectors, block, kept)
+        witness[start : start + BLOCK] = kept[places]
     return witness, cosine
 
 
@@ -77,7 +76,30 @@ class Candidates:
         self.top = np.maximum(self.top, best)
         if len(rows):
             places, columns = np.nonzero(cosines[rows] >= (self.top[rows] - MARGIN)[:, None])
-            self._found.append((rows[places], columns + first_column, cosines[rows[places], columns]))
+            self.enter(rows[places], columns + first_column, cosines[rows[places], columns])
+
+    def enter(self, rows: Indices, columns: Indices, cosines: npt.NDArray[np.float32]) -> None:
+        """Take in pairs that may hold the largest cosine of their row."""
+        self._found.append((rows, columns, cosines))
+
+    def best(self, vectors: Vectors, rows: Indices, columns: Indices) -> tuple[Indices, Cosines]:
+        """Return for each row the place in `columns` of its largest exact cosine, of equals the first, and that cosine.
+
+        Every row must have a candidate, as it has with a floor below -1.
+        """
+        row, place = self._pairs()
+        cosines = exact_cosines(vectors, rows[row], columns[place])
+        order = np.lexsort((place, -cosines, row))
+        first = order[np.searchsorted(row[order], np.arange(len(self.top)))]
+        return place[first], cosines[first]
+
+    def _pairs(self) -> tuple[Indices, Indices]:
+        """Return the rows and places that are still candidates, rising."""
+        row, place, value = (np.concatenate(parts) for parts in zip(*self._found, strict=True))
+        still = value >= self.top[row] - MARGIN  # an earlier tile proposed by a lower maximum
+        row, place = row[still], place[still]
+        order = np.lexsort((place, row))
+        return row[order], place[order]
 
     def verified(self, vectors: Vectors, rows: Indices, columns: Indices) -> list[tuple[Indices, Cosines]]:
         """Return for each row the places in `columns` that stayed candidates, rising, and their exact cosines.
@@ -87,11 +109,7 @@ class Candidates:
         if not self._found:
             empty = np.empty(0, dtype=np.int64), np.empty(0)
             return [empty] * len(self.top)
-        row, place, value = (np.concatenate(parts) for parts in zip(*self._found, strict=True))
-        still = value >= self.top[row] - MARGIN  # an earlier tile proposed by a lower maximum
-        row, place = row[still], place[still]
-        order = np.lexsort((place, row))
-        row, place = row[order], place[order]
+        row, place = self._pairs()
         cosines = exact_cosines(vectors, rows[row], columns[place])
         ends = np.searchsorted(row, np.arange(len(self.top) + 1))
         return [(place[a:b], cosines[a:b]) for a, b in pairwise(ends)]
