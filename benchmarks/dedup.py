@@ -92,7 +92,7 @@ def embeddings(number: int) -> Any:
 
 
 def semantic_ours(vectors: Any) -> list[int]:
-    from sftkit.curate.dedup import cover
+    from sftkit.curate.cover import cover
 
     witness, _ = cover(vectors, 0.95, range(len(vectors)))
     return (witness >= 0).nonzero()[0].tolist()

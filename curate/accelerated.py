@@ -55,6 +55,25 @@ class Table:
             found.top = top.cpu().numpy()
 
 
+class Stayed:
+    """Rows that stayed, for `cover.cover`."""
+
+    def __init__(self, vectors: Vectors, threshold: float, capacity: int, device: str) -> None:
+        self._vectors = vectors
+        self._floor = threshold - MARGIN
+        self._table = Table(capacity, vectors.shape[1], device)
+
+    def append(self, rows: Indices) -> None:
+        """Add rows that stayed."""
+        self._table.append(self._vectors[rows])
+
+    def candidates(self, rows: Indices) -> Candidates:
+        """Return which of those that stayed may be near enough to each of these rows."""
+        found = Candidates(len(rows), self._floor)
+        self._table.propose(self._vectors[rows], found)
+        return found
+
+
 def nearest(vectors: Vectors, rows: Sequence[int] | Indices, kept: Sequence[int] | Indices, device: str) -> tuple[Indices, Cosines]:
     """Return what `similarity.nearest` returns."""
     rows, kept = np.asarray(rows, dtype=np.int64), np.asarray(kept, dtype=np.int64)

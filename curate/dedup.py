@@ -8,24 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from ..core.config import to_mapping
 from ..core.formats import read_examples
-from ..core.progress import Progress
+from ..core.hardware import pick_device
 from ..core.run import Run
 from .config import DedupConfig
+from .cover import cover
 from .embed import embed_rows
 from .rows import KEY, TEXT, Outcome, decision_table, input_rows, record, row_name, split_texts
 from .scored import best_first, columns_for, sort_columns
-from .similarity import BLOCK, MARGIN, TILE, Candidates, Cosines, Indices, Vectors, exact_cosines
+from .similarity import Cosines, Indices
 
 log = logging.getLogger(__name__)
-
-SHORTEST = 32  # dimensions of a shorter vector, or a multiple of it
-MOST_PROPOSED = 1e-4  # share of all pairs whose cosines may be left to compute
-REST = 1e-5  # added to the squared length of a rest: above the rounding of float32, which must not make a bound too low
 
 
 def dedup(run: Run, config: DedupConfig) -> list[Outcome]:
@@ -52,7 +48,7 @@ def dedup(run: Run, config: DedupConfig) -> list[Outcome]:
     if config.semantic is not None:
         stage = _Stage(run, "dedup_semantic", "semantic_duplicate", second, config.by, ("messages", *TEXT))
         vectors = embed_rows(run, stage.all, config.on, config.embed)
-        witness, near = cover(vectors, config.semantic, stage.order.tolist(), given=len(second))
+        witness, near = cover(vectors, config.semantic, stage.order.tolist(), given=len(second), device=pick_device())
         outcomes.append(stage.decided(witness, near, config.semantic))
     return outcomes
 
@@ -121,84 +117,6 @@ def exact_witnesses(rows: pl.DataFrame, on: str, order: Indices, *, given: int =
     found = found.with_columns(place=pl.Series(place)).select("place", first=pl.col("place").min().over("digest"))
     repeated = (found["first"] != found["place"]) & (found["place"] >= given)
     return np.where(repeated.to_numpy(), order[found["first"].to_numpy()], -1)
-
-
-def cover(vectors: Vectors, threshold: float, order: Sequence[int], *, block: int = BLOCK, given: int = 0) -> tuple[Indices, Cosines]:
-    """Return the witness of each row, -1 for those that stay, and the cosine with it: greedy cover.
-
-    Rows are visited in `order`; one stays if and only if its cosine with every row that stayed before is below the threshold
-    (cosines by `exact_cosines`). The witness is the most similar of these, of equals the one visited first. The outcome
-    depends on the order and not on the block size. The first `given` rows of the order stay whatever they are like.
-    Costs n²·d/2 multiplications at most, a few times less where `bounding_vectors` serve, and memory for block × 8192 cosines.
-    """
-    bounding = bounding_vectors(vectors, threshold)
-    compared = vectors if bounding is None else bounding
-    visit = np.asarray(order, dtype=np.int64)
-    witness, cosine = np.full(len(vectors), -1, dtype=np.int64), np.zeros(len(vectors))
-    kept = np.empty(len(visit), dtype=np.int64)  # rows that stayed, in visiting order
-    stayed = np.empty((len(visit), compared.shape[1]), dtype=np.float32)  # and what they are compared by
-    count = 0
-    with Progress("dedup", total=len(visit), unit="rows") as progress:
-        for start in range(0, len(visit), block):
-            rows = visit[start : start + block]
-            own, short = vectors[rows], compared[rows]
-            earlier = (Candidates if bounding is None else _Bounded)(len(rows), threshold - MARGIN)
-            for tile in range(0, count, TILE):
-                earlier.add(short @ stayed[tile : min(tile + TILE, count)].T, tile)
-            before = earlier.verified(vectors, rows, kept[:count])
-            within, here = own @ own.T, np.zeros(len(rows), dtype=bool)  # `here`: rows of this block that stayed
-            for place, row in enumerate(rows):
-                close = np.flatnonzero(here[:place] & (within[place, :place] >= max(threshold, earlier.top[place]) - MARGIN))
-                where, near = kept[before[place][0]], before[place][1]
-                if len(close):
-                    where = np.concatenate([where, rows[close]])
-                    near = np.concatenate([near, exact_cosines(vectors, np.full(len(close), row), rows[close])])
-                best = int(np.argmax(near)) if len(near) else -1
-                if best >= 0 and near[best] >= threshold and start + place >= given:
-                    witness[row], cosine[row] = where[best], near[best]
-                elif best < 0 or near[best] < 1:  # else a given row that an equal one stands before: that one is always the witness
-                    here[place] = True
-            fresh = rows[here]
-            kept[count : count + len(fresh)], stayed[count : count + len(fresh)] = fresh, compared[fresh]
-            count += len(fresh)
-            progress.advance(len(rows))
-    return witness, cosine
-
-
-def bounding_vectors(vectors: Vectors, threshold: float) -> Vectors | None:
-    """Return shorter vectors whose products are never below the cosines, or None where they would rule out too few pairs.
-
-    The vectors are turned so that the first directions hold most of their length. Of the rest only the length is kept: by
-    Cauchy and Schwarz a·b is at most the product of the first parts plus that of the lengths of the rests.
-    """
-    dimensions = vectors.shape[1]
-    if len(vectors) < 4 * BLOCK or dimensions < 2 * SHORTEST:
-        return None
-    sample = vectors[:: max(len(vectors) // (2 * BLOCK), 1)].astype(np.float64)
-    _, directions = np.linalg.eigh(sample.T @ sample)
-    turn = directions[:, ::-1]
-    pairs = np.triu_indices(len(sample), 1)
-    for size in range(SHORTEST, dimensions // 2 + 1, SHORTEST):
-        short = _shortened(sample.astype(np.float32), turn[:, :size])
-        if np.mean((short @ short.T)[pairs] >= threshold - MARGIN) <= MOST_PROPOSED:
-            return np.concatenate([_shortened(vectors[row : row + TILE], turn[:, :size]) for row in range(0, len(vectors), TILE)])
-    return None
-
-
-def _shortened(vectors: Vectors, turn: Cosines) -> Vectors:
-    first = vectors @ turn.astype(np.float32)
-    squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64) - np.einsum("ij,ij->i", first, first, dtype=np.float64)
-    return np.hstack([first, np.sqrt(np.maximum(squares, 0) + REST)[:, None].astype(np.float32)])
-
-
-class _Bounded(Candidates):
-    """Candidates by products that are bounds and no cosines: the largest says nothing about the others."""
-
-    def add(self, cosines: npt.NDArray[np.float32], first_column: int) -> None:
-        rows = np.flatnonzero(cosines.max(axis=1) >= self.floor)
-        if len(rows):
-            places, columns = np.nonzero(cosines[rows] >= self.floor)
-            self._found.append((rows[places], columns + first_column, cosines[rows[places], columns]))
 
 
 class _Stage:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sftkit.curate import accelerated
+from sftkit.curate.cover import cover
 from sftkit.curate.coverage import k_center
 from sftkit.curate.facility_location import facility_location
 from sftkit.curate.similarity import Candidates, Vectors, exact_cosines, nearest, unit_vectors
@@ -58,6 +59,21 @@ def test_only_what_reaches_the_floor_is_proposed() -> None:
             assert places[np.argmax(cosines)] == np.argmax(brute)
         else:
             assert not (cosines >= 0.9).any()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_cover_keeps_the_same_rows(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerated, "WIDTH", 50)
+    random = np.random.default_rng(seed)
+    vectors, order = clustered(600, seed), random.permutation(600).tolist()
+    settings = {"threshold": float(random.choice([0.7, 0.9, 1.0])), "order": order, "given": int(random.choice([0, 40]))}
+    on_cpu = cover(vectors, **settings)
+    monkeypatch.setattr("sftkit.curate.cover._Bounding", lambda *arguments: accelerated.Stayed(*arguments, DEVICE))
+    for block in (64, 1024):
+        mine = cover(vectors, block=block, **settings)
+        assert mine[0].tolist() == on_cpu[0].tolist()
+        assert mine[1].tolist() == on_cpu[1].tolist()
+    assert 0 < (on_cpu[0] >= 0).sum() < 600
 
 
 def value(vectors: Vectors, picks: list[int]) -> float:

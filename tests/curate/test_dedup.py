@@ -7,9 +7,10 @@ import polars as pl
 import pytest
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
-from sftkit.curate import dedup as deduplicate
+from sftkit.curate import cover as covering
 from sftkit.curate.config import DedupConfig
-from sftkit.curate.dedup import cover, dedup, exact_witnesses, normalised, normalised_column
+from sftkit.curate.cover import cover
+from sftkit.curate.dedup import dedup, exact_witnesses, normalised, normalised_column
 from sftkit.curate.rows import load_rows, row_ids
 from sftkit.curate.similarity import Candidates, Vectors, exact_cosines, nearest, unit_vectors
 
@@ -88,7 +89,7 @@ def test_blocks_do_not_change_the_set(block: int) -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_cover_equals_its_oracle_and_certifies_itself(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deduplicate, "TILE", 7)
+    monkeypatch.setattr(covering, "TILE", 7)
     random = np.random.default_rng(seed)
     size, dimensions = int(random.integers(1, 120)), int(random.integers(2, 40))
     base = random.normal(size=(max(size // 3, 1), dimensions))
@@ -114,14 +115,14 @@ def test_cover_equals_its_oracle_and_certifies_itself(seed: int, monkeypatch: py
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.95, 0.999999])
 def test_shorter_vectors_bound_every_cosine_and_change_nothing(threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors as embedders make them, their copies at all distances, zeros and repeats among them."""
-    monkeypatch.setattr(deduplicate, "BLOCK", 64)
+    monkeypatch.setattr(covering, "BLOCK", 64)
     random = np.random.default_rng(4)
     scale = 1 / np.sqrt(1 + np.arange(128) / 4)
     base = random.normal(size=(900, 128)) * scale
     base[300:600] = base[:300] + random.choice([0, 1e-7, 0.05, 0.2, 0.4], size=(300, 1)) * random.normal(size=(300, 128)) * scale
     base[random.integers(900, size=10)] = 0
     vectors = unit_vectors(base)
-    short = deduplicate.bounding_vectors(vectors, threshold)
+    short = covering.bounding_vectors(vectors, threshold)
     assert (short is None) == (threshold == 0.5)
     if short is not None:
         assert short.shape[1] < 128
