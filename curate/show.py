@@ -20,7 +20,7 @@ from ..core.formats import iterate_examples
 from ..core.ledger import Ledger
 from ..core.run import Run
 from ..core.text import shortened, visible
-from .rows import keys, load_rows, message_text
+from .rows import KEY, keys, load_rows, message_text
 from .score import known_scores, read_score
 
 ROLE_STYLES = {"system": "dim", "user": "bold", "assistant": "green", "tool": "cyan"}
@@ -57,7 +57,8 @@ def why(run: Run, wanted: str, *, console: Console | None = None) -> None:
     """Print every decision on a row, in order, those of its training too. Raises UserError for an id that no stage saw."""
     ledgers = [ledger for ledger in (run.ledger, Ledger(run.path / "train" / "ledger.parquet")) if ledger.path.exists()] or [run.ledger]
     decisions = pl.concat([ledgers[0].why(wanted), *(ledger.about(wanted) for ledger in ledgers[1:])])
-    texts = _prompts(run)
+    witnesses = decisions["witness_id"].drop_nulls().to_list()
+    texts = _prompts(run, [*decisions["example_id"], *witnesses])
     table = Table(box=box.SIMPLE_HEAD, title=None)
     for name, justify in (
         ("row", "left"),
@@ -101,7 +102,7 @@ def find_run(path: Path | None) -> Run:
 
 def _of_run(run: Run, limit: int, wanted: str | None, rejected: str | None) -> list[Shown]:
     if rejected is not None:
-        rows, told = _rejected(run, rejected)
+        rows, told = _rejected(run, rejected, None if wanted else limit)
     else:
         rows, told = load_rows(run, all=wanted is not None), {}
     if wanted is not None:
@@ -125,14 +126,18 @@ def _of_run(run: Run, limit: int, wanted: str | None, rejected: str | None) -> l
     return shown
 
 
-def _rejected(run: Run, rule: str) -> tuple[pl.DataFrame, dict[str, list[str]]]:
-    removed = run.ledger.read().filter(pl.col("action") != "kept")
-    rules = removed["rule"].unique().to_list()
-    found = removed.filter((pl.col("rule") == rule) | pl.col("rule").str.starts_with(f"{rule}:"))
+def _rejected(run: Run, rule: str, limit: int | None) -> tuple[pl.DataFrame, dict[str, list[str]]]:
+    removed = run.ledger.scan().filter(pl.col("action") != "kept")
+    found = removed.filter((pl.col("rule") == rule) | pl.col("rule").str.starts_with(f"{rule}:")).collect(engine="streaming")
     if found.is_empty():
+        rules = removed.select(pl.col("rule").unique()).collect(engine="streaming")["rule"].to_list()
         told = f"its rules were {', '.join(sorted(rules))}" if rules else "it has rejected nothing"
         raise UserError(f"{run.path}: no row was rejected by {rule!r}; {told}")
-    texts = _prompts(run)
+    rows = load_rows(run, all=True).join(found.select(KEY), on=KEY, how="semi", nulls_equal=True, maintain_order="left")
+    if limit is not None:
+        rows = rows.head(limit)
+        found = found.join(rows.select(KEY), on=KEY, how="semi", nulls_equal=True, maintain_order="left")
+    texts = _prompts(run, found["witness_id"].drop_nulls().to_list())
     reasons = {}
     for row in found.iter_rows(named=True):
         numbers = "".join(f", {name} {row[name]:.6g}" for name in ("score", "threshold") if row[name] is not None)
@@ -140,10 +145,7 @@ def _rejected(run: Run, rule: str) -> tuple[pl.DataFrame, dict[str, list[str]]]:
         if row["witness_id"]:
             lines.append(f"witness {row['witness_id']}: {shortened(texts.get(row['witness_id'].split('/')[0], ''), 200)}")
         reasons[row_id(row["example_id"], row["sample_index"])] = lines
-    rows = load_rows(run, all=True)
-    names = found.select("example_id", "sample_index").unique()
-    kept = rows.join(names, on=["example_id", "sample_index"], how="semi", nulls_equal=True, maintain_order="left")
-    return kept, reasons
+    return rows, reasons
 
 
 def _of_file(source: str | Path, limit: int, wanted: str | None) -> list[Shown]:
@@ -158,12 +160,14 @@ def _meta(meta: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {shortened(str(value), 200)}" for name, value in meta.items()]
 
 
-def _prompts(run: Run) -> dict[str, str]:
+def _prompts(run: Run, names: Sequence[str]) -> dict[str, str]:
+    """Return the first text of the user's of the rows of these names, by example id; a file's own witnesses have none."""
     curate = run.path / "curate"
     path = curate / ("rows.parquet" if (curate / "rows.parquet").exists() else "prompts.parquet")
-    table = pl.read_parquet(path, columns=["example_id", "messages"]).unique("example_id")
+    wanted = list({name.split("/")[0] for name in names})
+    found = pl.scan_parquet(path).filter(pl.col("example_id").is_in(wanted)).select("example_id", "messages")
     texts = {}
-    for example_id, messages in table.iter_rows():
+    for example_id, messages in found.unique("example_id").collect(engine="streaming").iter_rows():
         users = [message for message in json.loads(messages) if message.get("role") == "user"]
         texts[example_id] = message_text(users[0]) if users else ""
     return texts
