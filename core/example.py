@@ -32,6 +32,8 @@ class Sample:
     logprob: float | None
     model: str
     sampling_key: str
+    reasoning: str | None = None  # what a thinking teacher thought before the text; its tokens count
+    prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

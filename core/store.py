@@ -22,7 +22,8 @@ from .errors import UserError
 from .example import Message, Sample
 from .files import write_atomically
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # of the file; 2 adds reasoning and prompt_tokens
+KEY_VERSION = 1  # of what a key holds: another one makes every stored sample worthless
 COMMIT_SAMPLES = 256
 COMMIT_SECONDS = 0.8  # a commit takes some time too: together they stay below a second
 CACHE_KIBIBYTES = 256 << 10  # taken as it is needed: the index of 5 million keys
@@ -43,7 +44,9 @@ create table samples (
     text text not null,
     finish_reason text not null,
     num_tokens integer not null,
-    logprob real
+    logprob real,
+    reasoning text,
+    prompt_tokens integer
 );
 create table failures (
     key blob primary key not null,
@@ -64,10 +67,12 @@ FRAME = {
     "logprob": pl.Float64,
     "model": pl.String,
     "sampling_key": pl.String,
+    "reasoning": pl.String,
+    "prompt_tokens": pl.Int64,
 }
 SAMPLES = (  # the columns of FRAME
-    "select lower(hex(key)), example_id, sample_index, text, finish_reason, num_tokens, logprob, name, sampling_key"
-    " from samples join settings using (sampling_key)"
+    "select lower(hex(key)), example_id, sample_index, text, finish_reason, num_tokens, logprob, name, sampling_key, reasoning,"
+    " prompt_tokens from samples join settings using (sampling_key)"
 )
 FAILURES = {"key": pl.String, "example_id": pl.String, "sample_index": pl.Int32, "error": pl.String, "times": pl.Int64}
 
@@ -77,24 +82,26 @@ def sample_key(*, prompt: Sequence[int] | Sequence[Message], model_identity: str
 
     `prompt` is the rendered token ids, or the messages where a server renders them.
     """
-    decisive = {"schema": SCHEMA_VERSION, "prompt": _digest(prompt), "index": index, **decisive_settings(model_identity, sampling)}
+    decisive = {"schema": KEY_VERSION, "prompt": _digest(prompt), "index": index, **decisive_settings(model_identity, sampling)}
     return hashlib.sha256(_canonical(decisive)).hexdigest()
 
 
 def decisive_settings(model_identity: str, sampling: Sampling) -> dict[str, Any]:
     """Return what the key of a sample holds beside its prompt and its index."""
+    schema = {} if sampling.json_schema is None else {"json_schema": sampling.json_schema}  # keys from before there were any stay valid
     return {
         "model": model_identity,
         "temperature": float(sampling.temperature),
         "top_p": float(sampling.top_p),
         "max_new_tokens": sampling.max_new_tokens,
         "seed": sampling.seed,
+        **schema,
     }
 
 
 def sampling_key(settings: Mapping[str, Any]) -> str:
     """Return the name of a set of settings that many samples share: 16 hex digits of their hash."""
-    return hashlib.sha256(_canonical({"schema": SCHEMA_VERSION, **settings})).hexdigest()[:16]
+    return hashlib.sha256(_canonical({"schema": KEY_VERSION, **settings})).hexdigest()[:16]
 
 
 def sample_seed(key: str) -> int:
@@ -139,6 +146,18 @@ class SampleStore:
             raise UserError(
                 f"{self.path}: was written by a newer sftkit (schema {version}; this one reads {SCHEMA_VERSION}); upgrade sftkit"
             )
+        elif version == 1 and _writable(self.path):
+            self._migrate()
+        _read_version_1(self._connection)
+
+    def _migrate(self) -> None:
+        """Add what is new in version 2, unless another process has just done so."""
+        self._connection.execute("begin immediate")
+        if self._connection.execute("pragma user_version").fetchone() == (1,):
+            self._connection.execute("alter table samples add column reasoning text")
+            self._connection.execute("alter table samples add column prompt_tokens integer")
+            self._connection.execute(f"pragma user_version = {SCHEMA_VERSION}")
+        self._connection.execute("commit")
 
     def __enter__(self) -> "SampleStore":
         return self
@@ -179,6 +198,7 @@ class SampleStore:
             with mendable(self.path):
                 connection = _connect(self.path, any_thread=True)  # polars pulls from several threads, one at a time
                 try:
+                    _read_version_1(connection)
                     for part in _parts(connection, f"{SAMPLES} order by key", FRAME):
                         written += part.height
                         yield part.select(columns) if columns else part
@@ -262,8 +282,9 @@ class SampleWriter:
     def put(self, key: str, sample: Sample) -> None:
         """Hand over a finished sample, of settings that `remember` stored. One whose key is already stored changes nothing."""
         text = _storable(sample.text)
+        reasoning = None if sample.reasoning is None else _storable(sample.reasoning)
         row = (sample.example_id, sample.index, sample.sampling_key, text, sample.finish_reason, sample.num_tokens, sample.logprob)
-        self._put((bytes.fromhex(key), *row))
+        self._put((bytes.fromhex(key), *row, reasoning, sample.prompt_tokens))
 
     def put_failure(self, key: str, example_id: str, index: int, error: str) -> None:
         """Hand over why a sample could not be made; a later success takes it away again."""
@@ -290,6 +311,7 @@ class SampleWriter:
                 connection.execute(f"pragma cache_size = -{CACHE_KIBIBYTES}")
                 connection.execute(f"pragma wal_autocheckpoint = {CHECKPOINT_PAGES}")
                 try:
+                    connection.execute("delete from failures where false")  # says at once that nothing can be written here
                     while rows := self._next_group():
                         samples, tokens = _commit(connection, rows)
                         self._kept += samples
@@ -327,7 +349,7 @@ def _commit(connection: sqlite3.Connection, rows: list[tuple[Any, ...]]) -> tupl
             if len(row) == 4:
                 query = "insert into failures select ?, ?, ?, ?, 1 where not exists (select 1 from samples where key = ?)"
                 connection.execute(query + " on conflict do update set error = excluded.error, times = times + 1", (*row, row[0]))
-            elif connection.execute("insert into samples values (?, ?, ?, ?, ?, ?, ?, ?) on conflict do nothing", row).rowcount:
+            elif connection.execute("insert into samples values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) on conflict do nothing", row).rowcount:
                 samples, tokens = samples + 1, tokens + row[6]
                 connection.execute("delete from failures where key = ?", row[:1])
         connection.execute("commit")
@@ -338,8 +360,12 @@ def _commit(connection: sqlite3.Connection, rows: list[tuple[Any, ...]]) -> tupl
     return samples, tokens
 
 
+def _writable(path: Path) -> bool:
+    return os.access(path.parent, os.W_OK) or not path.exists()
+
+
 def _connect(path: Path, *, any_thread: bool = False) -> sqlite3.Connection:
-    if os.access(path.parent, os.W_OK) or not path.exists():
+    if _writable(path):
         connection = sqlite3.connect(path, isolation_level=None, timeout=30, check_same_thread=not any_thread)
         connection.execute("pragma synchronous = full")
         connection.execute("pragma foreign_keys = on")  # a sample without its settings would be missing from `frame`
@@ -348,6 +374,12 @@ def _connect(path: Path, *, any_thread: bool = False) -> sqlite3.Connection:
     log = path.with_name(path.name + "-wal")
     way = "mode=ro" if log.exists() and log.stat().st_size else "immutable=1"
     return sqlite3.connect(f"file:{quote(str(path))}?{way}", uri=True, isolation_level=None, check_same_thread=not any_thread)
+
+
+def _read_version_1(connection: sqlite3.Connection) -> None:
+    """Let a connection that cannot migrate read what version 1 holds as version 2 holds it."""
+    if connection.execute("pragma user_version").fetchone() == (1,):
+        connection.execute("create temp view samples as select *, null as reasoning, null as prompt_tokens from main.samples")
 
 
 @contextmanager

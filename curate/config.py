@@ -1,13 +1,16 @@
 """The settings of curation's steps, apart from the steps so that the command line's help needs none of their libraries."""
 
+import json
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..core.config import part, setting
 from ..core.engines.base import EngineConfig, Sampling
 from ..core.errors import UserError
 
+REASONING = ("apart", "inline")
 FORMATS = {"####": r"####\s*[-+$]?[\d.]", "boxed": r"\\boxed\s*\{"}
 
 
@@ -17,6 +20,23 @@ def format_pattern(wanted: str | None) -> re.Pattern[str] | None:
         return None if wanted is None else re.compile(FORMATS.get(wanted, wanted), re.MULTILINE)
     except re.error as error:
         raise UserError(f"want_format {wanted!r}: is no regular expression ({error}); known by name are {', '.join(FORMATS)}") from None
+
+
+def read_schema(given: str) -> str:
+    """Return a JSON schema, given as its text or as a file, in a canonical form. Raises UserError for what is none."""
+    text = given
+    if not given.lstrip().startswith("{"):
+        try:
+            text = Path(given).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"json_schema {given}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        schema = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"json_schema {given[:60]}: is no JSON ({error})") from None
+    if not isinstance(schema, dict):
+        raise UserError(f'json_schema {given[:60]}: expected an object, as {{"type": "object"}}, found {type(schema).__name__}')
+    return json.dumps(schema, sort_keys=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +53,11 @@ class DistillConfig(Sampling):
     budget_tokens: int | None = setting(None, "Most tokens generated into this run folder, over all calls.")
     budget_hours: float | None = setting(None, "Longest time of asking in one call, in hours; what is under way then still finishes.")
     max_failed: float = setting(0.01, "Share of failed samples above which the command ends with exit code 3.")
+    reasoning: str = setting(
+        "apart",
+        "A thinking teacher's thoughts: apart, in the store alone, or inline, before the answer in the data set.",
+        choices=REASONING,
+    )
     want_format: str | None = setting(
         None, "What every answer should hold: '####' and a number, boxed (\\boxed{…}), or a regular expression."
     )
@@ -58,6 +83,8 @@ class DistillConfig(Sampling):
         if self.stop_below is not None and not 0 <= self.stop_below <= 1:
             raise UserError(f"stop_below: expected a share between 0 and 1, as 0.9, found {self.stop_below:g}")
         format_pattern(self.want_format)
+        if self.json_schema is not None:  # its content decides, wherever it lies
+            object.__setattr__(self, "json_schema", read_schema(self.json_schema))
         if self.temperature == 0 and self.k > 1:
             raise UserError(f"k is {self.k} at temperature 0: all samples of a prompt would be the same; raise the temperature or give k 1")
 

@@ -21,6 +21,7 @@ from ..core.example import Decision, Sample
 from ..core.formats import iterate_examples
 from ..core.models import context_length, load_settings, model_identity, resolve_model
 from ..core.progress import Progress, duration
+from ..core.reasoning import CLOSE, OPEN, split_reasoning
 from ..core.run import Run
 from ..core.store import SampleStore, decisive_settings, sample_key, sample_seed
 from .config import DistillConfig, format_pattern
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 FREE = (  # settings that do not decide what a sample is
     *("prompts", "k", "limit", "retry_truncated", "budget_tokens", "budget_hours", "max_failed", "engine"),
-    *("want_format", "stop_below"),
+    *("want_format", "stop_below", "reasoning"),
 )
 PROBE = 50  # prompts
 BUDGET = "budget"  # the rule of samples that were not asked for, because a budget was used up
@@ -266,11 +267,12 @@ class Distillation:
                         if completion.finish_reason == "error":
                             writer.put_failure(wanted.key, *wanted.row, " ".join((completion.error or "the engine gave no reason").split()))
                         else:
-                            writer.put(wanted.key, _sample(wanted, completion, config.teacher, sampling_key))
+                            sample = self._sample(wanted, completion, sampling_key)
+                            writer.put(wanted.key, sample)
                         if completion.key in watched:
                             watched.discard(completion.key)
                             if completion.finish_reason != "error":
-                                seen.add(message_text(wanted.prompt.messages[-1]), completion.text, completion.finish_reason)
+                                seen.add(message_text(wanted.prompt.messages[-1]), sample.text, sample.finish_reason)
                             if not watched and seen.answers >= FEWEST:
                                 seen.warn()
                     for key, wanted in self._asked.items():
@@ -295,6 +297,27 @@ class Distillation:
                 sampling=wanted.sampling,
                 seed=wanted.seed,
             )
+
+    def _sample(self, wanted: Wanted, completion: Completion, sampling_key: str) -> Sample:
+        assert completion.finish_reason != "error"
+        reasoning, text = completion.reasoning, completion.text
+        if reasoning is None:
+            chat, ids = self.teacher.chat, wanted.prompt.ids
+            # where a server renders, the prompt's end is not known: a closing tag without an opening one tells
+            opened = chat.decode(ids[-8:]).rstrip().endswith(OPEN) if chat else CLOSE in text and OPEN not in text
+            reasoning, text = split_reasoning(text, opened=opened)
+        return Sample(
+            example_id=wanted.prompt.example.id,
+            index=wanted.index,
+            text=text,
+            finish_reason=completion.finish_reason,
+            num_tokens=completion.num_tokens,
+            logprob=completion.logprob,
+            model=self.teacher.config.teacher,
+            sampling_key=sampling_key,
+            reasoning=reasoning,
+            prompt_tokens=len(wanted.prompt.ids) or completion.prompt_tokens,
+        )
 
     def finish(self, new_samples: int, new_tokens: int, seconds: float) -> DistillResult:
         """Record the stage `distill` and make the samples the run's data set. Raises TooManyFailures afterwards."""
@@ -353,18 +376,3 @@ def _configure(run: Run, source: str | Path, teacher: Teacher) -> None:
     same = before.get("teacher_identity") == teacher.identity  # then it does not matter by which path it was found
     free = (*FREE, "teacher", "revision") if same else FREE
     run.configure("distill", {"prompts": str(source), **to_mapping(teacher.config), **marks}, free=free)
-
-
-def _sample(wanted: Wanted, completion: Completion, teacher: str, sampling_key: str) -> Sample:
-    assert completion.finish_reason != "error"
-    example_id, index = wanted.row
-    return Sample(
-        example_id=example_id,
-        index=index,
-        text=completion.text,
-        finish_reason=completion.finish_reason,
-        num_tokens=completion.num_tokens,
-        logprob=completion.logprob,
-        model=teacher,
-        sampling_key=sampling_key,
-    )

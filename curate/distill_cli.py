@@ -48,6 +48,8 @@ def distill_settings(options: dict[str, Any], base: dict[str, Any]) -> dict[str,
 @config_option(DistillConfig, "budget_tokens")
 @config_option(DistillConfig, "budget_hours")
 @config_option(DistillConfig, "max_failed")
+@config_option(DistillConfig, "reasoning")
+@config_option(DistillConfig, "json_schema")
 @config_option(DistillConfig, "want_format")
 @config_option(DistillConfig, "stop_below")
 @click.option("--dry-run", is_flag=True, help="Answer 50 of the prompts, keep those answers, and say what the rest will take.")

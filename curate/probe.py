@@ -5,18 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..core.errors import UserError
+from ..core.text import shortened
 from .config import DistillConfig, format_pattern
 
 log = logging.getLogger(__name__)
 
 ENOUGH = 0.9  # below it there is a warning
 FEWEST = 20  # answers from which on a share says something
-
-
-def shorten(text: str, length: int = 200) -> str:
-    """Return the text in one line, its end left out when it is long."""
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[:length].rstrip() + " …"
 
 
 @dataclass(slots=True)
@@ -102,6 +97,6 @@ class Probe:
 def tell(examples: Sequence[tuple[str, str, str]]) -> str:
     """Write prompts and answers for people."""
     return "\n".join(
-        f"\nprompt: {shorten(prompt)}\nanswer: {shorten(answer)}{' (cut)' if reason == 'length' else ''}"
+        f"\nprompt: {shortened(prompt, 200)}\nanswer: {shortened(answer, 200)}{' (cut)' if reason == 'length' else ''}"
         for prompt, answer, reason in examples
     )

@@ -15,6 +15,7 @@ from ..core.example import Decision, Message, row_id
 from ..core.files import write_atomically
 from ..core.ledger import KEY as KEY
 from ..core.ledger import RowKey, table_of
+from ..core.reasoning import CLOSE, OPEN
 from ..core.run import Run
 from .card import write_card
 
@@ -108,11 +109,15 @@ def _distilled(curate: Path, columns: Sequence[str]) -> pl.LazyFrame:
     if "prompt" in columns:
         asked = asked.with_columns(pl.col("messages").map_batches(all_text, return_dtype=pl.String, is_elementwise=True).alias("prompt"))
     with SampleStore(curate / "samples.sqlite") as store:
-        samples = store.frame().select("example_id", "sample_index", "text", "finish_reason", "num_tokens", "logprob")
+        samples = store.frame().select("example_id", "sample_index", "text", "finish_reason", "num_tokens", "logprob", "reasoning")
     # asked again because it was cut, an answer is there twice: the one that is whole counts, or the longer
     samples = samples.sort(pl.col("finish_reason") == "length", -pl.col("num_tokens")).unique(KEY, keep="first", maintain_order=True)
     rows = asked.join(samples.lazy(), on="example_id").sort("order", "sample_index")
-    answer = pl.concat_str(pl.lit(', {"role": "assistant", "content": '), json_text(pl.col("text")), pl.lit("}]"))
+    said = pl.col("text")
+    if Run.open(curate.parent).config().get("distill", {}).get("reasoning") == "inline":
+        thought = pl.concat_str(pl.lit(f"{OPEN}\n"), "reasoning", pl.lit(f"\n{CLOSE}\n\n"), "text")
+        said = pl.when(pl.col("reasoning").is_null()).then(said).otherwise(thought)
+    answer = pl.concat_str(pl.lit(', {"role": "assistant", "content": '), json_text(said), pl.lit("}]"))
     rows = rows.with_columns(pl.col("messages").str.head(-1) + answer, pl.col("text").alias("response"))
     return rows.select([pl.col(name).cast(kind) for name, kind in SCHEMA.items() if name != "prompt" or "prompt" in columns])
 

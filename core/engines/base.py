@@ -21,7 +21,11 @@ class EngineConfig:
     """How a model is run. None of this decides what a sample is, beyond rounding."""
 
     engine: str = setting("auto", "What runs the model; auto is vllm where it and a GPU are present, else transformers.", choices=ENGINES)
-    base_url: str | None = setting(None, "Address of an OpenAI-compatible server (engine openai), as http://localhost:8000/v1.")
+    base_url: str | None = setting(
+        None,
+        "Address of an OpenAI-compatible server (engine openai), as http://localhost:8000/v1; several of the same model, parted by commas,"
+        " share the work, and the first names the samples.",
+    )
     concurrency: int = setting(64, "Requests in flight at a server; twice this waits in memory.")
     batch_tokens: int = setting(16_384, "Upper limit of tokens (prompt and answer) in one batch of the transformers engine.")
     device: str | None = setting(None, "Where the transformers engine runs: cpu, cuda, cuda:1; found by itself when not given.")
@@ -44,6 +48,7 @@ class Sampling:
     top_p: float = setting(0.95, "Sample from the smallest set of tokens that holds this probability.")
     max_new_tokens: int = setting(512, "Longest answer, in tokens; a longer one is cut and never eligible.")
     seed: int = setting(0, "Each sample has its own stream of random numbers, drawn from this, its prompt and its index.")
+    json_schema: str | None = setting(None, "JSON schema that every answer follows, a file or its text; not with the transformers engine.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +73,8 @@ class Completion:
     logprob: float | None = None  # mean over the tokens, natural logarithm, of the model's own distribution (before temperature and top-p)
     error: str | None = None  # set exactly when finish_reason is "error"
     token_ids: tuple[int, ...] = field(default=(), repr=False)  # empty where the engine does not tell
+    reasoning: str | None = None  # thoughts that a server keeps apart from the text; their tokens count
+    prompt_tokens: int | None = None  # as a server counts them; None where the caller rendered the prompt itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

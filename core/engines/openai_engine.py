@@ -1,12 +1,12 @@
 """The engine for servers: any that speaks OpenAI's protocol, with a bounded number of requests under way."""
 
 import asyncio
+import contextlib
 import difflib
 import email.utils
 import json
 import logging
 import math
-import os
 import queue
 import random
 import re
@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC
 from typing import Any, Literal
 
@@ -23,14 +23,17 @@ import httpx
 from ..chat import Chat
 from ..errors import UserError, unknown_name
 from .base import Completion, EngineConfig, Request, ScoreRequest, TokenLogprobs
+from .servers import Server, address_of, error_of, key_of_servers
 
 log = logging.getLogger(__name__)
 
-KEY = "OPENAI_API_KEY"
 ATTEMPTS = 10  # of one request: with the waits below about a minute and a half in all, more where the server asks for it
+PUT_OFF = 100  # times that a request waits, beside its attempts, for a server that has too many
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds; doubled after each failure, and of that a random part (full jitter)
 LONGEST_RETRY_AFTER = 600.0  # seconds; a server that wants more is not waited for
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)  # an answer may stand in the server's queue for minutes
+LONGEST_ANSWER = 1800.0  # seconds, for the whole of it: a server that sends a byte now and then never times out otherwise
+PATIENCE = 600.0  # seconds for which nobody listens at an address before that counts as failing: a server starts anew in minutes
 RETRIED = (408, 409, 425, 429)  # and 5xx
 REASONS: dict[str, Literal["stop", "length"]] = {"stop": "stop", "eos": "stop", "length": "length", "max_tokens": "length"}
 LEAST_LOGPROB = -9999.0  # OpenAI's word for "not among the twenty most probable tokens": no number
@@ -39,57 +42,28 @@ DISPENSABLE = {  # what is left out from the first refusal on, and what is lost 
     "seed": "an answer cannot be made a second time",
     "n": "nothing is lost",
 }
-DECISIVE = ("temperature", "top_p")
+DECISIVE = ("temperature", "top_p", "response_format")
 REFUSAL = re.compile(
     r"unsupported|not (?:be )?(?:supported|allowed|permitted|available|enabled|compatible)|do(?:es)?(?: not|n't) support"
     r"|unrecogni[sz]ed|unknown|unexpected|extra (?:input|field)|disabled|invalid parameter|cannot be (?:used|set)"
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Server:
-    """The address of a server, and the key for it, which goes into the header of a request and nowhere else."""
-
-    url: str
-    key: str | None = field(repr=False)
-
-    def options(self) -> dict[str, Any]:
-        """Return what a client of this server is made with."""
-        headers = {"content-type": "application/json", **({"authorization": f"Bearer {self.key}"} if self.key else {})}
-        return {"base_url": f"{self.url}/", "headers": headers, "timeout": TIMEOUT}
-
-    def told(self, response: httpx.Response) -> str:
-        """Return what a server says about an error: one line, without the key, which some servers repeat."""
-        said = _error_of(response).get("message")
-        text = " ".join(str(said or response.text).split()) or response.reason_phrase
-        if self.key:
-            text = text.replace(self.key, "[key]")
-        return text if len(text) <= 300 else text[:299] + "…"
-
-    def refusal(self, response: httpx.Response) -> UserError | None:
-        """Return the error of an answer that no other request will fare better with."""
-        status = response.status_code
-        if status in (401, 403):
-            state = "is not accepted by this server, or not for this model" if self.key else "is not set"
-            return UserError(f"{self.url}: answers {status}: the key in {KEY} {state}; set {KEY} to a key of this server")
-        if status == 402 or _error_of(response).get("code") == "insufficient_quota":
-            return UserError(f"{self.url}: answers {status}: {self.told(response)}; what finished is kept, the same command goes on")
-        return None
-
-
 class OpenAIEngine:
-    """Asks a server for answers. See `core.engines.base.Engine`.
+    """Asks servers of the same model for answers, each time the one with the least to do. See `core.engines.base.Engine`.
 
-    A server's weights cannot be hashed: its identity is its address and the model's name there, so samples stay valid when
-    the server changes what it serves under that name. It renders the messages itself and has its own words for the
+    A server's weights cannot be hashed: its identity is its address (of several, the first) and the model's name there, so
+    samples stay valid when the server changes what it serves under that name. It renders the messages itself and has its own words for the
     log-probability: vLLM's is the model's own, before temperature and top-p; others may count otherwise, or not tell.
     """
 
-    def __init__(self, server: Server, model: str, *, models: Sequence[str], context_length: int | None, concurrency: int) -> None:
+    def __init__(
+        self, servers: Sequence[Server], model: str, *, models: Sequence[str], context_length: int | None, concurrency: int
+    ) -> None:
         self.chat: Chat | None = None
-        self.identity = f"openai:{server.url}:{model}"
+        self.identity = f"openai:{servers[0].url}:{model}"
         self.context_length = context_length
-        self._server, self._model, self._models = server, model, models
+        self._servers, self._model, self._models = servers, model, models
         self._concurrency = concurrency
         self._refused: set[str] = set()  # names of DISPENSABLE
         self._length = "max_tokens"
@@ -100,19 +74,20 @@ class OpenAIEngine:
 
     def logprobs(self, requests: Iterable[ScoreRequest]) -> Iterator[TokenLogprobs]:
         """Raise UserError: the protocol has no way to score a given text."""
-        raise UserError(f"{self._server.url}: a server cannot score texts; use the engine transformers or vllm, with the model's files")
+        raise UserError(f"{self._servers[0].url}: a server cannot score texts; use the engine transformers or vllm, with the model's files")
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Answer requests; each completion is given as it comes. Twice `concurrency` are taken ahead, so that no slot waits.
+        """Answer requests; each completion is given as it comes. Twice what may be under way is taken ahead, so that no slot waits.
 
         A request that fails for good comes back with its error. Raises UserError where none can succeed: a key or a model
         that the server does not take, or a server that has stopped answering.
         """
         waiting: Iterator[Request] | None = iter(requests)
         under_way = failing = 0
-        with _Connection(self._server, self._concurrency) as connection:
+        ahead = 2 * self._concurrency * len(self._servers)
+        with _Connection(self._servers, self._concurrency) as connection:
             while True:
-                while waiting is not None and under_way < 2 * self._concurrency:
+                while waiting is not None and under_way < ahead:
                     request = next(waiting, None)
                     if request is None:
                         waiting = None
@@ -127,47 +102,66 @@ class OpenAIEngine:
                 under_way -= 1
                 self.steps += 1
                 failing = failing + 1 if exhausted else 0
-                if failing > 2 * self._concurrency:
+                if failing > ahead:
+                    places = ", ".join(each.url for each in self._servers)
                     raise UserError(
-                        f"{self._server.url}: has stopped answering: {failing} requests in a row failed, the last with: {completion.error};"
+                        f"{places}: has stopped answering: {failing} requests in a row failed, the last with: {completion.error};"
                         " what finished is kept, and the same command goes on from here"
                     )
                 yield completion
 
     async def _answer(self, connection: "_Connection", request: Request) -> tuple[Completion, bool]:
-        """Return the completion, and whether all attempts failed for a fault of the server."""
+        """Return the completion, and whether all attempts failed for a fault of the servers."""
         async with connection.slots:
-            attempt = 1
+            attempt, put_off = 1, 0
             while True:
-                await connection.held()
-                body = self._body(request)
-                asked = None  # seconds that the server wants to be left alone
+                server = await connection.least_busy()
                 try:
-                    # with every character above ASCII escaped, half surrogate pairs too, which UTF-8 cannot hold
-                    response = await connection.client.post("chat/completions", content=json.dumps(body))
-                except httpx.RequestError as error:
-                    fault = _named(error)
-                else:
-                    if response.is_success:
-                        completion = self._read(request, response)
-                        if completion is not None:
-                            return completion, False
-                        fault = f"an answer that is not of the protocol: {self._server.told(response)}"
-                    else:
-                        if self._adapts(body, response):
-                            continue
-                        self._check(response)
-                        fault = f"{response.status_code}: {self._server.told(response)}"
-                        if response.status_code not in RETRIED and response.status_code < 500:
-                            return Completion(key=request.key, finish_reason="error", error=fault), False
-                        asked = _retry_after(response)
-                if attempt == ATTEMPTS or (asked or 0) > LONGEST_RETRY_AFTER:
-                    ending = f"after {attempt} attempts" if attempt == ATTEMPTS else f"and asks to be left alone for {asked:.0f} s"
-                    return Completion(key=request.key, finish_reason="error", error=f"{fault}, {ending}"), True
-                if asked is not None:
-                    connection.hold(asked)
-                await asyncio.sleep(_wait(attempt))
+                    found = await self._attempt(connection, server, request)
+                finally:
+                    await connection.release(server)
+                if isinstance(found, Completion):
+                    server.load.fared_well()
+                    return found, False
+                if found is None:  # it was asked for what it does not know, and is asked for less now
+                    continue
+                server.load.faults += 1
+                if attempt == ATTEMPTS or (found.asked or 0) > LONGEST_RETRY_AFTER:
+                    ending = f"after {attempt} attempts" if attempt == ATTEMPTS else f"and asks to be left alone for {found.asked:.0f} s"
+                    return Completion(key=request.key, finish_reason="error", error=f"{found.told}, {ending}"), True
+                if found.asked is not None or found.of_all:
+                    server.load.hold(_wait(server.load.faults) if found.asked is None else found.asked)
+                if 0 < found.down < PATIENCE:  # it starts anew
+                    continue
+                if found.of_all and server.load.at_work(PATIENCE) and put_off < PUT_OFF:  # it is at its limit, and answers others
+                    put_off += 1
+                    continue
+                if not found.of_all:
+                    await asyncio.sleep(_wait(attempt))
                 attempt += 1
+
+    async def _attempt(self, connection: "_Connection", server: Server, request: Request) -> "Completion | _Fault | None":
+        """Ask once; return the completion, what went wrong, or None where the next attempt asks for less."""
+        body = self._body(request)
+        try:
+            async with asyncio.timeout(LONGEST_ANSWER):
+                # with every character above ASCII escaped, half surrogate pairs too, which UTF-8 cannot hold
+                response = await connection.client.post(f"{server.url}/chat/completions", content=json.dumps(body))
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            return _Fault(_named(error), of_all=True, down=max(server.load.down(), 1e-9))
+        except httpx.RequestError as error:
+            return _Fault(_named(error))
+        except TimeoutError:
+            return _Fault(f"no whole answer within {LONGEST_ANSWER:g} s")
+        if response.is_success:
+            return self._read(request, response) or _Fault(f"an answer that is not of the protocol: {server.told(response)}")
+        if self._adapts(server, body, response):
+            return None
+        self._check(server, response)
+        told = f"{response.status_code}: {server.told(response)}"
+        if response.status_code not in RETRIED and response.status_code < 500:
+            return Completion(key=request.key, finish_reason="error", error=told)
+        return _Fault(told, of_all=response.status_code == 429, asked=_retry_after(response))
 
     def _body(self, request: Request) -> dict[str, Any]:
         sampling = request.sampling
@@ -181,9 +175,12 @@ class OpenAIEngine:
             "seed": request.seed % 2**31,  # some servers take no longer one
             "logprobs": True,
         }
+        if sampling.json_schema is not None:
+            schema = {"name": "answer", "schema": json.loads(sampling.json_schema), "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return {name: value for name, value in body.items() if name not in self._refused}
 
-    def _adapts(self, body: dict[str, Any], response: httpx.Response) -> bool:
+    def _adapts(self, server: Server, body: dict[str, Any], response: httpx.Response) -> bool:
         """Leave out for good what a server refuses, if the answers stay the same without it; say whether to ask again."""
         if response.status_code not in (400, 422):
             return False
@@ -197,23 +194,23 @@ class OpenAIEngine:
             if name in body and re.search(rf"\b{name}\b", said):
                 if name not in self._refused:
                     self._refused.add(name)
-                    log.warning("%s does not take %r: %s", self._server.url, name, loss)
+                    log.warning("%s does not take %r: %s", server.url, name, loss)
                 return True
         for name in DECISIVE:
-            if _error_of(response).get("param") == name or re.search(rf"['\"`]{name}['\"`]", said):
-                told = self._server.told(response)
-                raise UserError(f"{self._server.url}: {self._model} does not take {name} {body[name]}: {told}; give what it takes")
+            if name in body and (error_of(response).get("param") == name or re.search(rf"['\"`]{name}['\"`]", said)):
+                value = "with a JSON schema" if name == "response_format" else body[name]
+                raise UserError(f"{server.url}: {self._model} does not take {name} {value}: {server.told(response)}; give what it takes")
         return False
 
-    def _check(self, response: httpx.Response) -> None:
+    def _check(self, server: Server, response: httpx.Response) -> None:
         """Raise UserError for an answer that all requests would get."""
-        refusal = self._server.refusal(response)
+        refusal = server.refusal(response)
         if refusal:
             raise refusal
         if response.status_code in (404, 405):
             serves = f"it serves {', '.join(_nearest(self._model, self._models))}" if self._models else "it does not tell its models"
             raise UserError(
-                f"{self._server.url}: answers {response.status_code} for the model {self._model!r} ({self._server.told(response)});"
+                f"{server.url}: answers {response.status_code} for the model {self._model!r} ({server.told(response)});"
                 f" {serves}: check the teacher's name and the address"
             )
 
@@ -227,6 +224,8 @@ class OpenAIEngine:
             listed = (choice.get("logprobs") or {}).get("content") or []
             logprobs = [float(each["logprob"]) for each in listed]
             counted = (answer.get("usage") or {}).get("completion_tokens")
+            asked = (answer.get("usage") or {}).get("prompt_tokens")
+            thoughts = message.get("reasoning_content") or message.get("reasoning")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             return None
         num_tokens = counted if isinstance(counted, int) else len(logprobs)
@@ -248,7 +247,19 @@ class OpenAIEngine:
             finish_reason=REASONS[reason],
             num_tokens=num_tokens,
             logprob=math.fsum(logprobs) / len(logprobs) if known else None,
+            reasoning=thoughts if isinstance(thoughts, str) else None,
+            prompt_tokens=asked if isinstance(asked, int) else None,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """Why an attempt failed."""
+
+    told: str
+    of_all: bool = False  # every request would fare as this one did
+    asked: float | None = None  # seconds that the server wants to be left alone
+    down: float = 0.0  # seconds for which nobody has listened there
 
 
 class _Connection:
@@ -258,11 +269,13 @@ class _Connection:
     the caller is busy with one.
     """
 
-    def __init__(self, server: Server, concurrency: int) -> None:
-        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-        self.client = httpx.AsyncClient(**server.options(), limits=limits)
-        self.slots = asyncio.Semaphore(concurrency)
-        self._held_until = 0.0
+    def __init__(self, servers: Sequence[Server], concurrency: int) -> None:
+        total = concurrency * len(servers)
+        limits = httpx.Limits(max_connections=total, max_keepalive_connections=total)
+        self.client = httpx.AsyncClient(**servers[0].options(), timeout=TIMEOUT, limits=limits)
+        self.slots = asyncio.Semaphore(total)
+        self._servers, self._concurrency = servers, concurrency
+        self._changed = asyncio.Condition()
         self._finished: queue.SimpleQueue[Future[tuple[Completion, bool]]] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sftkit-openai", daemon=True)
@@ -296,14 +309,29 @@ class _Connection:
         """Wait for the next request to end, and return or raise what came of it."""
         return self._finished.get().result()
 
-    def hold(self, seconds: float) -> None:
-        """Let no request begin for so long: what a server asks of one it asks of all."""
-        self._held_until = max(self._held_until, time.monotonic() + seconds)
+    async def least_busy(self) -> Server:
+        """Wait until a server may be asked; return the one with the least under way, counted as having one more. Then `release` it."""
+        async with self._changed:
+            while True:
+                now = time.monotonic()
+                with_room = [each for each in self._servers if each.load.under_way < self._concurrency]
+                free = [each for each in with_room if each.load.held_until <= now]
+                if free:
+                    server = min(free, key=lambda each: each.load.under_way)
+                    server.load.under_way += 1
+                    return server
+                left = min((each.load.held_until - now for each in with_room), default=None)
+                if left is not None:
+                    left += random.uniform(0, min(left, FIRST_WAIT))  # not all at the same moment
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(left):
+                        await self._changed.wait()
 
-    async def held(self) -> None:
-        """Wait until requests may begin."""
-        while (left := self._held_until - time.monotonic()) > 0:
-            await asyncio.sleep(left + random.uniform(0, min(left, FIRST_WAIT)))  # not all at the same moment
+    async def release(self, server: Server) -> None:
+        """Take note that a request to a server has ended."""
+        server.load.under_way -= 1
+        async with self._changed:
+            self._changed.notify()
 
 
 def open(model: str, config: EngineConfig, *, revision: str | None = None) -> OpenAIEngine:
@@ -317,44 +345,25 @@ def open(model: str, config: EngineConfig, *, revision: str | None = None) -> Op
         raise UserError(f"revision {revision}: a server chooses what it serves; leave the revision out")
     if config.concurrency < 1:
         raise UserError(f"concurrency: expected 1 or more, found {config.concurrency}")
-    server = Server(_address(config.base_url), _key())
-    entries = _models(server)
-    names = [str(each["id"]) for each in entries]
-    if names and model not in names:
-        raise unknown_name("model", model, _nearest(model, names), server.url)
-    entry = next((each for each in entries if each["id"] == model), {})
-    lengths = [entry.get(name) for name in ("max_model_len", "context_length", "context_window")]  # vLLM's name, and others'
-    context = next((each for each in lengths if isinstance(each, int)), None)
-    return OpenAIEngine(server, model, models=names, context_length=context, concurrency=config.concurrency)
-
-
-def _address(text: str) -> str:
-    """Return the canonical form of a server's address, by which its samples are known."""
-    try:
-        url = httpx.URL(text.strip())
-    except httpx.InvalidURL as error:
-        raise UserError(f"base_url {text!r}: is no address ({error}); give one like http://localhost:8000/v1") from None
-    if url.userinfo:
-        raise UserError(f"base_url: holds a user name or password, which would be written down; take it out and set {KEY}")
-    if url.scheme not in ("http", "https") or not url.host:
-        raise UserError(f"base_url {text!r}: expected http:// or https:// and a server, as http://localhost:8000/v1")
-    path = url.path.rstrip("/").removesuffix("/chat/completions")
-    return str(url.copy_with(path=path or "/v1", query=None, fragment=None))
-
-
-def _key() -> str | None:
-    key = os.environ.get(KEY, "").strip()
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise UserError(f"{KEY}: holds characters that no key has; set it again (its value is not shown here)")
-    return key or None
+    servers = [Server(address, key_of_servers()) for address in dict.fromkeys(map(address_of, config.base_url.split(",")))]
+    contexts, names = [], []
+    for server in servers:
+        entries = _models(server)
+        names = [str(each["id"]) for each in entries]
+        if names and model not in names:
+            raise unknown_name("model", model, _nearest(model, names), server.url)
+        entry = next((each for each in entries if each["id"] == model), {})
+        lengths = [entry.get(name) for name in ("max_model_len", "context_length", "context_window")]  # vLLM's name, and others'
+        contexts += [each for each in lengths if isinstance(each, int)][:1]
+    return OpenAIEngine(servers, model, models=names, context_length=min(contexts, default=None), concurrency=config.concurrency)
 
 
 def _models(server: Server) -> list[dict[str, Any]]:
     """Return the models that a server lists, none if it has no list."""
-    with httpx.Client(**{**server.options(), "timeout": 30.0}) as client:
+    with httpx.Client(**server.options(), timeout=30.0) as client:
         for attempt in range(1, 4):
             try:
-                response = client.get("models")
+                response = client.get(f"{server.url}/models")
             except httpx.RequestError as error:
                 raise UserError(f"{server.url}: no server answers there ({_named(error)}); start it, or correct base_url") from None
             if response.status_code not in RETRIED and response.status_code < 500:
@@ -383,18 +392,6 @@ def _nearest(name: str, names: Sequence[str], most: int = 20) -> list[str]:
     if len(names) <= most:
         return list(names)
     return difflib.get_close_matches(name, names, n=most, cutoff=0.0)
-
-
-def _error_of(response: httpx.Response) -> dict[str, Any]:
-    """Return the error object of an answer: OpenAI's `{"error": {"message", "code", "param"}}`, or what looks like one."""
-    try:
-        found = response.json()
-    except ValueError:
-        return {}
-    if isinstance(found, dict):
-        inner = found.get("error", found)
-        return inner if isinstance(inner, dict) else {"message": inner}
-    return {}
 
 
 def _named(error: httpx.RequestError) -> str:

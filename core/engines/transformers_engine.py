@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from ..batches import BatchRunner, pad
 from ..chat import Chat, load_chat
+from ..errors import UserError
 from ..hardware import half_precision, pick_device
 from ..head import Scorer
 from ..models import context_length, load_model, model_identity, resolve_model
@@ -94,6 +95,8 @@ class TransformersEngine:
 
     def _check(self, request: Request) -> str | None:
         length = len(request.prompt_ids) + request.sampling.max_new_tokens
+        if request.sampling.json_schema is not None:
+            raise UserError("json_schema: the transformers engine cannot hold an answer to a schema; take the engine vllm or openai")
         if not request.prompt_ids:
             return "the prompt has no tokens"
         if self.context_length is not None and length > self.context_length:

@@ -102,8 +102,10 @@ class VllmEngine:
     def _params(self, sampling: Sampling, **more: Any) -> Any:
         """Return vLLM's settings of one request. The stop ids are the chat's alone: they hold what the model's files list."""
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+        if sampling.json_schema is not None:
+            more["structured_outputs"] = StructuredOutputsParams(json=sampling.json_schema)
         try:
             return SamplingParams(
                 temperature=sampling.temperature,

@@ -1,16 +1,15 @@
 """The engine for servers, against a real one in a thread: what is sent, retried, adapted, given up, and left behind."""
 
 import email.utils
-import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
+from openai_server import Reply, Server, answer, fault
 from sftkit.core.engines import openai_engine
 from sftkit.core.engines.base import Completion, EngineConfig, Request, Sampling, ScoreRequest
 from sftkit.core.engines.openai_engine import OpenAIEngine
@@ -18,97 +17,7 @@ from sftkit.core.engines.registry import open_engine
 from sftkit.core.errors import UserError
 
 SECRET = "sk-very-secret"
-Reply = tuple[int, dict[str, str], Any]
-
-
-def answer(text: str = "hello", **changes: Any) -> Reply:
-    """Return a complete answer; `changes` replace parts of its choice, or `usage`."""
-    usage = changes.pop("usage", {"completion_tokens": 3})
-    logprobs = {"content": [{"token": "a", "logprob": -0.5}, {"token": "b", "logprob": -1.0}, {"token": "c", "logprob": -3.0}]}
-    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop", "logprobs": logprobs, **changes}
-    return 200, {}, {"choices": [choice], "usage": usage}
-
-
-def fault(status: int, message: str = "no", *, headers: dict[str, str] | None = None, **details: Any) -> Reply:
-    return status, headers or {}, {"error": {"message": message, **details}}
-
-
-class Server:
-    """A server whose replies a test decides; it counts what it is asked and how many requests are under way."""
-
-    def __init__(self) -> None:
-        self.reply: Callable[[dict[str, Any]], Reply] = lambda body: answer(body["messages"][-1]["content"].upper())
-        self.models: Reply = (200, {}, {"data": [{"id": "m", "max_model_len": 512}, {"id": "other"}]})
-        self.asked: list[dict[str, Any]] = []
-        self.times: list[float] = []
-        self.headers: list[dict[str, str]] = []
-        self.under_way = self.most_under_way = 0
-        self._lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                self.send(outer.models if self.path == "/v1/models" else fault(404))
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with outer._lock:
-                    outer.asked.append(body)
-                    outer.times.append(time.monotonic())
-                    outer.headers.append(dict(self.headers))
-                    outer.under_way += 1
-                    outer.most_under_way = max(outer.most_under_way, outer.under_way)
-                reply = outer.reply(body)
-                with outer._lock:
-                    outer.under_way -= 1
-                self.send(reply)
-
-            def send(self, reply: Reply) -> None:
-                status, headers, content = reply
-                data = content if isinstance(content, bytes) else json.dumps(content).encode()
-                try:
-                    self.send_response(status)
-                    for name, value in {"content-length": str(len(data)), "content-type": "application/json", **headers}.items():
-                        self.send_header(name, value)
-                    self.end_headers()
-                    self.wfile.write(data)
-                    self.close_connection = "connection" in headers
-                except (BrokenPipeError, ConnectionResetError):  # the client was stopped meanwhile
-                    self.close_connection = True
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *_: object) -> None:
-                pass
-
-        self._http = Quiet(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
-        threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.close()
-
-
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait a thousandth of what is usual between attempts."""
-    monkeypatch.setattr(openai_engine, "FIRST_WAIT", 0.001)
-    monkeypatch.setattr(openai_engine, "LONGEST_WAIT", 0.05)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+pytestmark = pytest.mark.usefixtures("hasty")
 
 
 def engine(server: Server, concurrency: int = 4, model: str = "m") -> OpenAIEngine:
@@ -527,8 +436,8 @@ def test_an_address_that_leads_nowhere(base_url: str | None, message: str) -> No
 
 def test_one_address_in_many_spellings() -> None:
     spellings = ["http://Host:80/v1/", " http://host/v1", "http://host", "http://host/", "http://host/v1/chat/completions?x=1#y"]
-    assert {openai_engine._address(each) for each in spellings} == {"http://host/v1"}
-    assert openai_engine._address("https://host/api/v2/") == "https://host/api/v2"
+    assert {openai_engine.address_of(each) for each in spellings} == {"http://host/v1"}
+    assert openai_engine.address_of("https://host/api/v2/") == "https://host/api/v2"
 
 
 def test_a_revision_means_nothing_to_a_server(server: Server) -> None:

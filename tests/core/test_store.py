@@ -9,6 +9,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -82,6 +84,7 @@ def test_rows_come_back_as_they_went_in(tmp_path: Path) -> None:
     assert frame.row(0, named=True) == {
         "key": key(0), "example_id": "0" * 16, "sample_index": 1, "text": "plain", "finish_reason": "length",
         "num_tokens": 7, "logprob": None, "model": "teacher", "sampling_key": settings,
+        "reasoning": None, "prompt_tokens": None,
     }  # fmt: skip
     assert dict(frame.schema) == store_module.FRAME
 
@@ -300,7 +303,7 @@ def test_settings_are_stored_once_with_the_samples_they_hold(tmp_path: Path) -> 
         assert store.settings() == [(sampling_key(SETTINGS), "teacher", SETTINGS, 5), (warm, "teacher", other, 1)]
 
 
-def test_version_1_of_the_schema(tmp_path: Path) -> None:
+def test_version_2_of_the_schema(tmp_path: Path) -> None:
     """A change of these lines needs a new SCHEMA_VERSION and a way to read the old one."""
     path = tmp_path / "s.sqlite"
     fill(path, 1)
@@ -309,21 +312,58 @@ def test_version_1_of_the_schema(tmp_path: Path) -> None:
             " ".join(sql.split()) for (sql,) in connection.execute("select sql from sqlite_master where sql is not null order by name")
         ]
         assert connection.execute("pragma journal_mode").fetchone() == ("wal",)
-        assert connection.execute("pragma user_version").fetchone() == (1,)
-    assert SCHEMA_VERSION == 1
+        assert connection.execute("pragma user_version").fetchone() == (2,)
+    assert SCHEMA_VERSION == 2
     assert lines == [
         "CREATE TABLE failures ( key blob primary key not null, example_id text not null, sample_index integer not null, error text not null, times integer not null ) without rowid",
-        "CREATE TABLE samples ( key blob primary key not null, example_id text not null, sample_index integer not null, sampling_key text not null references settings, text text not null, finish_reason text not null, num_tokens integer not null, logprob real )",
+        "CREATE TABLE samples ( key blob primary key not null, example_id text not null, sample_index integer not null, sampling_key text not null references settings, text text not null, finish_reason text not null, num_tokens integer not null, logprob real, reasoning text, prompt_tokens integer )",
         "CREATE TABLE settings ( sampling_key text primary key, name text not null, settings text not null ) without rowid",
     ]
+
+
+VERSION_1 = """
+create table settings (sampling_key text primary key, name text not null, settings text not null) without rowid;
+create table samples (
+    key blob primary key not null, example_id text not null, sample_index integer not null, sampling_key text not null references settings,
+    text text not null, finish_reason text not null, num_tokens integer not null, logprob real
+);
+create table failures (
+    key blob primary key not null, example_id text not null, sample_index integer not null, error text not null, times integer not null
+) without rowid;
+pragma user_version = 1;
+"""
+
+
+def fill_version_1(path: Path, count: int) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.executescript(VERSION_1)
+        connection.execute("insert into settings values (?, 'teacher', ?)", (sampling_key(SETTINGS), json.dumps(SETTINGS)))
+        for number in range(count):
+            row = (bytes.fromhex(key(number)), f"e{number}", 0, sampling_key(SETTINGS), "old", "stop", 3, -0.5)
+            connection.execute("insert into samples values (?, ?, ?, ?, ?, ?, ?, ?)", row)
+    connection.close()
+
+
+def test_a_store_of_version_1_keeps_its_samples_and_takes_new_ones(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    fill_version_1(path, 3)
+    with SampleStore(path) as store:
+        assert store.frame().select("text", "reasoning", "prompt_tokens").rows() == [("old", None, None)] * 3
+        with store.writer() as writer:
+            writer.put(key(7), replace(sample(7), reasoning="so", prompt_tokens=5))
+        store.check()
+    with SampleStore(path) as store:
+        assert store.keys() == {key(number) for number in (0, 1, 2, 7)}
+        new = store.frame().filter(pl.col("key") == key(7))
+        assert new.select("reasoning", "prompt_tokens").rows() == [("so", 5)]
 
 
 def test_a_store_of_a_newer_sftkit_is_refused_untouched(tmp_path: Path) -> None:
     path = tmp_path / "s.sqlite"
     fill(path, 3)
     with sqlite3.connect(path) as connection:
-        connection.execute("pragma user_version = 2")
-    with pytest.raises(UserError, match=r"newer sftkit \(schema 2; this one reads 1\); upgrade sftkit"):
+        connection.execute("pragma user_version = 3")
+    with pytest.raises(UserError, match=r"newer sftkit \(schema 3; this one reads 2\); upgrade sftkit"):
         SampleStore(path)
     with sqlite3.connect(path) as connection:
         assert connection.execute("select count(*) from samples").fetchone() == (3,)
@@ -356,10 +396,11 @@ def test_a_damaged_store_says_so(tmp_path: Path) -> None:
         store.frame()
 
 
-def test_a_folder_that_cannot_be_written_can_be_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [fill, fill_version_1])
+def test_a_folder_that_cannot_be_written_can_be_read(tmp_path: Path, make: Callable[[Path, int], None]) -> None:
     """In a child that gives up root, which may write everywhere."""
     folder = Path(tempfile.mkdtemp(prefix="store-"))
-    fill(folder / "s.sqlite", 7)
+    make(folder / "s.sqlite", 7)
     (folder / "s.sqlite").chmod(0o444)
     folder.chmod(0o555)
     code = f"""

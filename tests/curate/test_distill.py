@@ -19,7 +19,7 @@ from sftkit.core.errors import TooManyFailures, UserError
 from sftkit.core.example import Decision
 from sftkit.core.models import model_identity, resolve_model
 from sftkit.core.run import Run
-from sftkit.core.store import SampleStore
+from sftkit.core.store import SampleStore, sample_key
 from sftkit.curate import distill as distill_module
 from sftkit.curate.cache import explain
 from sftkit.curate.config import DistillConfig, format_pattern
@@ -411,6 +411,52 @@ def test_a_server_is_sent_messages_and_keyed_by_them(tmp_path: Path, settings: A
     assert set(stored(tmp_path / "run")["key"]).isdisjoint(stored(tmp_path / "other")["key"])
     with pytest.raises(UserError, match="thinking: a server renders for itself"):
         distill(path, tmp_path / "thinking", settings(thinking=True, **asked))
+
+
+def test_thoughts_are_kept_apart_and_put_before_the_answer_when_asked(
+    tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies = {
+        0: {"text": "<think>\nTwo.\n</think>\n\nIt is 2."},
+        1: {"text": "It is 2.", "reasoning": "Two."},  # the server keeps them apart
+        2: {"text": "It is 2."},
+        3: {"text": "Two.</think>It is 2."},  # the template wrote the opening tag
+    }
+
+    class Thinking(Server):
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            for number, request in enumerate(requests):
+                yield Completion(key=request.key, num_tokens=9, prompt_tokens=7, **replies[number])
+
+    monkeypatch.setattr(distill_module, "open_engine", lambda *arguments, **keywords: Thinking())
+    asked = {"teacher": "m", "engine": {"engine": "openai", "base_url": "http://localhost:1/v1"}, "k": 4}
+    path, run = prompts(tmp_path / "p.jsonl", 1), tmp_path / "run"
+    distill(path, run, settings(**asked))
+    samples = stored(run)
+    assert samples["text"].to_list() == ["It is 2."] * 4
+    assert samples["reasoning"].to_list() == ["Two.", "Two.", None, "Two."]
+    assert samples["prompt_tokens"].to_list() == [7] * 4
+    assert [each["messages"][-1]["content"] for each in data_set(run)] == ["It is 2."] * 4
+    assert distill(path, run, settings(**asked, reasoning="inline")).new_samples == 0
+    inline = "<think>\nTwo.\n</think>\n\nIt is 2."
+    assert [each["messages"][-1]["content"] for each in data_set(run)] == [inline, inline, "It is 2.", inline]
+    rows = load_rows(Run.open(run), columns=["response"])
+    assert rows["response"].to_list() == ["It is 2."] * 4  # scores are of the answer
+
+
+def test_a_schema_decides_and_the_transformers_engine_refuses_it(tmp_path: Path, settings: Any) -> None:
+    path = tmp_path / "schema.json"
+    path.write_text('{"type": "object",\n "properties": {"n": {"type": "integer"}}}')
+    config = settings(json_schema=str(path))
+    assert config.json_schema == settings(json_schema='{"properties": {"n": {"type": "integer"}}, "type": "object"}').json_schema
+    assert sample_key(prompt=[1], model_identity="m", sampling=config.sampling, index=0) != sample_key(
+        prompt=[1], model_identity="m", sampling=settings().sampling, index=0
+    )
+    with pytest.raises(UserError, match=r"json_schema: the transformers engine cannot hold an answer to a schema; take the engine vllm or"):
+        distill(prompts(tmp_path / "p.jsonl", 2), tmp_path / "run", config)
+    for given, message in [("[1]", "cannot be read"), (str(tmp_path / "none.json"), "cannot be read: No such file"), ("{", "is no JSON")]:
+        with pytest.raises(UserError, match=message):
+            settings(json_schema=given)
 
 
 def test_an_engine_that_swallows_a_request_fails_it_by_name(tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:

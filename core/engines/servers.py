@@ -1,0 +1,107 @@
+"""Servers that speak OpenAI's protocol: their addresses, the key for them, what they say, and how much each has to do."""
+
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from ..errors import UserError
+
+KEY = "OPENAI_API_KEY"
+
+
+@dataclass(slots=True)
+class Load:
+    """What a server has to do, and how it has fared."""
+
+    under_way: int = 0
+    answered_at: float = field(default_factory=time.monotonic)  # the last time, or when it was found
+    faults: int = 0  # in a row
+    held_until: float = 0.0  # by time.monotonic: nothing is sent before
+    down_since: float | None = None  # nobody has listened there since
+
+    def hold(self, seconds: float) -> None:
+        """Send nothing for so long: what a server asks of one request it asks of all."""
+        self.held_until = max(self.held_until, time.monotonic() + seconds)
+
+    def fared_well(self) -> None:
+        """Take note of an answer."""
+        self.answered_at = time.monotonic()
+        self.faults, self.down_since = 0, None
+
+    def at_work(self, seconds: float) -> bool:
+        """Say whether it has answered anything for so long."""
+        return time.monotonic() - self.answered_at < seconds
+
+    def down(self) -> float:
+        """Take note that nobody listens; return for how many seconds that has been so."""
+        now = time.monotonic()
+        self.down_since = now if self.down_since is None else self.down_since
+        return now - self.down_since
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """The address of a server, and the key for it, which goes into the header of a request and nowhere else."""
+
+    url: str
+    key: str | None = field(repr=False)
+    load: Load = field(default_factory=Load, compare=False)
+
+    def options(self) -> dict[str, Any]:
+        """Return what a client of this server is made with."""
+        headers = {"content-type": "application/json", **({"authorization": f"Bearer {self.key}"} if self.key else {})}
+        return {"headers": headers}
+
+    def told(self, response: httpx.Response) -> str:
+        """Return what a server says about an error: one line, without the key, which some servers repeat."""
+        said = error_of(response).get("message")
+        text = " ".join(str(said or response.text).split()) or response.reason_phrase
+        if self.key:
+            text = text.replace(self.key, "[key]")
+        return text if len(text) <= 300 else text[:299] + "…"
+
+    def refusal(self, response: httpx.Response) -> UserError | None:
+        """Return the error of an answer that no other request will fare better with."""
+        status = response.status_code
+        if status in (401, 403):
+            state = "is not accepted by this server, or not for this model" if self.key else "is not set"
+            return UserError(f"{self.url}: answers {status}: the key in {KEY} {state}; set {KEY} to a key of this server")
+        if status == 402 or error_of(response).get("code") == "insufficient_quota":
+            return UserError(f"{self.url}: answers {status}: {self.told(response)}; what finished is kept, the same command goes on")
+        return None
+
+
+def address_of(text: str) -> str:
+    """Return the canonical form of a server's address, by which its samples are known."""
+    try:
+        url = httpx.URL(text.strip())
+    except httpx.InvalidURL as error:
+        raise UserError(f"base_url {text!r}: is no address ({error}); give one like http://localhost:8000/v1") from None
+    if url.userinfo:
+        raise UserError(f"base_url: holds a user name or password, which would be written down; take it out and set {KEY}")
+    if url.scheme not in ("http", "https") or not url.host:
+        raise UserError(f"base_url {text!r}: expected http:// or https:// and a server, as http://localhost:8000/v1")
+    path = url.path.rstrip("/").removesuffix("/chat/completions")
+    return str(url.copy_with(path=path or "/v1", query=None, fragment=None))
+
+
+def key_of_servers() -> str | None:
+    key = os.environ.get(KEY, "").strip()
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise UserError(f"{KEY}: holds characters that no key has; set it again (its value is not shown here)")
+    return key or None
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """Return the error object of an answer: OpenAI's `{"error": {"message", "code", "param"}}`, or what looks like one."""
+    try:
+        found = response.json()
+    except ValueError:
+        return {}
+    if isinstance(found, dict):
+        inner = found.get("error", found)
+        return inner if isinstance(inner, dict) else {"message": inner}
+    return {}
