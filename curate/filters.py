@@ -20,6 +20,7 @@ from ..core.run import Run
 from .config import FilterConfig
 from .controls import clear_controls, write_controls_of
 from .expressions import Condition, Kind, parse_condition
+from .ngrams import PLAIN as PLAIN_WORDS
 from .rows import KEY, Outcome, decision_table, input_rows, record
 from .score import known_scores
 from .scored import READ_OFF, columns_for, score_values
@@ -283,20 +284,8 @@ def text_rules(config: FilterConfig) -> list[TextRule]:
         signs = text.str.head(REFUSAL_CHARS).str.contains_any(list(REFUSAL_SIGNS), ascii_case_insensitive=True)
         rules.append(TextRule(lambda text: ("refusal", None, None) if REFUSALS.search(text[:REFUSAL_CHARS]) else None, signs))
     if config.repetition:
-        most = config.max_duplicate_ngrams, config.max_top_ngram
-        rules.append(TextRule(lambda text: _repetition_rule(text, *most), _few_words(*most)))
+        rules.append(TextRule(lambda text: _repetition_rule(text, config.max_duplicate_ngrams, config.max_top_ngram)))
     return rules
-
-
-def _few_words(max_duplicate: float, max_top: float) -> pl.Expr:
-    """Say of which texts the words are too few to rule out repetition.
-
-    A word that stands at place 10 or later for the first time ends a window of 10 that did not stand before; and what an n-gram
-    of 4 words at most does not cover has all the other words.
-    """
-    words = pl.col("text").str.to_lowercase().str.extract_all(word_pattern())
-    distinct, total = words.list.n_unique(), words.list.len().cast(pl.Float64)
-    return (distinct < 9 + (1 - max_duplicate) * (total - 9)) | (distinct < 4 + (1 - max_top) * total)
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -306,7 +295,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise UserError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
-def duplicate_ngrams(words: Sequence[str], n: int) -> float:
+def duplicate_ngrams(words: Sequence[str | bytes], n: int) -> float:
     """Return the share of the windows of n words that stood in the text before; 0 for a text shorter than that."""
     windows = len(words) - n + 1
     if windows < 1:
@@ -314,7 +303,7 @@ def duplicate_ngrams(words: Sequence[str], n: int) -> float:
     return 1 - len({tuple(words[start : start + n]) for start in range(windows)}) / windows
 
 
-def top_ngram(words: Sequence[str], n: int) -> float:
+def top_ngram(words: Sequence[str | bytes], n: int) -> float:
     """Return the share of the words that the most frequent n-gram covers where it stands at least twice (Rae et al. 2021, A1.1)."""
     grams = Counter(tuple(words[start : start + n]) for start in range(len(words) - n + 1))
     gram, count = max(grams.items(), key=lambda item: item[1], default=((), 0))
@@ -366,7 +355,15 @@ _FUNCTION_SETS = {language: frozenset(words.split()) for language, words in FUNC
 
 
 def _repetition_rule(text: str, max_duplicate: float, max_top: float) -> Finding | None:
-    words = WORD.findall(text.lower())
+    """Say whether a text repeats itself. Most do not, which the number of its different words shows already.
+
+    A word that stands at place 10 or later for the first time ends a window of 10 that did not stand before; and what an n-gram
+    of 4 words at most does not cover has all the other words.
+    """
+    words: Sequence[str | bytes] = text.encode().translate(PLAIN_WORDS).split() if text.isascii() else WORD.findall(text.lower())
+    distinct, total = len(set(words)), len(words)
+    if distinct >= 9 + (1 - max_duplicate) * (total - 9) and distinct >= 4 + (1 - max_top) * total:
+        return None
     share = duplicate_ngrams(words, 10)
     if share > max_duplicate:
         return "repetition:duplicate_ngrams", share, max_duplicate

@@ -153,8 +153,9 @@ def all_text(messages: pl.Series) -> pl.Series:
 def _by_turns(messages: pl.Series, kind: Any, plain: pl.Expr, other: Callable[[str], Any]) -> pl.Series:
     """Return `plain` of the conversations that are turns of a role and a text alone, as the column `turns`, and `other` of the rest."""
     is_plain = messages.str.contains(PLAIN)
-    found = pl.select(turns=messages.filter(is_plain).str.json_decode(TURNS)).select(plain.alias(messages.name)).to_series()
-    if is_plain.all():
+    alike = messages if is_plain.all() else messages.filter(is_plain)
+    found = pl.select(turns=alike.str.json_decode(TURNS)).select(plain.alias(messages.name)).to_series()
+    if len(alike) == len(messages):
         return found
     rest = pl.Series(messages.name, [other(each) for each in messages.filter(~is_plain)], kind)
     return pl.concat([found, rest]).gather(pl.concat([is_plain.arg_true(), (~is_plain).arg_true()]).arg_sort())

@@ -9,10 +9,10 @@ from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate.build import build
 from sftkit.curate.config import BuildConfig, FilterConfig, ScoreConfig
-from sftkit.curate.filters import filter_rows, text_rules
+from sftkit.curate.filters import duplicate_ngrams, filter_rows, text_rules, top_ngram
 from sftkit.curate.rows import load_rows, row_ids
 from sftkit.curate.score import score
-from sftkit.curate.scorers import count_words
+from sftkit.curate.scorers import WORD, count_words
 
 LONG = "The tide comes in twice a day because the moon pulls at the sea, and the earth turns below that bulge of water. "
 TEXTS = [
@@ -52,6 +52,18 @@ def test_no_shortcut_leaves_out_a_text_that_its_rule_finds_at_fault(settings: di
                 found += 1
                 assert suspect, (rule.judge(text), text)
     assert found > 10
+
+
+@pytest.mark.parametrize("limits", [(0.5, 0.5), (0.1, 0.2), (0.0, 0.0), (1.0, 1.0)])
+def test_repetition_is_what_its_shares_say(limits: tuple[float, float]) -> None:
+    rng = random.Random(1)
+    rule = text_rules(FilterConfig(empty=False, refusal=False, max_duplicate_ngrams=limits[0], max_top_ngram=limits[1]))[0]
+    for text in [*TEXTS, *(toy(rng) for _ in range(400))]:
+        words = WORD.findall(text.lower())
+        duplicate, top = duplicate_ngrams(words, 10), max(top_ngram(words, n) for n in (2, 3, 4))
+        wanted = ("repetition:top_ngram", top, limits[1]) if len(words) >= 50 and top > limits[1] else None
+        wanted = ("repetition:duplicate_ngrams", duplicate, limits[0]) if duplicate > limits[0] else wanted
+        assert rule.judge(text) == wanted, text
 
 
 def test_words_are_counted_as_scores_count_them(toy_run: Callable[..., Run]) -> None:
