@@ -1,0 +1,41 @@
+"""Whether an answer is JSON that a schema accepts."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import UserError
+
+FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+
+
+def check_schema(answer: str, schema: Mapping[str, Any] | bool) -> str | None:
+    """Say why an answer is not JSON of this schema, in one line; None where it is. JSON may stand in a code block, the last counts.
+
+    Raises UserError for a schema that is none. A reference to elsewhere is never fetched.
+    """
+    import jsonschema
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+
+    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise UserError(f"json schema: is not valid at {error.json_path}: {_short(error.message)}") from None
+    blocks = FENCE.findall(answer)
+    try:
+        value = json.loads(blocks[-1] if blocks else answer)
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {_short(str(error))}"
+    try:
+        first = jsonschema.exceptions.best_match(kind(schema, registry=Registry()).iter_errors(value))
+    except Unresolvable as error:
+        raise UserError(f"json schema: refers to {_short(str(error))}, which is not in it; put it under $defs") from None
+    return None if first is None else f"{first.json_path}: {_short(first.message)}"
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 200 else line[:199] + "…"
