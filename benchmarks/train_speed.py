@@ -94,9 +94,9 @@ def ours(shape: str, rows: list[Row], chat: Chat, *, step_tokens: int, batch_tok
     half = None if dtype == "bfloat16" else torch.bfloat16
     peft = None
     if lora:
-        from sftkit.train.sft import _adapter
+        from sftkit.train.sft import adapter_config
 
-        peft = _adapter(config)
+        peft = adapter_config(config)
     with tempfile.TemporaryDirectory() as folder:
         watch, clock = Watch(Path(folder) / "metrics.jsonl", chat, save_minutes=1e9), Clock(skip=8)
         trainer = make_trainer(

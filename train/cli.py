@@ -30,6 +30,8 @@ def train() -> None:
 @config_option(TrainConfig, "limit")
 @config_option(TrainConfig, "init")
 @config_option(TrainConfig, "max_hours")
+@config_option(TrainConfig, "auto")
+@config_option(TrainConfig, "memory_gb")
 @click.option("--config", "settings", type=click.Path(path_type=Path), help="YAML file with all settings; options win over it.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 def sft(data: str, model: str, out: Path, recipe: str | None, settings: Path | None, revision: str | None, **options: Any) -> None:
@@ -72,6 +74,38 @@ def preview(data: str, model: str, rows: int, html_path: Path | None, revision: 
     from .preview import preview as show
 
     show(data, model, load_config(TrainConfig, given(options)), limit=rows, html_path=html_path, revision=revision)
+
+
+@train.command()
+@click.argument("data", required=False)
+@click.option("--data", "named", help="The same as DATA.")
+@click.option("--model", required=True, help="The model to begin with.")
+@click.option("--gpu", help="The card to plan for: a name, as T4, A100, H100, 'RTX 3080', or its memory, as 24GB; this machine's without.")
+@config_option(TrainConfig, "epochs")
+@config_option(TrainConfig, "batch_size")
+@config_option(TrainConfig, "max_length")
+@config_option(TrainConfig, "limit")
+@config_option(TrainConfig, "memory_gb")
+@click.option("--config", "settings", type=click.Path(path_type=Path), help="YAML file with all settings; options win over it.")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+def plan(
+    data: str | None, named: str | None, model: str, gpu: str | None, settings: Path | None, revision: str | None, **options: Any
+) -> None:
+    """Say what training MODEL on DATA takes on a graphics card: what fits, how fast, how long. Nothing is trained.
+
+    Full fine-tuning, LoRA and QLoRA, with and without activations computed twice, at three sizes of a forward pass.
+
+    \b
+    sftkit train plan chats.jsonl --model smollm2-135m-instruct --gpu T4
+    sftkit train plan --data chats.jsonl --model org/name --gpu "RTX 3080"
+    sftkit train plan runs/a --model org/name --gpu 24GB --batch-size 64
+    """
+    from .plan import plan as make_plan
+
+    if (data is None) == (named is None):
+        raise click.UsageError("give the data once: as DATA or with --data")
+    config = load_config(TrainConfig, {**(read_yaml(settings) if settings else {}), **given(options)}, str(settings or ""))
+    click.echo(make_plan(str(data or named), model, config, gpu=gpu, revision=revision).summary())
 
 
 @train.command()

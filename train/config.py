@@ -14,7 +14,7 @@ class TrainConfig:
     epochs: float = setting(1.0, "Passes over the data.")
     learning_rate: float | None = setting(None, "Highest learning rate; 2e-5, with LoRA 2e-4, when not given.")
     batch_size: int = setting(8, "Rows in one step of the optimizer, however many forward passes they take.")
-    batch_tokens: int | None = setting(None, "Most tokens in one forward pass; found by itself, and halved when memory runs out.")
+    batch_tokens: int | None = setting(None, "Most tokens in one forward pass; by the memory plan, and halved when memory runs out.")
     schedule: str = setting("cosine", "How the learning rate falls.", choices=("cosine", "linear", "constant"))
     warmup: float = setting(0.05, "Share of the steps in which the learning rate rises.")
     weight_decay: float = setting(0.0, "Weight decay of AdamW.")
@@ -31,7 +31,11 @@ class TrainConfig:
     seed: int = setting(0, "Decides the order of the rows and the start of LoRA's weights.")
     dtype: str = setting("auto", "Number format: auto is float32 weights, computed in bfloat16 where the processor can.",
                          choices=("auto", "float32", "bfloat16"))  # fmt: skip
-    gradient_checkpointing: bool = setting(False, "Compute activations twice to save memory; a fifth slower.")
+    gradient_checkpointing: bool | None = setting(
+        None, "Compute activations twice to save memory; a fifth slower. Where memory is short, by itself."
+    )
+    auto: bool = setting(True, "On a GPU, choose batch_tokens and gradient_checkpointing by the memory plan, where they are not given.")
+    memory_gb: float | None = setting(None, "Most memory of the GPU that is taken, in GB; on a CPU the plan is made for as much.")
     compile: bool | None = setting(
         None, "Compile the layers: a minute at the start, then up to twice as fast; on a GPU for long runs by itself."
     )
@@ -71,6 +75,8 @@ class TrainConfig:
                 raise UserError(f"{name}: expected {lowest} or more, found {value}")
         if not self.save_minutes > 0:
             raise UserError(f"save_minutes: expected more than 0, found {self.save_minutes:g}")
+        if self.memory_gb is not None and not self.memory_gb > 0:
+            raise UserError(f"memory_gb: expected more than 0, found {self.memory_gb:g}")
         if self.max_hours is not None and not self.max_hours > 0:
             raise UserError(f"max_hours: expected more than 0, found {self.max_hours:g}")
         if not self.epochs > 0:

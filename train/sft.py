@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,16 @@ from ..core.progress import duration
 from ..core.run import Run, is_done, mark_done
 from .card import write_card
 from .config import TrainConfig
-from .data import TrainingData, fingerprint, prepare
+from .data import DataReport, TrainingData, fingerprint, prepare
 from .init import make_start
 from .parity import check_parity
+from .plan import Choice, choose, pass_tokens, this_card
 
 log = logging.getLogger(__name__)
 
 FREE = (  # settings that do not decide what the model becomes
     *("data", "model", "revision", "logging_steps", "save_minutes", "max_hours", "stop_check", "samples"),
-    *("batch_tokens", "compile", "eval_steps", "gradient_checkpointing"),
+    *("batch_tokens", "compile", "eval_steps", "gradient_checkpointing", "auto", "memory_gb"),
 )
 PREVIEW_ROWS = 20
 CPU_TOKENS, GPU_TOKENS = 2048, 32_768  # in one forward pass, to begin with
@@ -85,6 +86,7 @@ def train(data: str | Path, model: str, out: Path, config: TrainConfig, *, revis
     _check_settings(config, device, half_precision(device))
     settings = load_settings(ref)
     refuse_quantised(ref)
+    _cap_memory(config, device)
     examples = read_examples(data)
     chat = load_chat(ref)
     with Run.create(out) as run:
@@ -149,18 +151,21 @@ def _train(
     room = run.path / "train"
     start = _start(ref, chat, config, room / "start") if config.init is not None else ref
     own = torch.bfloat16 if start.path is not None and start.path.is_file() else load_settings(start).dtype or torch.float32
-    tokens = config.batch_tokens or (GPU_TOKENS if device != "cpu" else CPU_TOKENS)
+    choice = _choose(load_settings(start), data.report, config, device, own)
+    tokens, settings = choice.batch_tokens, replace(config, gradient_checkpointing=choice.checkpointing)
+    _note(room, choice)
     while True:
         try:
-            trainer = _run(room, start, chat, data, config, device, own, tokens, deadline)
+            trainer = _run(room, start, chat, data, settings, device, own, tokens, deadline)
             break
         except torch.OutOfMemoryError:
             if tokens <= data.report.longest:
                 raise UserError(
-                    f"out of memory with one row of {data.report.longest:,} tokens: give gradient_checkpointing: true, --lora, or a"
-                    " smaller max_length"
+                    f"out of memory with one row of {data.report.longest:,} tokens: give gradient_checkpointing: true, dtype:"
+                    " bfloat16, --lora, or a smaller max_length; `sftkit train plan` says what fits"
                 ) from None
-        tokens = max(tokens // 2, data.report.longest)
+        tokens = max(min(tokens, pass_tokens(tokens, data.report, config)) // 2, data.report.longest)
+        _note(room, replace(choice, batch_tokens=tokens))
         gc.collect()  # the model that did not fit
         torch.cuda.empty_cache()
         log.info("out of memory: going on with at most %s tokens in a forward pass; the steps stay the same", f"{tokens:,}")
@@ -179,6 +184,37 @@ def _train(
     mark_done(room, model="final")
     shutil.rmtree(room / "checkpoints", ignore_errors=True)  # the final model stands: what they were for is done
     return _result(run)
+
+
+def _choose(settings: Any, report: DataReport, config: TrainConfig, device: str, own: Any) -> Choice:
+    """Return the forward pass to begin with: what is given, else by the memory plan, else a usual one."""
+    card = this_card(config.memory_gb) if config.auto else None
+    most = GPU_TOKENS if device != "cpu" else CPU_TOKENS
+    if card is None:
+        return Choice(batch_tokens=config.batch_tokens or most, checkpointing=bool(config.gradient_checkpointing))
+    weights, half = _formats(config, own, device)
+    choice = choose(settings, report, config, card, dtype=weights, half=half, most=most)
+    assert choice.memory
+    log.info(
+        "memory: %.1f GB expected of %.1f, at most %s tokens in a forward pass%s", choice.memory.peak / 1e9, card.memory / 1e9,
+        f"{choice.batch_tokens:,}", ", activations computed twice" if choice.checkpointing else "",
+    )  # fmt: skip
+    return choice
+
+
+def _note(room: Path, choice: Choice) -> None:
+    """Write into plan.json what the forward passes are."""
+    write_json(room / "plan.json", {**read_json(room / "plan.json"), "memory": choice.facts()})
+
+
+def _cap_memory(config: TrainConfig, device: str) -> None:
+    """Let this process take no more of a GPU than it may."""
+    import torch
+
+    if config.memory_gb is None or device == "cpu":
+        return
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_gb * 1e9 / total))
 
 
 @contextmanager
@@ -209,7 +245,7 @@ def _run(
     watch = Watch(room / "metrics.jsonl", chat, save_minutes=config.save_minutes, peak=measured_peak(device), deadline=deadline)
     trainer = make_trainer(
         model, chat, data.train, data.validation, config, checkpoints=room / "checkpoints", device=device, half=half,
-        batch_tokens=tokens, watch=watch, peft_config=_adapter(config) if config.adapter else None,
+        batch_tokens=tokens, watch=watch, peft_config=adapter_config(config) if config.adapter else None,
     )  # fmt: skip
     watch.rows_of = lambda step: [data.train[row].source for row in trainer.packs.update(step - 1)]
     if config.samples and data.validation:
@@ -260,7 +296,8 @@ def _load_quantised(ref: ModelRef, half: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(name, quantization_config=packed, device_map={"": 0}, dtype=half, **arguments)
 
 
-def _adapter(config: TrainConfig) -> Any:
+def adapter_config(config: TrainConfig) -> Any:
+    """Return the adapter that a run trains, as PEFT wants it."""
     from peft import LoraConfig
 
     return LoraConfig(

@@ -246,6 +246,9 @@ def make_trainer(
         peft_config=peft_config,
         callbacks=[watch],
     )
+    if half is torch.float16:  # TRL makes a 4-bit base's adapter bfloat16, which cards without it do not compute in
+        for weight in trainer.model.parameters():
+            weight.data = weight.data.float() if weight.requires_grad else weight.data
     trainer.model_accepts_loss_kwargs = True  # the loss is divided by the update's tokens already
     trainer.packs = packs
     watch.token_flops = token_flops(trainer.model, sum(len(row.ids) for row in train) / len(train))
@@ -363,7 +366,7 @@ def _arguments(
         bf16=half is torch.bfloat16,
         fp16=half is torch.float16,
         use_cpu=device == "cpu",
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=bool(config.gradient_checkpointing),
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,
         save_strategy="no",  # Watch says when

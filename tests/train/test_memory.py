@@ -1,0 +1,202 @@
+"""The memory plan: what a replay counts is what real tensors take, layers follow from a few, and a run keeps to what was chosen."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from sftkit.core.errors import UserError
+from sftkit.core.models import load_settings, resolve_model
+from sftkit.train import memory, plan, trainer
+from sftkit.train.config import TrainConfig
+from sftkit.train.data import DataReport
+from sftkit.train.head import loss_sum
+from sftkit.train.memory import Load, bare_model, decoder_layers, predict, saved_by
+from sftkit.train.plan import Card, choose, find_card
+from sftkit.train.sft import train
+from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3Config
+
+LLAMA = LlamaConfig(
+    vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+    tie_word_embeddings=True,
+)  # fmt: skip
+QWEN3 = Qwen3Config(
+    vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+    tie_word_embeddings=False,
+)  # fmt: skip
+GEMMA3 = AutoConfig.for_model(
+    "gemma3_text", vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=1,
+    head_dim=32, sliding_window=64,
+)  # fmt: skip
+HALF = torch.bfloat16
+
+
+def load(**settings: object) -> Load:
+    return Load(**{"tokens": 300, "scored": 200, "accumulates": False, **settings})  # type: ignore[arg-type]
+
+
+def saved_on_real_tensors(settings: object, asked: Load) -> int:
+    """Count what the last layer saves in a real forward pass on the CPU, attention standing for the kernel of the GPU."""
+    model = bare_model(settings, asked)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    batch = memory._batch(asked)
+    computing = torch.autocast("cpu", dtype=asked.half) if asked.half not in (None, asked.dtype) else nullcontext()
+    with saved_by(decoder_layers(model)[-1], {each.untyped_storage()._cdata for each in model.parameters()}) as found, computing:
+        loss = loss_sum(model, batch)
+    assert loss.requires_grad
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("settings", [LLAMA, QWEN3, GEMMA3], ids=["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"half": None}, {"dtype": HALF, "half": None}, {"adapter": True, "dtype": HALF}],
+    ids=["mixed", "float32", "bfloat16", "lora"],
+)
+def test_what_a_replay_says_is_saved_is_what_real_tensors_save(settings, how) -> None:
+    asked = load(**how)
+    assert predict(settings, asked).saved_layer == pytest.approx(saved_on_real_tensors(settings, asked), rel=0.02)
+
+
+@pytest.mark.parametrize("settings", [LLAMA, GEMMA3], ids=["llama", "gemma3"])
+@pytest.mark.parametrize("how", [{}, {"accumulates": True}, {"checkpointing": True}, {"adapter": True, "dtype": HALF}], ids=str)
+def test_all_layers_follow_from_a_few(settings, how, monkeypatch) -> None:
+    few = predict(settings, load(**how))
+    monkeypatch.setattr(memory, "REPLAYED", (6,))
+    whole = predict(settings, load(**how))
+    assert few.peak == pytest.approx(whole.peak, rel=1e-3)
+    assert (few.weights, few.optimizer, few.gradients) == (whole.weights, whole.optimizer, whole.gradients)
+
+
+def test_standing_memory_is_that_of_the_weights() -> None:
+    number = bare_model(LLAMA, load()).num_parameters()
+    assert predict(LLAMA, load()).weights == pytest.approx(4 * number, rel=0.02)
+    assert predict(LLAMA, load()).optimizer == pytest.approx(8 * number, rel=0.02)
+    assert predict(LLAMA, load(dtype=HALF, half=None)).weights == pytest.approx(2 * number, rel=0.02)
+    lora = predict(LLAMA, load(adapter=True, dtype=HALF, rank=2))
+    assert lora.optimizer < 0.3 * lora.weights
+    assert predict(LLAMA, load(adapter=True, quantised=True, dtype=HALF, rank=2)).weights < 0.6 * lora.weights
+
+
+def test_less_is_taken_where_less_is_kept() -> None:
+    plain = predict(LLAMA, load(tokens=4000, scored=3000)).peak
+    assert predict(LLAMA, load(tokens=4000, scored=3000, checkpointing=True)).peak < 0.8 * plain
+    assert predict(LLAMA, load(tokens=4000, scored=3000, compiled=True)).peak < plain
+    assert predict(LLAMA, load(tokens=2000, scored=1500)).peak < plain
+    assert predict(LLAMA, load(tokens=4000, scored=3000, accumulates=True)).peak > plain
+
+
+@pytest.mark.parametrize(
+    ("width", "inner", "layers", "heads", "tokens", "dtype", "measured"),
+    [
+        (896, 4864, 24, 14, 32_768, torch.float32, 43.9e9),
+        (896, 4864, 24, 14, 32_768, HALF, 37.5e9),
+        (1536, 8960, 28, 12, 16_384, torch.float32, 65.2e9),
+    ],
+)
+def test_peaks_measured_on_an_h200_are_predicted(width, inner, layers, heads, tokens, dtype, measured) -> None:
+    """The figures stand in docs/training-speed.md: compiled, two or four passes an update, two tokens of three learned."""
+    settings = Qwen2Config(
+        vocab_size=151936, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    asked = Load(
+        tokens=tokens, scored=round(tokens * 0.67), accumulates=True, compiled=True, dtype=dtype, half=HALF if dtype != HALF else None
+    )
+    assert predict(settings, asked).peak == pytest.approx(measured, rel=0.03)
+
+
+REPORT = DataReport(
+    rows=1000, train_rows=1000, validation_rows=0, rejected={}, tokens=400_000, trained_tokens=200_000, longest=900, max_length=2048,
+    end_of_turn="<|im_end|>",
+)  # fmt: skip
+
+
+def test_the_largest_pass_that_fits_is_taken_and_activations_are_computed_twice_only_where_needed() -> None:
+    config = TrainConfig(batch_size=64)
+    settings = Qwen2Config(
+        vocab_size=8000, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2
+    )
+    found = {
+        gigabytes: choose(settings, REPORT, config, Card("a card", gigabytes * 1e9, 0.0), dtype=torch.float32, half=HALF)
+        for gigabytes in (80, 8, 3)
+    }
+    assert found[80].batch_tokens == plan.TOKENS[0]
+    assert not found[80].checkpointing
+    assert found[8].batch_tokens < found[80].batch_tokens
+    assert not found[8].checkpointing
+    assert found[3].checkpointing
+    for gigabytes in (80, 8, 3):
+        taken = found[gigabytes].memory
+        assert taken is not None
+        assert taken.peak < gigabytes * 1e9
+    fixed = choose(
+        settings, REPORT, TrainConfig(batch_size=64, batch_tokens=1024, gradient_checkpointing=False), Card("a card", 80e9, 0.0),
+        dtype=torch.float32, half=HALF,
+    )  # fmt: skip
+    assert (fixed.batch_tokens, fixed.checkpointing) == (1024, False)
+
+
+def test_where_nothing_fits_it_says_so(caplog) -> None:
+    choice = choose(LLAMA, REPORT, TrainConfig(), Card("a small card", 0.61e9, 0.0), dtype=torch.float32, half=HALF)
+    assert choice.checkpointing
+    assert "is expected to take" in caplog.text
+    assert "a small card has 0.6" in caplog.text
+
+
+def test_cards_are_known_by_name_and_by_memory() -> None:
+    assert find_card("rtx 3080").name == find_card("3080").name == find_card("NVIDIA GeForce RTX 3080").name == "RTX 3080"
+    assert find_card("24GB").memory == 24e9
+    assert not find_card("t4").bfloat16
+    with pytest.raises(UserError, match="H200"):
+        find_card("H20O")
+
+
+def test_the_command_prints_what_fits(cli, tiny_model, chats) -> None:
+    code, out, err = cli("train", "plan", "--data", chats(40), "--model", tiny_model, "--gpu", "RTX 3080")
+    assert code == 0, err
+    lines = [line.split() for line in out.splitlines()]
+    assert {line[0] for line in lines if line} >= {"full", "LoRA", "QLoRA"}
+    assert all("yes" in line for line in lines if line and line[0] == "LoRA")
+    assert "not measured on this card" in out
+    assert cli("train", "plan", chats(40), "--model", tiny_model, "--gpu", "24GB")[1].count("?") > 2
+    assert cli("train", "plan", "--model", tiny_model, "--gpu", "T4")[0] == 2
+
+
+def losses(run: Path) -> list[float]:
+    lines = map(json.loads, (run / "train" / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_out_of_memory_in_the_middle_the_losses_are_those_of_smaller_passes(tmp_path, tiny_model, chats, monkeypatch, caplog) -> None:
+    caplog.set_level("INFO", logger="sftkit")
+    settings = {"epochs": 2.0, "dtype": "float32", "learning_rate": 3e-3, "logging_steps": 1, "stop_check": 0, "batch_size": 12}
+    data = chats(80)
+    small = train(data, str(tiny_model), tmp_path / "small", TrainConfig(**settings, batch_tokens=200))
+    compute, failed = trainer.Trainer.compute_loss, []
+
+    def short(self, model, inputs, *args, **kwargs):
+        if self.state.global_step >= 5 and inputs["num_tokens"] > 200:
+            failed.append(self.state.global_step)
+            raise torch.OutOfMemoryError("injected")
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.Trainer, "compute_loss", short)
+    # a checkpoint before the memory runs out: it goes on from there with more passes an update
+    run = train(data, str(tiny_model), tmp_path / "run", TrainConfig(**settings, batch_tokens=1000, save_minutes=1e-6))
+    assert failed
+    assert "out of memory: going on with at most" in caplog.text
+    assert "going on from step 5" in caplog.text
+    assert len(losses(run.run)) == len(losses(small.run))
+    assert losses(run.run) == pytest.approx(losses(small.run), abs=1e-4)
+    assert json.loads((run.run / "train" / "plan.json").read_text())["memory"]["batch_tokens"] < 1000
+
+
+def test_on_a_cpu_the_plan_is_for_the_memory_that_is_named(tmp_path, tiny_model, chats) -> None:
+    run = train(chats(20), str(tiny_model), tmp_path / "run", TrainConfig(memory_gb=4.0, stop_check=0)).run
+    facts = json.loads((run / "train" / "plan.json").read_text())["memory"]
+    assert facts["card_gb"] == 4.0
+    assert 0 < facts["predicted_gb"] < 4
+    assert load_settings(resolve_model(run)).vocab_size == 1024

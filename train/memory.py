@@ -1,0 +1,368 @@
+"""What a training step will take in memory, known before it runs: the step itself, replayed on tensors that hold nothing.
+
+The model's own code, our packs' loss and autograd run on fake tensors (torch's FakeTensorMode: shapes without data), and every
+storage is counted from when it is made until it is let go. So saved activations, copies that autocast makes, gradients as they come
+and the pieces of the head are all in it, for any architecture. A few layers are replayed and the rest follows: layers are alike, so
+every phase of the step grows by the same amount with each. What runs inside kernels is added from what is known of them.
+"""
+
+import copy
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from . import head
+from .config import TrainConfig
+
+REPLAYED = (2, 4)  # layers in the two replays that the whole depth follows from
+BLOCK = 512  # bytes: what PyTorch's allocator rounds up to
+WORKSPACE = 2 * (32 << 20)  # cuBLAS takes 32 MiB on Hopper for the forward pass's handle, and again for autograd's
+FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight in nf4 with its scales in 8 bits (Dettmers et al. 2023, arXiv 2305.14314)
+NAME = "sftkit_replayed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes that a training step takes. `peak` is the highest at any moment; the others say what stands all the time."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # all else, at the moment of the peak
+    saved_layer: int  # what one layer keeps for its way back
+    peak: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What a step is made of."""
+
+    tokens: int  # of one forward pass
+    scored: int  # positions of them that are learned
+    accumulates: bool  # several forward passes in an update: gradients stand while the next one runs
+    adapter: bool = False
+    quantised: bool = False  # the base in 4 bits
+    rank: int = 16
+    checkpointing: bool = False
+    compiled: bool = False
+    dtype: torch.dtype = torch.float32  # of the weights
+    half: torch.dtype | None = torch.bfloat16  # that the forward pass computes in; None: the weights'
+
+
+def predict(settings: Any, load: Load) -> Memory:
+    """Return what a step of a model with these settings (a transformers config) takes on a GPU. Takes a second or two."""
+    whole = settings.get_text_config()
+    depth = whole.num_hidden_layers
+    counts = REPLAYED if depth > max(REPLAYED) else (depth,)
+    replays = [_replay(_with_layers(settings, count), load) for count in counts]
+    if len(replays) == 1:
+        return replays[0].memory(load)
+    return replays[0].extended(replays[1], counts, depth).memory(load)
+
+
+@dataclass(kw_only=True)
+class Replay:
+    """Bytes of a replayed step: what stands, and the highest of each phase."""
+
+    weights: int  # those of the linear layers of the decoder apart
+    linear: int  # numbers in the linear layers that a 4-bit base packs
+    largest: int  # the largest of them
+    trained: int  # bytes of trained weights
+    saved: int  # by the first layers' fellows, each
+    phases: tuple[int, ...]  # forward and head; the last layer's way back; the first one's; the embedding's
+
+    def extended(self, other: "Replay", counts: tuple[int, ...], depth: int) -> "Replay":
+        """Follow the line from two replays to `depth` layers."""
+
+        def line(one: int, two: int) -> int:
+            return round(one + (two - one) * (depth - counts[0]) / (counts[1] - counts[0]))
+
+        return Replay(
+            weights=line(self.weights, other.weights),
+            linear=line(self.linear, other.linear),
+            largest=other.largest,
+            trained=line(self.trained, other.trained),
+            saved=other.saved,
+            phases=tuple(line(one, two) for one, two in zip(self.phases, other.phases, strict=True)),
+        )
+
+    def memory(self, load: Load) -> Memory:
+        """Add up."""
+        weights, dynamic = self.weights, max(self.phases)
+        if load.quantised:
+            weights += round(self.linear * (FOUR_BITS - load.dtype.itemsize))
+            dynamic += self.largest * (load.half or load.dtype).itemsize  # unpacked for its product
+        optimizer = 2 * self.trained
+        standing = weights + optimizer
+        peak = max(standing + dynamic, standing + self.trained) + WORKSPACE  # the update itself needs the gradients alone
+        return Memory(
+            weights=weights, gradients=self.trained, optimizer=optimizer, activations=peak - standing, saved_layer=self.saved, peak=peak
+        )
+
+
+def _with_layers(settings: Any, count: int) -> Any:
+    """Return a copy of a config with fewer layers; lists with an entry a layer are cut too."""
+    shorter = copy.deepcopy(settings)
+    text = shorter.get_text_config()
+    depth = text.num_hidden_layers
+    for key, value in list(vars(text).items()):
+        if isinstance(value, (list, tuple)) and len(value) == depth:
+            setattr(text, key, type(value)(value[:count]))
+    text.num_hidden_layers = count
+    return shorter
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of storages made while it is on, until they are let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.peak = 0, 0
+        self._known: set[int] = set()
+
+    def ignore(self, tensors: Any) -> None:
+        """Take storages for ones that stood before."""
+        self._known |= {each.untyped_storage()._cdata for each in tensors}
+
+    def count(self, tensor: torch.Tensor) -> None:
+        """Enter a storage that is seen for the first time."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, _rounded(storage.nbytes())
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._let_go, key, size)
+
+    def _let_go(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+    def next_peak(self) -> int:
+        """Return the highest since the last call, and begin anew from what is live."""
+        found, self.peak = self.peak, self.now
+        return found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count what it made."""
+        out = func(*args, **(kwargs or {}))
+        for each in tree_iter(out):
+            if isinstance(each, torch.Tensor):
+                self.count(each)
+        return out
+
+
+def _rounded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps and takes what the kernel for variable lengths does (flash attention 2), and computes nothing. [T, heads, d]."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        sums = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        query, key, value, _, sums = ctx.saved_tensors
+        gathered = torch.empty_like(query, dtype=torch.float32)  # the query's gradient is added up in float32
+        products = torch.empty_like(sums)
+        grouped = key.shape != query.shape
+        spread = [torch.empty_like(query) for _ in range(2)] if grouped else []  # keys' gradients by the heads of queries, summed after
+        made = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in (query, key, value)]
+        del gathered, products, spread
+        return tuple(made)
+
+
+def replayed_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None, **_: Any
+) -> tuple[torch.Tensor, None]:
+    """Stand for `attention.packed_attention` in a replay."""
+    q, k, v = (each[0].transpose(0, 1) for each in (query.to(value.dtype), key.to(value.dtype), value))
+    return _Attention.apply(q, k, v)[None], None
+
+
+def bare_model(settings: Any, load: Load) -> Any:
+    """Return a model on the meta device, as training has it."""
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, replayed_attention)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(settings), dtype=load.dtype)
+    model.set_attn_implementation(NAME)
+    if load.adapter:
+        from peft import get_peft_model
+
+        from .sft import adapter_config
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            get_peft_model(model, adapter_config(TrainConfig(lora_rank=load.rank)))
+        for weight in model.parameters() if load.quantised and load.half is not torch.float16 else ():
+            weight.data = weight.data.to(torch.bfloat16) if weight.requires_grad else weight.data
+        if load.checkpointing:
+            model.enable_input_require_grads()
+    if load.checkpointing:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers 5.24 renames it, 5.17 knows no other name
+            model.gradient_checkpointing_enable()
+    return model.train()
+
+
+def _replay(settings: Any, load: Load) -> Replay:
+    losses = _fused_losses if load.compiled else head._losses
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    model = bare_model(settings, load)
+    with fake, mock.patch.object(head, "_losses", losses):
+        model.to_empty(device="cpu")
+        model.tie_weights()
+        layers = decoder_layers(model)
+        weights = list(model.parameters())
+        trained = [each for each in weights if each.requires_grad]
+        inside = {module for layer in layers for module in layer.modules()}
+        packed = (
+            [each.weight for each in inside if isinstance(each, torch.nn.Linear) and not each.weight.requires_grad] if load.adapter else []
+        )
+        live = Live()
+        live.ignore([*weights, *model.buffers()])
+        if load.accumulates:
+            for each in trained:
+                each.grad = torch.empty_like(each)
+        batch = _batch(load)
+        phases, saved = _step(model, layers, batch, load, live)
+        return Replay(
+            weights=sum(_rounded(each.untyped_storage().nbytes()) for each in {id(each): each for each in weights}.values()),
+            linear=sum(each.numel() for each in packed),
+            largest=max((each.numel() for each in packed), default=0),
+            trained=sum(_rounded(each.numel() * each.element_size()) for each in trained),
+            saved=saved,
+            phases=phases,
+        )
+
+
+def _step(model: Any, layers: Any, batch: dict[str, Any], load: Load, live: Live) -> tuple[tuple[int, ...], int]:
+    """Replay one forward and backward pass; return the peak of each phase, and the bytes that a layer saved."""
+    peaks: list[int] = []
+
+    def enter(_grad: torch.Tensor) -> None:
+        peaks.append(live.next_peak())
+
+    def watch(_module: Any, _inputs: Any, out: Any) -> None:
+        hidden = out[0] if isinstance(out, tuple) else out
+        if hidden.requires_grad:
+            hidden.register_hook(enter)
+
+    handles = [layer.register_forward_hook(watch) for layer in layers]
+    half = load.half if load.half is not load.dtype else None
+    computing = torch.autocast("cpu", dtype=half) if half is not None else nullcontext()
+    with live, saved_by(layers[-1], set(map(_storage, model.parameters()))) as saved:
+        for each in model.parameters():
+            if each.grad is not None:
+                live.count(each.grad)
+        with computing:
+            loss = head.loss_sum(model, batch) / 2
+        loss.backward()
+    peaks.append(live.next_peak())
+    for handle in handles:
+        handle.remove()
+    kept = sum(saved.values())
+    order = (peaks[0], peaks[1], peaks[len(layers)] if len(peaks) > len(layers) else peaks[-1], peaks[-1])
+    if load.compiled and not load.checkpointing:  # torch.compile's partitioner keeps less of a layer
+        less = kept - compiled_layer(model, load)
+        count = len(layers)
+        order = (order[0] - less * count, order[1] - less * count, order[2] - less, order[3])
+        kept -= less
+    return order, kept
+
+
+@contextmanager
+def saved_by(layer: Any, weights: set[int]) -> Iterator[dict[int, int]]:
+    """Yield a mapping that gets the bytes of each storage that a layer saves for its way back, its own weights left out."""
+    found: dict[int, int] = {}
+    inside = False
+
+    def enter(*_: Any) -> None:
+        nonlocal inside
+        inside = True
+
+    def leave(*_: Any) -> None:
+        nonlocal inside
+        inside = False
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if inside and _storage(tensor) not in weights:
+            found[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    handles = [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda each: each):
+            yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def decoder_layers(model: Any) -> Any:
+    """Return the list of a model's decoder layers."""
+    count = model.config.get_text_config().num_hidden_layers
+    return next(each for each in model.modules() if isinstance(each, torch.nn.ModuleList) and len(each) == count)
+
+
+def compiled_layer(model: Any, load: Load) -> int:
+    """Return the bytes that a compiled layer saves: what torch.compile's partitioner was seen to keep of a gated decoder layer.
+
+    Its input; two inverse norms; each product's input and the second's output; queries, keys and values as attention takes them,
+    its output and sums; and under autocast a 16-bit copy of each weight.
+    """
+    config = model.config.get_text_config()
+    width, heads = config.hidden_size, config.num_attention_heads
+    size = getattr(config, "head_dim", None) or width // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    small, stream = (load.half or load.dtype).itemsize, load.dtype.itemsize
+    numbers = 3 * width + 2 * heads * size + 2 * groups * size + 3 * config.intermediate_size
+    token = stream * width + small * numbers + 4 * heads + 8
+    layer = decoder_layers(model)[0]
+    linear = [each for each in layer.modules() if isinstance(each, torch.nn.Linear)]
+    if any("norm" in name and "layernorm" not in name for name, _ in layer.named_modules()):
+        token += small * (heads + groups) * size + 4 * (heads + groups)  # queries and keys before they are normed (Qwen3, Gemma 3)
+    copied = 0
+    if load.adapter:  # narrow products, and the attention's output once more: PEFT takes it through float32
+        token += small * (load.rank * sum(1 for each in linear if each.weight.requires_grad) // 2 + heads * size)
+    elif load.half is not None and load.half is not load.dtype:
+        copied = small * sum(each.weight.numel() for each in linear)
+    return load.tokens * token + copied
+
+
+def _fused_losses(logits: torch.Tensor, targets: torch.Tensor, softcap: float, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stand for the compiled `head._losses`, which makes nothing but its results."""
+    return torch.zeros((), dtype=torch.float32), torch.empty_like(logits)
+
+
+def _batch(load: Load) -> dict[str, Any]:
+    places = torch.zeros(1, load.tokens, dtype=torch.long)
+    bounds = torch.zeros(2, dtype=torch.int32)
+    scored = torch.zeros(load.scored, dtype=torch.long)
+    return {
+        "input_ids": places, "position_ids": places, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": load.tokens,
+        "max_length_k": load.tokens, "score_at": scored, "targets": scored, "static": load.compiled, "alone": False,
+    }  # fmt: skip

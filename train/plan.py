@@ -1,0 +1,266 @@
+"""What fits on a card, and how long it takes: predicted before anything runs, and what `train sft` chooses by."""
+
+import logging
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ..core.chat import load_chat
+from ..core.errors import UserError, unknown_name
+from ..core.formats import read_examples
+from ..core.hardware import half_precision, measured_peak, pick_device
+from ..core.models import context_length, load_settings, resolve_model
+from ..core.progress import duration
+from .config import TrainConfig
+from .data import DataReport, prepare
+from .memory import Load, Memory, bare_model, predict
+
+log = logging.getLogger(__name__)
+
+TOKENS = (32_768, 16_384, 8_192, 4_096, 2_048, 1_024, 512, 256)  # in one forward pass: what is tried, the largest first
+FEW_TOKENS = 4_096  # a pass with fewer leaves a card idle: before that, activations are computed twice
+SLACK = 1.05  # what the allocator holds beyond the bytes in use
+CONTEXT = 0.6e9  # bytes that CUDA itself takes
+CHECKPOINTED = 0.8  # of the speed
+COMPILED_STEPS = 300  # as train.trainer
+
+# Share of the measured matrix-product peak that a step reached, by the model's width, on one H200 (docs/training-speed.md).
+SHARES = {
+    "compiled": ((576, 0.33), (896, 0.54), (1536, 0.63)),
+    "plain": ((576, 0.26), (896, 0.46), (1536, 0.58)),
+}
+ADAPTER_SHARE = 0.35 / 0.55  # of a full step's share; measured at a width of 1024
+MATRIX_SHARE = 0.8  # of its data sheet's figure a card reaches in a large matrix product: 795 of 989 TFLOP/s on that H200
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A graphics card: its memory in bytes and its operations a second in 16-bit matrix products added up in float32."""
+
+    name: str
+    memory: float
+    flops: float  # 0: not known
+    measured: bool = False
+    bfloat16: bool = True
+
+
+# Memory as PyTorch reports it, operations from NVIDIA's data sheets (dense).
+CARDS = (
+    Card("T4", 15.6e9, 65e12, bfloat16=False),
+    Card("V100", 16.9e9, 125e12, bfloat16=False),
+    Card("RTX 3060", 12.6e9, 25.6e12),
+    Card("RTX 3080", 10.5e9, 59.5e12),
+    Card("RTX 3090", 25.4e9, 71e12),
+    Card("RTX 4090", 25.3e9, 165e12),
+    Card("L4", 23.6e9, 121e12),
+    Card("A10", 23.6e9, 125e12),
+    Card("L40S", 47.7e9, 362e12),
+    Card("A100-40GB", 42.3e9, 312e12),
+    Card("A100", 85.0e9, 312e12),
+    Card("H100", 85.0e9, 989e12),
+    Card("H200", 150.1e9, 989e12),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One way to train, and what it takes."""
+
+    method: str  # full, LoRA, QLoRA
+    dtype: str  # of the weights
+    checkpointing: bool
+    batch_tokens: int
+    memory: Memory
+    room: float  # bytes that the card has for it
+    tokens_per_second: float  # nan: not known
+    hours: float
+
+    @property
+    def fits(self) -> bool:
+        """Say whether it fits, with what the allocator needs on top."""
+        return self.memory.peak * SLACK <= self.room
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """All options on a card."""
+
+    card: Card
+    report: DataReport
+    options: tuple[Option, ...]
+    basis: str  # where the speed comes from
+
+    def summary(self) -> str:
+        """Write it for people."""
+        tokens = f"{self.report.train_rows:,} rows, {self.report.tokens:,} tokens an epoch, the longest row has {self.report.longest:,}"
+        lines = [f"{self.card.name}: {self.card.memory / 1e9:.1f} GB; {tokens}", ""]
+        head = f"{'method':8}{'weights':10}{'checkpointing':15}{'tokens a pass':>14}{'peak':>10}{'fits':>6}{'tokens/s':>12}{'time':>14}"
+        lines.append(head)
+        for each in self.options:
+            known = not math.isnan(each.tokens_per_second)
+            rate, time = (f"{each.tokens_per_second:,.0f}", duration(each.hours * 3600)) if known else ("?", "?")
+            lines.append(
+                f"{each.method:8}{each.dtype:10}{'yes' if each.checkpointing else 'no':15}{each.batch_tokens:14,}"
+                f"{each.memory.peak / 1e9:7.1f} GB{'yes' if each.fits else 'no':>6}{rate:>12}{time:>14}"
+            )
+        return "\n".join([*lines, "", self.basis])
+
+
+def find_card(text: str) -> Card:
+    """Return the card that a name or an amount of memory (24GB) means. Raises UserError for an unknown one."""
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|G)", text.strip(), re.IGNORECASE):
+        return Card(f"a card of {match[1]} GB", float(match[1]) * 1e9, 0.0)
+
+    def plain(name: str) -> str:
+        return re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", name.lower())
+
+    names = {plain(each.name): each for each in CARDS}
+    wanted = plain(text)
+    found = names.get(wanted) or names.get(f"rtx{wanted}")
+    if found is None:
+        raise unknown_name("GPU", text, [each.name for each in CARDS], "or give its memory, as 24GB")
+    return found
+
+
+def this_card(memory_gb: float | None = None) -> Card | None:
+    """Return the card of this machine, at most `memory_gb` of it; without a GPU one of that memory, or None."""
+    import torch
+
+    if pick_device() == "cpu":
+        return Card(f"a card of {memory_gb:g} GB", memory_gb * 1e9, 0.0) if memory_gb else None
+    total = torch.cuda.get_device_properties(0).total_memory
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() + CONTEXT  # what others hold is not ours
+    memory = min(total, free, *([memory_gb * 1e9 + CONTEXT] if memory_gb else []))
+    bfloat16 = half_precision("cuda") is torch.bfloat16
+    return Card(torch.cuda.get_device_name(), memory, measured_peak("cuda"), measured=True, bfloat16=bfloat16)
+
+
+def plan(data: str | Path, model: str, config: TrainConfig, *, gpu: str | None = None, revision: str | None = None) -> MemoryPlan:
+    """Predict what full fine-tuning, LoRA and QLoRA of `model` on `data` take on a card: the one named, else this machine's.
+
+    Raises UserError without a card to plan for, and for rows or models that cannot be trained.
+    """
+    card = find_card(gpu) if gpu else this_card(config.memory_gb)
+    if card is None:
+        raise UserError("plan: this machine has no GPU; say which one to plan for, as --gpu T4 or --gpu 24GB")
+    if gpu and config.memory_gb:
+        card = replace(card, memory=min(card.memory, config.memory_gb * 1e9 + CONTEXT))
+    ref = resolve_model(model, revision=revision)
+    settings = load_settings(ref)
+    size = getattr(settings.get_text_config(), "vocab_size", None)
+    report = prepare(read_examples(data), load_chat(ref), config, context=context_length(settings), vocabulary=size).report
+    found = tuple(_options(settings, report, config, card))
+    if not card.flops:
+        basis = "speed: not known for a card without a name"
+    else:
+        peak = f"{card.flops / 1e12:.0f} TFLOP/s {'measured here' if card.measured else 'by its data sheet'}"
+        basis = f"speed: from {peak} and the share of it that models of this width reached on an H200, not measured on this card"
+    return MemoryPlan(card=card, report=report, options=found, basis=basis)
+
+
+def _options(settings: Any, report: DataReport, config: TrainConfig, card: Card) -> Iterator[Option]:
+    for method, dtype in (("full", "float32"), ("full", "bfloat16"), ("LoRA", "bfloat16"), ("QLoRA", "bfloat16")):
+        if dtype == "bfloat16" and method == "full" and not card.bfloat16:
+            continue
+        for checkpointing in (False, True):
+            for tokens in sorted({pass_tokens(each, report, config) for each in (32_768, 8_192, 2_048)}, reverse=True):
+                chosen = replace(config, lora=method == "LoRA", qlora=method == "QLoRA", gradient_checkpointing=checkpointing)
+                yield _option(settings, report, chosen, card, tokens, dtype)
+
+
+def pass_tokens(batch_tokens: int, report: DataReport, config: TrainConfig) -> int:
+    """Return how many tokens a forward pass has: never more than an update, nor fewer than the longest row."""
+    update = math.ceil(config.batch_size * report.tokens / report.train_rows * 1.1)
+    return max(min(batch_tokens, update), min(report.longest, config.batch_size * report.longest))
+
+
+def _steps(report: DataReport, config: TrainConfig) -> int:
+    return math.ceil(math.ceil(report.train_rows / config.batch_size) * config.epochs)
+
+
+def load_of(report: DataReport, config: TrainConfig, tokens: int, *, dtype: Any, half: Any) -> Load:
+    """Return what a step is made of, by the settings of a run. `dtype`: of the weights, `half`: what is computed in."""
+    compiled = _steps(report, config) >= COMPILED_STEPS if config.compile is None else config.compile
+    update = config.batch_size * report.tokens / report.train_rows
+    return Load(
+        tokens=tokens, scored=max(1, round(tokens * report.trained_share)), accumulates=update > tokens, adapter=config.adapter,
+        quantised=config.qlora, rank=config.lora_rank, checkpointing=bool(config.gradient_checkpointing), compiled=compiled, dtype=dtype,
+        half=half,
+    )  # fmt: skip
+
+
+def _option(settings: Any, report: DataReport, config: TrainConfig, card: Card, tokens: int, dtype: str) -> Option:
+    import torch
+
+    from .trainer import token_flops
+
+    half = torch.bfloat16 if card.bfloat16 else torch.float16
+    weights = getattr(torch, dtype) if card.bfloat16 or not config.adapter else half
+    load = load_of(report, config, tokens, dtype=weights, half=None if dtype == "bfloat16" and not config.adapter else half)
+    memory = predict(settings, load)
+    mean = report.tokens / report.train_rows
+    rate = (
+        share_of_peak(settings, load) * card.flops * (1 if card.measured else MATRIX_SHARE) / token_flops(bare_model(settings, load), mean)
+    )
+    hours = report.tokens * config.epochs / rate / 3600 if rate else math.nan
+    method = "QLoRA" if config.qlora else "LoRA" if config.lora else "full"
+    return Option(
+        method=method, dtype="4 bits" if config.qlora else str(weights).removeprefix("torch."), checkpointing=load.checkpointing,
+        batch_tokens=tokens, memory=memory, room=card.memory - CONTEXT, tokens_per_second=rate or math.nan, hours=hours,
+    )  # fmt: skip
+
+
+def share_of_peak(settings: Any, load: Load) -> float:
+    """Return the share of a card's matrix-product rate that a step is expected to reach: between the widths that were measured."""
+    width = settings.get_text_config().hidden_size
+    points = SHARES["compiled" if load.compiled else "plain"]
+    share = points[0][1] if width <= points[0][0] else points[-1][1]
+    for (low, one), (high, two) in pairwise(points):
+        if low <= width <= high:
+            share = one + (two - one) * (width - low) / (high - low)
+    return share * (ADAPTER_SHARE if load.adapter else 1) * (CHECKPOINTED if load.checkpointing else 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What a run begins with: tokens of a forward pass, whether activations are computed twice, and what that should take."""
+
+    batch_tokens: int
+    checkpointing: bool
+    memory: Memory | None = None
+    card: Card | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Return it as plain values, for plan.json."""
+        told: dict[str, Any] = {"batch_tokens": self.batch_tokens, "gradient_checkpointing": self.checkpointing}
+        if self.memory and self.card:
+            told |= {"predicted_gb": round(self.memory.peak / 1e9, 2), "card": self.card.name, "card_gb": round(self.card.memory / 1e9, 2)}
+        return told
+
+
+def choose(settings: Any, report: DataReport, config: TrainConfig, card: Card, *, dtype: Any, half: Any, most: int = TOKENS[0]) -> Choice:
+    """Return the largest forward pass that fits on a card, with activations computed twice only where that is needed.
+
+    What `config` says is kept, `most` is the largest limit tried. Where nothing fits, the smallest, with a warning.
+    """
+    limits = (config.batch_tokens,) if config.batch_tokens else tuple(each for each in TOKENS if each <= most)
+    sizes = {pass_tokens(each, report, config): each for each in limits[::-1]}  # of limits that give the same pass, the largest
+    both = (False, True) if config.gradient_checkpointing is None else (config.gradient_checkpointing,)
+    for checkpointing in both:
+        for tokens, limit in sorted(sizes.items(), reverse=True):
+            if not checkpointing and len(both) == 2 and tokens < min(FEW_TOKENS, max(sizes)):
+                break
+            load = load_of(report, replace(config, gradient_checkpointing=checkpointing), tokens, dtype=dtype, half=half)
+            memory = predict(settings, load)
+            if memory.peak * SLACK <= card.memory - CONTEXT:
+                return Choice(batch_tokens=limit, checkpointing=checkpointing, memory=memory, card=card)
+    log.warning(
+        "the smallest step that these settings allow is expected to take %.1f GB, and %s has %.1f: it is tried all the same; less is taken"
+        " by dtype: bfloat16, --lora, --qlora, or a smaller max_length (see `sftkit train plan`)",
+        memory.peak / 1e9, card.name, card.memory / 1e9,
+    )  # fmt: skip
+    return Choice(batch_tokens=limit, checkpointing=checkpointing, memory=memory, card=card)
