@@ -96,14 +96,10 @@ def read_conversation(model: NamedModel, messages: Sequence[Message], *, where: 
         return Reading(error="no_end_of_turn")
     if model.context is not None and len(rendered.ids) > model.context:
         return Reading(error="too_long")
-    return make_reading(model, rendered.ids, rendered.mask, ends)
-
-
-def make_reading(model: NamedModel, ids: Sequence[int], mask: Sequence[bool], ends: Sequence[bool]) -> Reading:
-    """Return token ids, of which those that `mask` is True at are to be scored, with the key of their log-probabilities."""
     # the number format is part of the key: rounding is no part of an answer, but it is of a probability
-    key = value_key("logprobs", model.identity, model.engine.engine, model.engine.dtype, list(ids), [int(each) for each in mask])
-    return Reading(key, tuple(ids), tuple(mask), tuple(end for end, masked in zip(ends, mask, strict=True) if masked))
+    decisive = [model.identity, model.engine.engine, model.engine.dtype, rendered.ids, [int(each) for each in rendered.mask]]
+    of_answers = tuple(end for end, masked in zip(ends, rendered.mask, strict=True) if masked)
+    return Reading(value_key("logprobs", *decisive), tuple(rendered.ids), tuple(rendered.mask), of_answers)
 
 
 def compute(model: NamedModel, readings: Iterable[Reading], store: ValueStore) -> tuple[dict[str, str], int]:

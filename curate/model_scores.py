@@ -1,25 +1,28 @@
 """Scores that a model gives: how probable it finds an answer (GRAPE, perplexity, IFD), a reward model's, a judge's grade.
 
-What is computed is kept in curate/values.sqlite under the hash of the model's weights, the number format and the rendered token
-ids, row by row as it comes: a killed run goes on where it was, and rows that did not change cost nothing when they are scored again.
+What is computed is kept in curate/values.sqlite under the hash of the model's weights and template, the number format and the
+conversation, row by row as it comes: a killed run goes on where it was, and rows that did not change cost nothing when they are
+scored again.
 Conversations are rendered by core.chat, as in training and evaluation. The answer is the last turn of the assistant; all before
 it is its prompt and is masked.
 """
 
+import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..core.config import load_config
-from ..core.engines.base import EngineConfig, ScoreRequest
+from ..core.engines.base import Engine, EngineConfig, ScoreRequest
 from ..core.engines.registry import choose
 from ..core.errors import UserError
-from ..core.likelihood import Reading, compute, make_reading, read_conversation
+from ..core.likelihood import Reading, read_conversation
 from ..core.named_models import NamedModel, find_models
 from ..core.progress import Progress
 from ..core.run import Run
@@ -29,10 +32,8 @@ from .scorers import Candidate, ColumnScorer, Result, Scorer, failure
 log = logging.getLogger(__name__)
 
 VALUES = "values.sqlite"
-CHUNK = 1 << 16  # rows whose token ids are held at once
+CHUNK = 1 << 12  # rows that are rendered, and sorted by length, together
 BATCH_TOKENS = EngineConfig.batch_tokens
-
-Floats = NDArray[np.float64]
 
 
 def grape(
@@ -43,7 +44,7 @@ def grape(
     GRAPE: Zhang, Dai and Peng 2025, arXiv 2502.04194, with the base student. The end of turn counts as a token of the answer, as
     in training; not where the answer was cut, for its end was never written.
     """
-    return _of_answers(lambda values: float(values.mean()), _engine_config(engine, device, dtype, batch_tokens), model)
+    return _of_answers(lambda mean: mean, _engine_config(engine, device, dtype, batch_tokens), model)
 
 
 def logprob(
@@ -59,7 +60,7 @@ def perplexity(
     *, model: str, engine: str = "auto", device: str | None = None, dtype: str = "auto", batch_tokens: int = BATCH_TOKENS
 ) -> ColumnScorer:
     """Give the perplexity of the answer after its prompt: exp of minus the mean that `grape` gives, over the same tokens."""
-    return _of_answers(lambda values: float(np.exp(-values.mean())), _engine_config(engine, device, dtype, batch_tokens), model)
+    return _of_answers(lambda mean: float(np.exp(-mean)), _engine_config(engine, device, dtype, batch_tokens), model)
 
 
 def ifd(
@@ -110,7 +111,8 @@ def reward(*, model: str, device: str | None = None, dtype: str = "auto", batch_
                             store.put(scored.key, scored.logprobs)
                         progress.advance(tokens=len(missing[scored.key].ids))
             for number, each in enumerate(readings):
-                yield number, _result(each, store, errors, lambda values, reading: float(values[0]))
+                error = each.error or errors.get(each.key)
+                yield number, (None, error) if error else (float(store[each.key][0]), "")
 
     return ColumnScorer(score)
 
@@ -160,22 +162,29 @@ def read_reward(model: NamedModel, row: Candidate) -> Reading:
     return Reading(value_key("reward", model.identity, model.engine.dtype, ids), tuple(ids))
 
 
-def _of_answers(value: Callable[[Floats], float], config: EngineConfig, model: str) -> ColumnScorer:
-    """Return the scorer whose value is made of the log-probabilities of the answer's tokens."""
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Log-probabilities of an answer, summed: of its text, and of its end of turn."""
+
+    num_text: int
+    text: float
+    num_ends: int
+    ends: float
+
+    def mean(self, *, ends: bool) -> float:
+        """Return the mean over the tokens of the text, or of the text and its end."""
+        return (self.text + self.ends) / (self.num_text + self.num_ends) if ends else self.text / self.num_text
+
+
+def _of_answers(value: Callable[[float], float], config: EngineConfig, model: str) -> ColumnScorer:
+    """Return the scorer whose value is made of the mean log-probability of the answer's tokens."""
 
     def score(rows: Sequence[Candidate], run: Run) -> Iterator[tuple[int, Result]]:
-        found = _find(model, config)
-
-        def of(values: Floats, reading: Reading, row: Candidate) -> float:
-            return value(_without_ends(values, reading) if row.finish_reason == "length" else values)
-
-        for start in range(0, len(rows), CHUNK):
-            chunk = rows[start : start + CHUNK]
-            readings = [_read(found, row, read_answer) for row in chunk]
-            with ValueStore(run.room("curate") / VALUES) as store:
-                errors, _ = compute(found, readings, store)
-                for number, (row, each) in enumerate(zip(chunk, readings, strict=True)):
-                    yield start + number, _result(each, store, errors, lambda values, reading, row=row: of(values, reading, row))
+        for number, found in _sums(_find(model, config), rows, run, ("given",)):
+            if isinstance(found, str):
+                yield number, (None, found)
+            else:
+                yield number, (value(found[0].mean(ends=rows[number].finish_reason != "length")), "")
 
     return ColumnScorer(score)
 
@@ -184,26 +193,94 @@ def _ifd(value: Callable[[float, float], float], config: EngineConfig, model: st
     """Return the scorer whose value is made of the mean log-probabilities of the answer after its prompt, and alone."""
 
     def score(rows: Sequence[Candidate], run: Run) -> Iterator[tuple[int, Result]]:
-        found = _find(model, config)
-        for start in range(0, len(rows), CHUNK):
-            readings = [_read(found, row, read_answer) for row in rows[start : start + CHUNK]]
-            alone = [each if each.error else read_alone(found, each) for each in readings]
-            with ValueStore(run.room("curate") / VALUES) as store:
-                errors, _ = compute(found, [*readings, *alone], store)
-
-                def mean(values: Floats, reading: Reading) -> float:
-                    return float(_without_ends(values, reading).mean())
-
-                for number, (given, bare) in enumerate(zip(readings, alone, strict=True)):
-                    first, second = _result(given, store, errors, mean), _result(bare, store, errors, mean)
-                    if first[0] is None or second[0] is None:
-                        yield start + number, first if first[0] is None else second
-                    elif second[0] == 0:
-                        yield start + number, (None, "the model finds the answer certain without its prompt")
-                    else:
-                        yield start + number, (value(first[0], second[0]), "")
+        for number, found in _sums(_find(model, config), rows, run, ("given", "alone")):
+            if isinstance(found, str):
+                yield number, (None, found)
+                continue
+            given, alone = (each.mean(ends=False) for each in found)
+            yield number, (value(given, alone), "") if alone else (None, "the model finds the answer certain without its prompt")
 
     return ColumnScorer(score)
+
+
+def _sums(model: NamedModel, rows: Sequence[Candidate], run: Run, kinds: Sequence[str]) -> Iterator[tuple[int, list[Sums] | str]]:
+    """Yield for each row its sums of these kinds, given its prompt or alone, in order; or why it has none.
+
+    While the model computes, the rows that come next are rendered.
+    """
+    settings = json.dumps([model.identity, model.template, model.engine.engine, model.engine.dtype])
+
+    def key(kind: str, row: Candidate) -> str:
+        return hashlib.sha256(f"{kind}\n{settings}\n{row.messages}".encode("utf-8", "surrogatepass")).hexdigest()
+
+    def render(chunk: Mapping[int, Candidate]) -> dict[int, list[Reading]]:
+        readings = {place: _read(model, row, read_answer) for place, row in chunk.items()}
+        return {
+            place: [each if each.error or kind == "given" else read_alone(model, each) for kind in kinds]
+            for place, each in readings.items()
+        }
+
+    with ExitStack() as stack:
+        store = stack.enter_context(ValueStore(run.room("curate") / VALUES))
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        waiting: deque[tuple[int, list[list[str]], Future[dict[int, list[Reading]]]]] = deque()
+        engine, progress = None, None
+
+        def finish() -> Iterator[tuple[int, list[Sums] | str]]:
+            nonlocal engine, progress
+            start, keys, rendered = waiting.popleft()
+            readings = rendered.result()
+            errors = {place: each[0].error for place, each in readings.items() if each[0].error}
+            sound = {
+                name: each
+                for place, found in readings.items()
+                if place not in errors
+                for name, each in zip(keys[place], found, strict=True)
+            }
+            missing = {name: each for name, each in sound.items() if name not in store}
+            if missing and (engine is None or progress is None):
+                engine = stack.enter_context(model.running())
+                progress = stack.enter_context(Progress(f"score with {model.name}", total=len(rows), unit="rows", done=start))
+            failed = _compute(engine, missing, store, progress) if missing and engine and progress else {}
+            if progress:
+                progress.advance(len(keys))
+            for place, names in enumerate(keys):
+                error = errors.get(place) or next((failed[name] for name in names if name in failed), None)
+                yield start + place, error or [_stored_sums(store, name) for name in names]
+
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            keys = [[key(kind, row) for kind in kinds] for row in chunk]
+            fresh = {
+                place: row for place, (row, names) in enumerate(zip(chunk, keys, strict=True)) if any(name not in store for name in names)
+            }
+            waiting.append((start, keys, pool.submit(render, fresh)))
+            if len(waiting) > 1:
+                yield from finish()
+        while waiting:
+            yield from finish()
+
+
+def _compute(engine: Engine, missing: Mapping[str, Reading], store: ValueStore, progress: Progress) -> dict[str, str]:
+    """Compute the sums of readings and store them, each as soon as it is there; return the errors of those that have none."""
+    errors: dict[str, str] = {}
+    longest_first = sorted(missing.items(), key=lambda item: -len(item[1].ids))
+    requests = (ScoreRequest(key=key, ids=each.ids, start=each.mask.index(True)) for key, each in longest_first)
+    for scored in engine.logprobs(requests):
+        reading = missing[scored.key]
+        if scored.error:
+            errors[scored.key] = scored.error
+            continue
+        kept = np.asarray(reading.mask[reading.mask.index(True) :], dtype=bool)
+        values, ends = np.asarray(scored.logprobs)[kept], np.asarray(reading.ends, dtype=bool)
+        store.put(scored.key, [float((~ends).sum()), float(values[~ends].sum()), float(ends.sum()), float(values[ends].sum())])
+        progress.advance(0, tokens=len(reading.ids))
+    return errors
+
+
+def _stored_sums(store: ValueStore, key: str) -> Sums:
+    num_text, text, num_ends, ends = store[key].tolist()
+    return Sums(int(num_text), text, int(num_ends), ends)
 
 
 def read_answer(model: NamedModel, row: Candidate) -> Reading:
@@ -217,7 +294,7 @@ def read_alone(model: NamedModel, answer: Reading) -> Reading:
     begin = model.chat.tokenizer.bos_token_id
     ids = [token for token, masked in zip(answer.ids, answer.mask, strict=True) if masked]
     first = model.chat.stop_ids[-1] if begin is None else begin
-    return make_reading(model, [first, *ids], [False, *[True] * len(ids)], [False, *answer.ends])
+    return Reading(ids=(first, *ids), mask=(False, *[True] * len(ids)), ends=answer.ends)
 
 
 def _read(model: NamedModel, row: Candidate, read: Callable[[NamedModel, Candidate], Reading]) -> Reading:
@@ -227,16 +304,6 @@ def _read(model: NamedModel, row: Candidate, read: Callable[[NamedModel, Candida
         return read(model, row)
     except Exception as error:  # noqa: BLE001  one row's failure is that row's result
         return Reading(error=failure(error)[1])
-
-
-def _without_ends(values: Floats, reading: Reading) -> Floats:
-    return values[~np.asarray(reading.ends, dtype=bool)]
-
-
-def _result(reading: Reading, store: ValueStore, errors: dict[str, str], value: Callable[..., float]) -> Result:
-    if reading.error or reading.key not in store:
-        return None, reading.error or errors.get(reading.key, "the engine gave no probabilities")
-    return value(store[reading.key].astype(np.float64), reading), ""
 
 
 def _engine_config(engine: str, device: str | None, dtype: str, batch_tokens: int | str, base_url: str | None = None) -> EngineConfig:
