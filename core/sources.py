@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from . import llama_factory
 from .errors import UserError
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,13 @@ def _folder(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
         if not made.exists():
             raise UserError(f"{folder}: this run has no data set yet (no curate/dataset.jsonl); finish its curation")
         yield from _file(made)
+        return
+    if (folder / "dataset_info.json").exists() and not (folder / "state.json").exists():
+        for file, entry in llama_factory.data_sets(folder):
+            yield from ((place, llama_factory.renamed(row, entry)) for place, row in _file(file))
+        return
+    if (folder / "export.json").exists():
+        yield from _file(next(each for each in sorted(folder.glob("train.*")) if kind_of(each)))
         return
     if (folder / "state.json").exists() and any(folder.glob("*.arrow")):
         yield from _some(_saved_by_datasets(folder), str(folder))

@@ -23,8 +23,10 @@ from .config import (
     ScoreConfig,
     SelectConfig,
 )
+from .data_cli import export
 from .decide_cli import best, decontaminate, dedup, filter_, select, tell
 from .distill_cli import cache, distill
+from .prompts_cli import prompts
 from .score_cli import score
 
 
@@ -195,5 +197,5 @@ def verify(run: Path) -> None:
         raise UserError(f"{run}: {len(failed)} of {len(checks)} statements fail, of {', '.join(dict.fromkeys(failed))}")
 
 
-for command in (distill, cache, import_, score, best, filter_, decontaminate, dedup, select, build, show, why, verify):
+for command in (prompts, distill, cache, import_, score, best, filter_, decontaminate, dedup, select, build, export, show, why, verify):
     curate.add_command(command)

@@ -94,6 +94,49 @@ class DistillConfig(Sampling):
         return part(self, Sampling)
 
 
+METHODS = {  # the ROUGE-L from which on a prompt counts as another's copy: a deepened one shares much with its parent
+    "self-instruct": 0.7,
+    "magpie": 0.7,
+    "evol": 0.9,
+    "documents": 0.7,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowConfig(Sampling):
+    """How new prompts are had from a teacher."""
+
+    teacher: str = field(metadata={"help": "The model that writes prompts: a folder, a Hub id, a .gguf file, a catalogue name."})
+    revision: str | None = setting(None, "Branch, tag or commit of a Hub model.")
+    method: str = setting("self-instruct", "Where prompts come from; the list above says what each does.", choices=tuple(METHODS))
+    count: int = setting(100, "Prompts to have in the end. More than last time goes on from there.")
+    per_ask: int = setting(8, "Prompts to ask for at once (self-instruct, documents).")
+    rounds: int | None = setting(None, "Most rounds; for evol the times that a prompt is deepened. None: until there are enough.")
+    similarity: float | None = setting(None, "ROUGE-L with a seed or another prompt from which on one is left out; 0.7, for evol 0.9.")
+    min_words: int = setting(3, "Fewest words of a prompt.")
+    max_words: int = setting(150, "Most words of a prompt.")
+    chunk_words: int = setting(300, "Words of a passage that is asked about (documents).")
+    system: str | None = setting(None, "System message for the teacher; for magpie the one that its users would have set.")
+    thinking: bool = setting(False, "Render the request so that a thinking teacher thinks.")
+    limit: int | None = setting(None, "Only the first seeds of the file.")
+    budget_tokens: int | None = setting(None, "Most tokens generated into this run folder, over all calls.")
+    max_failed: float = setting(0.01, "Share of failed requests above which the command ends with exit code 3.")
+    engine: EngineConfig = field(default_factory=EngineConfig, metadata={"help": "How the teacher is run."})
+
+    @property
+    def threshold(self) -> float:
+        """Return the ROUGE-L from which on a prompt is a duplicate."""
+        return METHODS[self.method] if self.similarity is None else self.similarity
+
+    def __post_init__(self) -> None:
+        for name in ("count", "per_ask", "rounds", "min_words", "max_words", "chunk_words", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}: expected 1 or more, found {value}")
+        if not 0 < self.threshold <= 1:
+            raise UserError(f"similarity: expected a ROUGE-L above 0 and up to 1, found {self.similarity}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
     """How the rows of a data file are taken in."""
@@ -337,6 +380,25 @@ class SelectConfig:
             raise UserError(f"max_cosine: expected a cosine above 0 and up to 1, found {self.max_cosine}")
         if not self.strata:
             raise UserError(f"strata: expected some of {', '.join(STRATA)}")
+
+
+EXPORTS = ("trl-messages", "prompt-completion", "preference", "alpaca", "sharegpt", "openai", "llama-factory", "parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """In which format a data set is written, and how pairs are made."""
+
+    format: str = setting("trl-messages", "What is written; the list above says for whom.", choices=EXPORTS)
+    by: tuple[str, ...] = setting((), "Preference: score by which a sample is better, highest first (`-NAME` lowest); else that of `best`.")
+    rejected: str = setting("worst", "Preference: which lower sample of a prompt is rejected.", choices=("worst", "next", "random"))
+    min_margin: float = setting(0.0, "Preference: least difference of the scores of a pair.")
+    seed: int = setting(0, "Seed of `random`.")
+    push_to_hub: str | None = setting(None, "Data set of the Hub that the folder is uploaded to, made private if new: ORGANISATION/NAME.")
+
+    def __post_init__(self) -> None:
+        if self.min_margin < 0:
+            raise UserError(f"min_margin: expected 0 or more, found {self.min_margin}")
 
 
 @dataclass(frozen=True, kw_only=True)

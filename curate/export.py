@@ -1,0 +1,308 @@
+"""Write a run's data set in the formats that other tools read; what a format cannot hold is refused by row and counted by reason."""
+
+import json
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import polars as pl
+
+from ..core.errors import UserError
+from ..core.example import Message
+from ..core.files import write_atomically, write_json, write_text
+from ..core.run import Run
+from .config import ExportConfig
+from .rows import EXPORTED, KEY, load_rows, row_ids, scan_rows, write_dataset
+from .scored import columns_for, score_values
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
+PLAIN_KEYS = {"role", "content"}
+ARRAY = ("llama-factory",)  # formats whose file is one JSON list
+
+
+class CannotHold(ValueError):
+    """A format has no place for a part of a conversation; the message is the reason, one word or two joined by `_`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What an export wrote and what it refused: rows in = written + refused."""
+
+    folder: Path
+    num_input: int
+    num_written: int
+    refused: dict[str, int]  # by reason, most first
+
+    def summary(self) -> str:
+        """Write it for people."""
+        told = "".join(f"; {reason} {count:,}" for reason, count in self.refused.items())
+        refused = self.num_input - self.num_written
+        return f"{self.num_written:,} of {self.num_input:,} rows in {self.folder}" + (f", {refused:,} refused{told}" if refused else "")
+
+
+def export(run: Run, out: Path, config: ExportConfig) -> Exported:
+    """Write the rows that a run keeps to the folder `out`, with a card and export.json; refused.jsonl names what is refused.
+
+    Raises UserError for a folder that holds something else, for a run without pairs where pairs are asked for, and where no row
+    can be held.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / "export.json").exists():
+        raise UserError(f"{out}: is not empty and no export of sftkit; give a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("export.json", "refused.jsonl", "dataset_info.json", *(f"train{kind}" for kind in (".jsonl", ".json", ".parquet"))):
+        (out / name).unlink(missing_ok=True)
+    refused: list[tuple[str, str]] = []
+    if config.format == "parquet":
+        found = _parquet(run, out)
+    else:
+        rows = _pairs(run, config) if config.format == "preference" else _conversations(run, WRITERS[config.format])
+        name = "train.json" if config.format in ARRAY else "train.jsonl"
+        with write_atomically(out / name) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            found, refused = _write(rows, file, "[]" if config.format in ARRAY else "")
+        if not found:
+            (out / name).unlink()
+    counts = Counter(reason for _, reason in refused)
+    result = Exported(out, found + len(refused), found, dict(counts.most_common()))
+    if not found:
+        raise UserError(f"{run.path}: no row can be written as {config.format}: {', '.join(f'{r} {n:,}' for r, n in counts.items())}")
+    if config.format == "llama-factory":
+        write_json(out / "dataset_info.json", {run.path.name: LLAMA_FACTORY})
+    if refused:
+        lines = (json.dumps({"id": name, "reason": reason}, ensure_ascii=False) + "\n" for name, reason in refused)
+        write_text(out / "refused.jsonl", "".join(lines))
+    _write_card(run, result, config)
+    told = {"run": run.path.name, "format": config.format, "input": result.num_input, "written": found, "refused": result.refused}
+    write_json(out / "export.json", told)
+    if config.push_to_hub:
+        push(out, config.push_to_hub)
+    return result
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload an export to a data set of the Hub, made private if it is not there yet; return its address."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        api = HfApi()
+        address = api.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, repo_type="dataset", folder_path=folder, commit_message="Export of sftkit")
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())[:240]
+        raise UserError(f"{repository}: could not be pushed ({reason}); the files are in {folder}: `hf auth login`, then again") from None
+    return str(address)
+
+
+Written = tuple[str, Row | str]  # the row's name, and what is written or the reason why it is refused
+
+
+def _write(rows: Iterator[Written], file: IO[str], brackets: str) -> tuple[int, list[tuple[str, str]]]:
+    refused: list[tuple[str, str]] = []
+    found = 0
+    for name, row in rows:
+        if isinstance(row, str):
+            refused.append((name, row))
+            continue
+        line = json.dumps(row, ensure_ascii=False)
+        file.write(f"{',' if found else '['}\n{line}" if brackets else f"{line}\n")
+        found += 1
+    file.write("\n]\n" if brackets and found else "")
+    return found, refused
+
+
+def _parquet(run: Run, out: Path) -> int:
+    write_dataset(scan_rows(run, columns=EXPORTED), out)
+    (out / "dataset.jsonl").unlink()
+    (out / "dataset.parquet").replace(out / "train.parquet")
+    return int(pl.scan_parquet(out / "train.parquet").select(pl.len()).collect().item())
+
+
+def _conversations(run: Run, writer: Callable[[list[Message], Mapping[str, str]], Row]) -> Iterator[Written]:
+    rows = load_rows(run, columns=EXPORTED)
+    for name, messages, source, meta in zip(row_ids(rows), rows["messages"], rows["source"], rows["meta"], strict=True):
+        try:
+            yield name, writer(json.loads(messages), {"id": name, "source": source or "", "meta": meta or "{}"})
+        except CannotHold as reason:
+            yield name, str(reason)
+
+
+# Each writer gets a conversation, and id, source and meta (JSON text) of its row.
+
+
+def _messages(messages: list[Message], row: Mapping[str, str]) -> Row:
+    return {"id": row["id"], "messages": messages, "source": row["source"], "meta": row["meta"]}
+
+
+def _openai(messages: list[Message], _row: Mapping[str, str]) -> Row:
+    if not any(each["role"] == "assistant" for each in messages):
+        raise CannotHold("no_answer")
+    for call in (call for each in messages for call in each.get("tool_calls") or []):
+        if not isinstance(call, dict) or not isinstance((call.get("function") or {}).get("arguments"), str):
+            raise CannotHold("tool_arguments_no_text")
+    return {"messages": messages}
+
+
+def _prompt_completion(messages: list[Message], _row: Mapping[str, str]) -> Row:
+    prompt, answer = _split(messages)
+    return {"prompt": prompt, "completion": answer}
+
+
+def _sharegpt(messages: list[Message], _row: Mapping[str, str]) -> Row:
+    _only_texts(messages)
+    return {"conversations": [{"from": SHAREGPT[each["role"]], "value": each["content"]} for each in messages]}
+
+
+def _alpaca(messages: list[Message], _row: Mapping[str, str]) -> Row:
+    system, turns = _alternating(messages, asked=("user",))
+    if system is not None and not system.strip():
+        raise CannotHold("blank_system")
+    texts = [each["content"] for each in turns]
+    history = [list(pair) for pair in zip(texts[:-2:2], texts[1:-2:2], strict=True)]
+    row = {"instruction": texts[-2], "input": "", "output": texts[-1]}
+    return {**row, **({"system": system} if system is not None else {}), **({"history": history} if history else {})}
+
+
+def _llama_factory(messages: list[Message], _row: Mapping[str, str]) -> Row:
+    _alternating(messages, asked=("user", "tool"))  # what does not alternate it leaves out without a word
+    return {"messages": messages}
+
+
+WRITERS: dict[str, Callable[[list[Message], Mapping[str, str]], Row]] = {
+    "trl-messages": _messages,
+    "prompt-completion": _prompt_completion,
+    "alpaca": _alpaca,
+    "sharegpt": _sharegpt,
+    "openai": _openai,
+    "llama-factory": _llama_factory,
+}
+LLAMA_FACTORY = {
+    "file_name": "train.json",
+    "formatting": "sharegpt",
+    "columns": {"messages": "messages"},
+    "tags": {
+        "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
+        "observation_tag": "tool", "function_tag": "function_call", "system_tag": "system",
+    },
+}  # fmt: skip
+
+
+def _only_texts(messages: Sequence[Message]) -> None:
+    for each in messages:
+        more = sorted(set(each) - PLAIN_KEYS)
+        if more:
+            raise CannotHold(more[0])
+        if not isinstance(each["content"], str):
+            raise CannotHold("parts")
+
+
+def _split(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    if not messages or messages[-1]["role"] != "assistant":
+        raise CannotHold("no_answer")
+    if len(messages) == 1:
+        raise CannotHold("no_prompt")
+    return messages[:-1], messages[-1:]
+
+
+def _alternating(messages: list[Message], asked: tuple[str, ...]) -> tuple[str | None, list[Message]]:
+    """Return the system message, if there is one at the beginning, and the turns, which must alternate and end with an answer."""
+    _only_texts(messages)
+    system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+    turns = messages if system is None else messages[1:]
+    if not turns or turns[-1]["role"] != "assistant":
+        raise CannotHold("no_answer")
+    if any(each["role"] not in (*asked, "assistant") for each in turns):
+        raise CannotHold("tool" if any(each["role"] == "tool" for each in turns) else "second_system")
+    if len(turns) % 2 or any((each["role"] in asked) == bool(place % 2) for place, each in enumerate(turns)):
+        raise CannotHold("turns_do_not_alternate")
+    return system, turns
+
+
+def _pairs(run: Run, config: ExportConfig) -> Iterator[Written]:
+    """Yield for each prompt its best kept sample and a lower one of the same prompt, as a pair that TRL reads."""
+    by = config.by or _by_of_best(run)
+    rows = load_rows(run, columns=EXPORTED)
+    if not by and rows["sample_index"].null_count() == len(rows):
+        yield from _given_pairs(rows)
+        return
+    if not by:
+        raise UserError(f"{run.path}: say by which score a sample is better, as --by logprob; `best` was not run with one")
+    name, sign = by[0].removeprefix("-"), -1.0 if by[0].startswith("-") else 1.0
+    needed = dict.fromkeys([*EXPORTED, "response", "finish_reason", *columns_for(run, [name])])
+    every = load_rows(run, all=True, columns=list(needed))
+    every = every.with_columns(score_values(run, every, name).alias("score") * sign)
+    others = every.filter((pl.col("finish_reason") != "length") | pl.col("finish_reason").is_null(), pl.col("response").is_not_null())
+    lower: dict[str, list[tuple[float, Row]]] = {}
+    wanted = set(rows["example_id"])
+    for row in others.drop_nulls("score").filter(pl.col("example_id").is_in(list(wanted))).iter_rows(named=True):
+        lower.setdefault(row["example_id"], []).append((row["score"], row))
+    kept = rows.select(KEY).join(every, on=KEY, how="left", nulls_equal=True, maintain_order="left")
+    best = kept.sort("score", descending=True, nulls_last=True, maintain_order=True).unique("example_id", keep="first")
+    told = set(best.select(KEY).iter_rows())
+    for name, row in zip(row_ids(kept), kept.iter_rows(named=True), strict=True):
+        if (row["example_id"], row["sample_index"]) in told:
+            yield name, _pair(name, row, lower.get(row["example_id"], []), config)
+        else:
+            yield name, "a_better_sample_is_chosen"
+
+
+def _pair(name: str, row: Row, candidates: Sequence[tuple[float, Row]], config: ExportConfig) -> Row | str:
+    chosen = json.loads(row["messages"])
+    try:
+        prompt, answer = _split(chosen)
+    except CannotHold as reason:
+        return str(reason)
+    if row["score"] is None:
+        return "unscored"
+    below = [(score, each) for score, each in candidates if score < row["score"] and each["response"] != row["response"]]
+    below = [each for each in below if row["score"] - each[0] >= config.min_margin]
+    if not below:
+        return "no_lower_sample"
+    below.sort(key=lambda each: (each[0], each[1]["sample_index"]))
+    pick = {"worst": below[0], "next": below[-1], "random": random.Random(f"{config.seed}/{name}").choice(below)}[config.rejected]
+    return {
+        "prompt": prompt,
+        "chosen": answer,
+        "rejected": json.loads(pick[1]["messages"])[-1:],
+        "chosen_score": abs(row["score"]) if row["score"] == 0 else row["score"],
+        "rejected_score": pick[0],
+        "id": row["example_id"],
+    }
+
+
+def _by_of_best(run: Run) -> tuple[str, ...]:
+    by = run.config().get("best", {}).get("by") or []
+    return tuple(name for name in by if name.removeprefix("-") != "random")
+
+
+def _given_pairs(rows: pl.DataFrame) -> Iterator[Written]:
+    """Yield the pairs that rows were taken in as: the chosen answer in the conversation, the rejected one in meta."""
+    for name, messages, meta in zip(row_ids(rows), rows["messages"], rows["meta"], strict=True):
+        rejected = json.loads(meta or "{}").get("rejected")
+        conversation = json.loads(messages)
+        if not isinstance(rejected, list) or not rejected:
+            yield name, "no_rejected_answer"
+            continue
+        split = len(conversation) - next(
+            (n for n, each in enumerate(reversed(conversation)) if each["role"] != "assistant"), len(conversation)
+        )
+        prompt, chosen = conversation[:split], conversation[split:]
+        yield name, {"prompt": prompt, "chosen": chosen, "rejected": rejected} if prompt and chosen else "no_answer"
+
+
+def _write_card(run: Run, result: Exported, config: ExportConfig) -> None:
+    card = run.path / "curate" / "README.md"
+    own = card.read_text(encoding="utf-8") if card.exists() else f"# {run.path.name}\n"
+    suffix = {"parquet": "parquet"}.get(config.format, "json" if config.format in ARRAY else "jsonl")
+    refused = "".join(f"\n- {reason}: {count:,}" for reason, count in result.refused.items())
+    told = f"\n\nRefused, as this format has no place for them (`refused.jsonl` names each):\n{refused}" if refused else ""
+    head = f"---\ntags: [sftkit]\nconfigs:\n- config_name: default\n  data_files: train.{suffix}\n---\n\n"
+    size = f"{result.num_written:,} of {result.num_input:,} rows"
+    note = f"\n## This export\n\n`train.{suffix}`, format `{config.format}`: {size}.{told}\n"
+    write_text(result.folder / "README.md", head + own + note)

@@ -1,0 +1,216 @@
+"""Export: what is written comes back as it was, what a format cannot hold is refused with its reason, pairs are TRL's."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sftkit.core.errors import UserError
+from sftkit.core.formats import read_examples
+from sftkit.core.run import Run
+from sftkit.curate.best import best
+from sftkit.curate.config import EXPORTS, BestConfig, ExportConfig, ImportConfig
+from sftkit.curate.export import WRITERS, export
+from sftkit.curate.intake import take_in
+
+TEXTS = [
+    *(
+        "What is 1+1?",
+        "你好，世界。\n\n第二行",
+        "مرحبا \u200fبالعالم",
+        "שלום",
+        "👩‍👩‍👧 🇩🇪 e\u0301",
+        'quotes " and \\ back',
+        "\ttabs\r\nand returns\u2028",
+    ),
+    *("", " ", "a\x00b\x1f", "<|im_end|>", "```python\nprint('x')\n```", "x" * 3000, "null", "[1, 2]", "ﬁ Å \ufeff"),
+]
+CALL = {"id": "c1", "type": "function", "function": {"name": "看", "arguments": '{"wo": "東京"}'}}
+
+
+def conversation(rng: random.Random) -> list[dict[str, Any]]:
+    """Return a conversation of any shape: system or not, several turns, tools, no answer, unusual order."""
+    messages: list[dict[str, Any]] = []
+    if rng.random() < 0.4:
+        messages.append({"role": "system", "content": rng.choice(TEXTS)})
+    for _ in range(rng.randrange(1, 4)):
+        messages.append({"role": "user", "content": rng.choice(TEXTS)})
+        if rng.random() < 0.2:
+            call = CALL if rng.random() < 0.7 else {**CALL, "function": {"name": "f", "arguments": {"a": 1}}}
+            messages.append({"role": "assistant", "content": rng.choice(["", "I look."]), "tool_calls": [call]})
+            messages.append({"role": "tool", "content": rng.choice(TEXTS), **({"tool_call_id": "c1"} if rng.random() < 0.5 else {})})
+        if rng.random() < 0.9:
+            messages.append({"role": "assistant", "content": rng.choice(TEXTS)})
+        if rng.random() < 0.05:
+            messages[-1]["name"] = "Ada"
+    return messages
+
+
+@pytest.fixture
+def run_of(tmp_path: Path) -> Callable[[list[Any]], Run]:
+    def make(conversations: list[Any]) -> Run:
+        file = tmp_path / "given.jsonl"
+        rows = [{"messages": each, "topic": "x", "nested": {"a": [1, None]}} for each in conversations]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run = Run.create(tmp_path / "run")
+        take_in(file, run, ImportConfig())
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize("format", [*WRITERS, "parquet"])
+def test_what_is_written_comes_back_and_the_rest_is_refused_with_its_reason(format: str, run_of: Callable, tmp_path: Path) -> None:
+    rng = random.Random(format)
+    given = [conversation(rng) for _ in range(300)]
+    run = run_of(given)
+    out = tmp_path / "out"
+    result = export(run, out, ExportConfig(format=format))
+    refused = [json.loads(line) for line in (out / "refused.jsonl").read_text().splitlines()] if result.refused else []
+    names = [example.id for example in read_examples(run.path)]
+    gone = {each["id"] for each in refused}
+    back = read_examples(out)
+    assert [each.messages for each in back] == [messages for name, messages in zip(names, given, strict=True) if name not in gone]
+    assert result.num_input == 300 == result.num_written + len(refused)
+    assert sum(result.refused.values()) == len(refused)
+    assert json.loads((out / "export.json").read_text())["refused"] == result.refused
+    if format in ("trl-messages", "parquet"):
+        assert not refused
+        assert {json.dumps(each.meta) for each in back} == {json.dumps({"topic": "x", "nested": {"a": [1, None]}})}
+        assert [each.id for each in back] == names
+        assert back[0].source.endswith("given.jsonl:1")
+    assert f"format `{format}`" in (out / "README.md").read_text()
+
+
+REFUSALS = [
+    ("openai", [{"role": "user", "content": "q"}], "no_answer"),
+    (
+        "openai",
+        [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}],
+        "tool_arguments_no_text",
+    ),
+    ("prompt-completion", [{"role": "assistant", "content": "a"}], "no_prompt"),
+    ("prompt-completion", [{"role": "user", "content": "q"}], "no_answer"),
+    ("sharegpt", [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}], "tool_calls"),
+    (
+        "alpaca",
+        [{"role": "system", "content": " "}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+        "blank_system",
+    ),
+    ("alpaca", [{"role": "user", "content": "q"}, {"role": "tool", "content": "t"}, *[{"role": "assistant", "content": "a"}] * 2], "tool"),
+    ("llama-factory", [*[{"role": "user", "content": "q"}] * 2, {"role": "assistant", "content": "a"}], "turns_do_not_alternate"),
+]
+
+
+@pytest.mark.parametrize(("format", "messages", "reason"), REFUSALS)
+def test_why_a_format_refuses_a_conversation(format: str, messages: list, reason: str, run_of: Callable, tmp_path: Path) -> None:
+    fine = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    result = export(run_of([messages, fine]), tmp_path / "out", ExportConfig(format=format))
+    assert result.refused == {reason: 1}
+    assert result.summary() == f"1 of 2 rows in {tmp_path / 'out'}, 1 refused; {reason} 1"
+
+
+def test_nothing_that_can_be_held_is_an_error_and_leaves_no_file(run_of: Callable, tmp_path: Path) -> None:
+    run = run_of([[{"role": "user", "content": "q"}]])
+    with pytest.raises(UserError, match="no row can be written as openai: no_answer 1"):
+        export(run, tmp_path / "out", ExportConfig(format="openai"))
+    assert list((tmp_path / "out").iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match="is not empty and no export of sftkit"):
+        export(run, tmp_path / "mine", ExportConfig())
+
+
+def graded(toy_run: Callable[..., Run]) -> Run:
+    rows = [
+        {"id": name, "prompt": name, "response": answer, "index": index, "logprob": logprob, "finish_reason": finish}
+        for name, answers in {
+            "a": [("good", -0.1, "stop"), ("middling", -0.5, "stop"), ("bad", -2.0, "stop"), ("cut", -9.0, "length")],
+            "b": [("same", -0.1, "stop"), ("same", -0.5, "stop")],
+            "c": [("alone", -0.1, "stop")],
+            "d": [("unlikely", -5.0, "stop"), ("unlikelier", -6.0, "stop")],
+        }.items()
+        for index, (answer, logprob, finish) in enumerate(answers)
+    ]
+    run = toy_run(rows)
+    best(run, BestConfig(by=("logprob",)))
+    return run
+
+
+def answers(path: Path) -> dict[str, tuple[str, str]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {row["prompt"][-1]["content"]: (row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("settings", "pairs", "refused"),
+    [
+        ({}, {"a": ("good", "bad"), "d": ("unlikely", "unlikelier")}, {"no_lower_sample": 2}),
+        ({"rejected": "next"}, {"a": ("good", "middling"), "d": ("unlikely", "unlikelier")}, {"no_lower_sample": 2}),
+        ({"min_margin": 1.5}, {"a": ("good", "bad")}, {"no_lower_sample": 3}),
+    ],
+)
+def test_pairs_of_best_of_k(settings: dict, pairs: dict, refused: dict, toy_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = graded(toy_run)
+    result = export(run, tmp_path / "out", ExportConfig(format="preference", **settings))
+    assert answers(tmp_path / "out" / "train.jsonl") == pairs
+    assert result.refused == refused
+    row = json.loads((tmp_path / "out" / "train.jsonl").read_text().splitlines()[0])
+    assert row["prompt"] == [{"role": "user", "content": "a"}]
+    assert row["chosen"] == [{"role": "assistant", "content": "good"}]
+    assert (row["chosen_score"], row["rejected_score"]) == (-0.1, -2.0 if settings.get("rejected") != "next" else -0.5)
+
+
+def test_pairs_come_back_and_are_written_again_as_they_were(toy_run: Callable[..., Run], tmp_path: Path) -> None:
+    export(graded(toy_run), tmp_path / "one", ExportConfig(format="preference"))
+    run = Run.create(tmp_path / "again")
+    take_in(tmp_path / "one", run, ImportConfig())
+    export(run, tmp_path / "two", ExportConfig(format="preference"))
+    assert answers(tmp_path / "two" / "train.jsonl") == answers(tmp_path / "one" / "train.jsonl")
+
+
+def test_pairs_are_what_trl_reads(toy_run: Callable[..., Run], tmp_path: Path) -> None:
+    from datasets import load_dataset
+    from trl.data_utils import is_conversational
+
+    export(graded(toy_run), tmp_path / "out", ExportConfig(format="preference"))
+    rows = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert is_conversational(rows[0])
+    assert {"prompt", "chosen", "rejected"} <= set(rows.column_names)
+
+
+def test_the_command_line(run_of: Callable, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]) -> None:
+    run = run_of([[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]])
+    code, out, _ = cli("curate", "export", run.path, "--format", "alpaca", "-o", tmp_path / "out")
+    assert (code, out) == (0, f"1 of 1 rows in {tmp_path / 'out'}\n")
+    code, _, err = cli("curate", "export", run.path, "--format", "preference", "-o", tmp_path / "pairs")
+    assert code == 1
+    assert "no row can be written as preference: no_rejected_answer 1" in err
+    code, _, err = cli("curate", "export", run.path, "-o", tmp_path / "hub", "--push-to-hub", "me/data")
+    assert code == 1, "no test may reach the network"
+    assert "me/data: could not be pushed" in err
+    assert "Traceback" not in err
+    assert set(EXPORTS) == {*WRITERS, "preference", "parquet"}
+
+
+def test_a_folder_of_llama_factory_says_what_its_columns_and_roles_are_called(tmp_path: Path) -> None:
+    info = {
+        "a": {"file_name": "a.json", "columns": {"prompt": "frage", "response": "antwort"}},
+        "b": {
+            "file_name": "b.json",
+            "formatting": "sharegpt",
+            "columns": {"messages": "chat"},
+            "tags": {"role_tag": "who", "content_tag": "said", "user_tag": "me", "assistant_tag": "it"},
+        },
+        "far": {"hf_hub_url": "some/where"},
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    (tmp_path / "a.json").write_text(json.dumps([{"frage": "q", "antwort": "a"}]))
+    (tmp_path / "b.json").write_text(json.dumps([{"chat": [{"who": "me", "said": "q"}, {"who": "it", "said": "a"}]}]))
+    both = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert [each.messages for each in read_examples(tmp_path)] == [both, both]
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(UserError, match="names no file that is there"):
+        read_examples(tmp_path)
