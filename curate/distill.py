@@ -164,7 +164,7 @@ def distillation(source: str | Path, path: Path, config: DistillConfig) -> Itera
         _configure(run, source, teacher)
         prompts = choose_prompts(run, examples, teacher.chat, teacher.context, config)
         wanted = [
-            _wanted(teacher, prompt, index, config.sampling)
+            wanted_sample(teacher, prompt, index, config.sampling)
             for prompt in prompts
             for index in range(config.k)  # a prompt's samples stand together, so that engines can share its prefix
         ]
@@ -222,7 +222,7 @@ class Distillation:
 
     def _longer(self, wanted: Wanted) -> Wanted:
         twice = replace(wanted.sampling, max_new_tokens=2 * wanted.sampling.max_new_tokens)
-        return _wanted(self.teacher, wanted.prompt, wanted.index, twice)
+        return wanted_sample(self.teacher, wanted.prompt, wanted.index, twice)
 
     def samples(self) -> pl.DataFrame:
         """Return the wanted samples that are stored, one for each, columns as in the store's frame; asked twice, the second."""
@@ -362,7 +362,8 @@ class Distillation:
         return result
 
 
-def _wanted(teacher: Teacher, prompt: Prompt, index: int, sampling: Sampling) -> Wanted:
+def wanted_sample(teacher: Teacher, prompt: Prompt, index: int, sampling: Sampling) -> Wanted:
+    """Return a sample to be had, with its key and its seed."""
     decisive: dict[str, Any] = {"prompt": prompt.ids or prompt.messages, "model_identity": teacher.identity, "index": index}
     # the longest length decides what is stored, not how it begins: asked again for more tokens, the same answer goes on
     stream = sample_key(sampling=replace(sampling, max_new_tokens=0), **decisive)
