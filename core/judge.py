@@ -9,13 +9,14 @@ in both orders: where the two disagree, the judge saw the place and not the answ
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .engines.base import ChoiceRequest, Request, Sampling, choice_logprobs
+from .engines.base import ChoiceRequest, Engine, Request, Sampling, choice_logprobs
 from .engines.registry import choose
 from .errors import UserError
 from .example import Message
@@ -93,7 +94,7 @@ class Verdict:
 
 
 class Judge:
-    """One model that judges by one rubric."""
+    """One model that judges by one rubric. Use as a context manager: it is loaded when it is needed, and stays until the block ends."""
 
     def __init__(
         self,
@@ -114,6 +115,20 @@ class Judge:
         self.model, self._store = model, store
         self._rubric, self._scale = read_rubric(rubric), scale
         self.parse = parse or model.chat is None
+        self._opened = ExitStack()
+        self._engine: Engine | None = None
+
+    def __enter__(self) -> "Judge":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._engine = None
+        self._opened.close()
+
+    def _running(self) -> Engine:
+        if self._engine is None:
+            self._engine = self._opened.enter_context(self.model.running())
+        return self._engine
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
         """Grade answers, each on its own."""
@@ -178,19 +193,16 @@ class Judge:
                 missing[key] = ChoiceRequest(key=key, ids=ids, choices=choices)
         failed: dict[str, str] = {}
         if missing:
-            with (
-                self.model.running() as engine,
-                self._progress(len(missing)) as progress,
-            ):
-                for told in choice_logprobs(engine, sorted(missing.values(), key=lambda each: -len(each.ids))):
+            with self._progress(len(missing)) as progress:
+                for told in choice_logprobs(self._running(), sorted(missing.values(), key=lambda each: -len(each.ids))):
                     if told.error:
                         failed[told.key] = told.error
                     else:
                         self._store.put(told.key, told.logprobs)
                     progress.advance(tokens=len(missing[told.key].ids))
         for number, stored in enumerate(keys):
-            if stored is None or stored in failed:
-                yield errors[number] if stored is None else failed[stored]
+            if stored is None or stored not in self._store:
+                yield errors[number] if stored is None else failed.get(stored, "the engine gave no probabilities")
                 continue
             chances = np.exp(self._store[stored].astype(np.float64))
             mass = float(chances.sum())
@@ -237,11 +249,8 @@ class Judge:
             sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=room, seed=0)
             missing[key] = Request(key=key, prompt_ids=ids, messages=messages, sampling=sampling, seed=0)
         if missing:
-            with (
-                self.model.running() as engine,
-                self._progress(len(missing)) as progress,
-            ):
-                for told in engine.generate(iter(missing.values())):
+            with self._progress(len(missing)) as progress:
+                for told in self._running().generate(iter(missing.values())):
                     if told.finish_reason == "error":
                         errors[told.key] = told.error or "the engine gave no reason"
                     else:

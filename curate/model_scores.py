@@ -142,13 +142,17 @@ def judge(
         from ..core.judge import Item, Judge
 
         (found,) = find_models({model: model}, config)
-        with ValueStore(run.room("curate") / VALUES) as store:
-            judging = Judge(found, store, rubric=rubric, scale=int(scale), parse=parse)
-            answered = [number for number, row in enumerate(rows) if row.response is not None]
-            items = [Item(rows[number].prompt, rows[number].response or "", rows[number].reference) for number in answered]
-            results = dict(zip(answered, judging.grade(items), strict=True))
-        for number in range(len(rows)):
-            yield number, (results[number].value, results[number].error) if number in results else (None, "no response")
+        with (
+            ValueStore(run.room("curate") / VALUES) as store,
+            Judge(found, store, rubric=rubric, scale=int(scale), parse=parse) as judging,
+        ):
+            for start in range(0, len(rows), CHUNK):
+                places = range(start, min(start + CHUNK, len(rows)))
+                answered = [number for number in places if rows[number].response is not None]
+                items = [Item(rows[number].prompt, rows[number].response or "", rows[number].reference) for number in answered]
+                grades = dict(zip(answered, judging.grade(items), strict=True))
+                for number in places:
+                    yield number, (grades[number].value, grades[number].error) if number in grades else (None, "no response")
 
     return ColumnScorer(score)
 

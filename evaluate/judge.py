@@ -126,8 +126,10 @@ def judge(sources: Sequence[str | Path], out: Path | None, config: JudgeConfig) 
     references = {} if config.references is None else read_references(config.references)
     settings = {"sources": [str(each) for each in sources], **to_mapping(config)}
     with open_section(out, "judge", settings) as folder:
-        with ValueStore(folder / "judgements.sqlite") as store:
-            judging = Judge(model, store, rubric=config.rubric, parse=config.parse)
+        with (
+            ValueStore(folder / "judgements.sqlite") as store,
+            Judge(model, store, rubric=config.rubric, parse=config.parse) as judging,
+        ):
             compared, tables = [], []
             for other in answers[1:]:
                 numbers, removed, table = _compare(judging, questions, other, answers[0], references, config)

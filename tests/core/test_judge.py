@@ -83,7 +83,8 @@ def test_nonsense_is_an_error_with_its_words(open_judge: Callable[..., Judge]) -
 
 def test_a_judge_that_would_not_write_a_grade_gives_none(tmp_path: Path, tiny_model: Path) -> None:
     (model,) = find_models({"judge": str(tiny_model)}, CPU)
-    grades = Judge(model, ValueStore(tmp_path / "values.sqlite"), scale=2).grade(ITEMS)
+    with Judge(model, ValueStore(tmp_path / "values.sqlite"), scale=2) as judge:
+        grades = judge.grade(ITEMS)
     assert {each.value for each in grades} == {None}
     assert all("not a grade: the judge gives 1 to 2 together a probability of 0.0" in each.error for each in grades)
 
