@@ -138,6 +138,43 @@ class GrowConfig(Sampling):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankConfig(Sampling):
+    """Which teachers are compared, on what, and what counts as an accepted answer."""
+
+    teachers: dict[str, str] = field(
+        metadata={"help": "Teachers by name: a folder, a Hub id, a .gguf file, a catalogue name, or MODEL@http://… at a server."}
+    )
+    prompts: int = setting(200, "Prompts that all of them answer, evenly spaced over the file.")
+    k: int = setting(1, "Answers to each.")
+    scorers: dict[str, Any] = field(default_factory=dict, metadata={"help": "Scores by name, as for `score`: what can accept an answer."})
+    accept: str | None = setting(
+        None, "Which answers count: NAME (1 or more), NAME>=x, NAME<=x, NAME>x, NAME<x; the first scorer's when not given, else all not cut."
+    )
+    student: str | None = setting(None, "Model that is to learn from them: its log-probability of each accepted answer is compared.")
+    prices: dict[str, list[float]] = field(
+        default_factory=dict, metadata={"help": "By teacher: the prices of a million tokens of prompts and of answers."}
+    )
+    system: str | None = setting(None, "System message, put before every prompt that has none.")
+    thinking: bool = setting(False, "Render the prompt so that a thinking teacher thinks.")
+    engine: EngineConfig = field(default_factory=EngineConfig, metadata={"help": "How the teachers are run."})
+
+    @property
+    def gate(self) -> str | None:
+        """Return the condition of an accepted answer; None where all that are not cut are."""
+        return self.accept or next(iter(self.scorers), None)
+
+    def __post_init__(self) -> None:
+        if not self.teachers:
+            raise UserError("teacher-rank: give teachers, as --teacher small=MODEL --teacher large=OTHER")
+        for name in ("prompts", "k"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: expected 1 or more, found {getattr(self, name)}")
+        for name, price in self.prices.items():
+            if len(price) != 2 or min(price) < 0:
+                raise UserError(f"price of {name}: expected two numbers, of prompts and of answers, found {price}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImportConfig:
     """How the rows of a data file are taken in."""
 
@@ -285,6 +322,7 @@ class DedupConfig:
     on: str = setting("pair", "What is compared: prompt and answer, or the prompt alone.", choices=TEXTS)
     by: tuple[str, ...] = setting((), "Score that decides which of two stays, highest first (`-NAME` lowest); else the earlier one stays.")
     against: str | None = setting(None, "A second set, never changed: rows that one of its rows stands for are removed too.")
+    memory_gb: float | None = setting(None, "Most memory for comparing vectors, in GB; more is refused before it begins.")
     embed: EmbedConfig = field(default_factory=EmbedConfig, metadata={"help": "How texts become vectors."})
 
     def __post_init__(self) -> None:
@@ -354,6 +392,10 @@ class SelectConfig:
     on: str = setting("pair", "What is compared: prompt and answer, or the prompt alone.", choices=TEXTS)
     by: tuple[str, ...] = setting((), "Score that says which rows are better, highest first (`-NAME` lowest). Several: the first decides.")
     quality_weight: float = setting(0.5, "Weight of the score in qdit, mmr and dpp, from 0 (difference alone) to 1 (score alone).")
+    epsilon: float | None = setting(
+        None, "facility-location and qdit look at a random few for each pick and lose about this share: for very many rows, as 0.1."
+    )
+    memory_gb: float | None = setting(None, "Most memory for comparing vectors, in GB: what fits is planned, or refused before it begins.")
     max_cosine: float = setting(0.9, "Cosine with a taken row from which deita leaves a row out.")
     strata: tuple[str, ...] = setting(STRATA, "What stratified gives shares by.", choices=STRATA)
     clusters: int | None = setting(None, "Clusters of stratified and cluster-balanced; when not given the root of the number of rows.")
@@ -376,10 +418,36 @@ class SelectConfig:
             raise UserError(f"select: {self.method} needs a score to choose by: give --by SCORE")
         if not 0 <= self.quality_weight <= 1:
             raise UserError(f"quality_weight: expected a share between 0 and 1, found {self.quality_weight}")
+        if self.epsilon is not None and not 0 < self.epsilon < 1:
+            raise UserError(f"epsilon: expected a share between 0 and 1, as 0.1, found {self.epsilon:g}")
         if not 0 < self.max_cosine <= 1:
             raise UserError(f"max_cosine: expected a cosine above 0 and up to 1, found {self.max_cosine}")
         if not self.strata:
             raise UserError(f"strata: expected some of {', '.join(STRATA)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """How much of each source is taken."""
+
+    shares: dict[str, float] = field(default_factory=dict, metadata={"help": "Share of each source, as {a: 3, b: 1}; 0 leaves one out."})
+    temperature: float = setting(1.0, "Without shares: sources count by their size to the power 1/temperature; 1 as they are, more: alike.")
+    budget: int | None = setting(None, "Rows to take; when not given, as many as the smallest source allows.")
+    budget_tokens: int | None = setting(None, "Tokens of answers to take.")
+    repeat: int = setting(1, "Times that a row may be taken, at most; 1: no row is repeated.")
+    seed: int = setting(0, "Decides which rows of a source are taken, together with their ids.")
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "budget_tokens", "repeat"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name}: expected 1 or more, found {getattr(self, name)}")
+        if self.budget is not None and self.budget_tokens is not None:
+            raise UserError("mix: give a budget in rows or in tokens, not both")
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"temperature: expected more than 0, found {self.temperature}")
+        wrong = [part for part, share in self.shares.items() if share < 0]
+        if wrong or (self.shares and not sum(self.shares.values())):
+            raise UserError(f"shares: expected numbers of 0 or more, one of them above; found {self.shares}")
 
 
 EXPORTS = ("trl-messages", "prompt-completion", "preference", "alpaca", "sharegpt", "openai", "llama-factory", "parquet")

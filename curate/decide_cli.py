@@ -90,7 +90,9 @@ def filter_(run: str, out: Path | None, settings: Path | None, **options: Any) -
     chosen = given(options)
     for name in ("min_score", "max_score"):
         if name in chosen:
-            chosen[name] = {score: _number(value, f"{score}={value}") for score, _, value in (text.partition("=") for text in chosen[name])}
+            chosen[name] = {
+                score: number(value, f"--min/--max {score}={value}") for score, _, value in (text.partition("=") for text in chosen[name])
+            }
     if "languages" in chosen:
         chosen["languages"] = [each.strip() for text in chosen["languages"] for each in text.split(",")]
     config = load_config(FilterConfig, {**(read_yaml(settings) if settings else {}), **chosen})
@@ -159,6 +161,7 @@ def dedup(run: str, out: Path | None, settings: Path | None, no_semantic: bool, 
 @config_option(SelectConfig, "on")
 @config_option(SelectConfig, "by")
 @config_option(SelectConfig, "quality_weight")
+@config_option(SelectConfig, "memory_gb")
 @config_option(SelectConfig, "controls")
 @config_option(SelectConfig, "seed")
 @config_option(EmbedConfig, "model")
@@ -198,11 +201,12 @@ def _with_embedder(options: dict[str, Any], settings: Path | None) -> dict[str, 
     return {**base, **chosen}
 
 
-def _number(text: str, place: str) -> float:
+def number(text: str, place: str) -> float:
+    """Read a number of NAME=NUMBER."""
     try:
         return float(text)
     except ValueError:
-        raise UserError(f"--min/--max {place}: expected NAME=VALUE with a number") from None
+        raise UserError(f"{place}: expected NAME=VALUE with a number") from None
 
 
 def tell(run: Any, *outcomes: Any) -> None:

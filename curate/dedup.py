@@ -17,6 +17,7 @@ from ..core.run import Run
 from .config import DedupConfig
 from .cover import cover
 from .embed import embed_rows
+from .memory import GB, cover_bytes, hold_to
 from .rows import KEY, TEXT, Outcome, decision_table, input_rows, record, row_name, split_texts
 from .scored import best_first, columns_for, sort_columns
 from .similarity import Cosines, Indices
@@ -48,6 +49,8 @@ def dedup(run: Run, config: DedupConfig) -> list[Outcome]:
     if config.semantic is not None:
         stage = _Stage(run, "dedup_semantic", "semantic_duplicate", second, config.by, ("messages", *TEXT))
         vectors = embed_rows(run, stage.all, config.on, config.embed)
+        limit = None if config.memory_gb is None else config.memory_gb * GB
+        hold_to(limit, cover_bytes(len(vectors), vectors.shape[1]), len(vectors), "dedup by meaning", "--no-semantic")
         witness, near = cover(vectors, config.semantic, stage.order.tolist(), given=len(second), device=pick_device())
         outcomes.append(stage.decided(witness, near, config.semantic))
     return outcomes

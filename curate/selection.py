@@ -9,6 +9,7 @@ import polars as pl
 from ..core.config import to_mapping
 from ..core.errors import UserError
 from ..core.files import write_atomically
+from ..core.hardware import pick_device
 from ..core.progress import Progress
 from ..core.run import Run
 from .config import SelectConfig
@@ -17,6 +18,7 @@ from .coverage import Pick, k_center, nearest_to_mean
 from .diversity import deita_filter, dpp, mmr
 from .embed import embed_rows
 from .facility_location import facility_location
+from .memory import fit_neighbors
 from .quotas import balanced_order, cluster, num_clusters, quota_order
 from .rows import EXPORTED, KEY, Outcome, decision_table, input_rows, load_rows, record, row_name
 from .scored import best_first, columns_for, score_values, sort_columns
@@ -114,19 +116,29 @@ def _compared(
     vectors: Vectors, quality: Cosines | None, best: Sequence[int], within: Sequence[int], size: int, config: SelectConfig
 ) -> Iterator[Pick]:
     """Yield rows as the methods rank them that look at vectors alone, or at vectors and quality."""
+    neighbors = fit_neighbors(config, len(vectors), vectors.shape[1], size)
     if config.method == "k-center":
-        return k_center(vectors, best[0] if config.by else nearest_to_mean(vectors))
-    if config.method == "facility-location":
-        return facility_location(vectors)
+        first = best[0] if config.by else nearest_to_mean(vectors)
+        if pick_device() == "cpu":
+            return k_center(vectors, first)
+        from . import accelerated
+
+        return accelerated.k_center(vectors, first, pick_device())
+    if config.method in ("facility-location", "qdit"):
+        weight = config.quality_weight if config.method == "qdit" else 0.0
+        quality = quality if config.method == "qdit" else None
+        if config.epsilon is None:
+            return facility_location(vectors, quality, weight, neighbors=neighbors)
+        from .accelerated import stochastic_facility_location
+
+        return stochastic_facility_location(vectors, size, quality, weight, epsilon=config.epsilon, seed=config.seed, device=pick_device())
     if config.method == "dpp":
         return dpp(vectors, quality, config.quality_weight, size)
     if config.method == "cluster-balanced":
         return balanced_order(cluster(vectors, num_clusters(len(vectors), config.clusters), config.seed).tolist(), within)
     if config.method == "deita":
         return deita_filter(vectors, best, config.max_cosine)
-    assert quality is not None  # qdit and mmr; the config asks for a score
-    if config.method == "qdit":
-        return facility_location(vectors, quality, config.quality_weight)
+    assert quality is not None  # mmr; the config asks for a score
     return mmr(vectors, quality, config.quality_weight)
 
 
@@ -209,7 +221,13 @@ def _decide(rows: pl.DataFrame, eligible: Indices, taken: list[int], vectors: Ve
     left = np.flatnonzero(is_scored & ~is_taken)
     witness, cosine = np.full(len(rows), -1, dtype=np.int64), np.full(len(rows), np.nan)
     if vectors is not None and len(left):
-        found: tuple[Indices, Cosines] = nearest(vectors, left.tolist(), taken)
+        found: tuple[Indices, Cosines]
+        if pick_device() == "cpu":
+            found = nearest(vectors, left.tolist(), taken)
+        else:
+            from . import accelerated
+
+            found = accelerated.nearest(vectors, left.tolist(), taken, pick_device())
         witness[left], cosine[left] = found
     table = rows.select(KEY).with_columns(
         name=row_name(),

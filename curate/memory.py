@@ -1,0 +1,63 @@
+"""What selecting and deduplicating by vectors takes in memory at its peak, known before it begins, and held to a limit."""
+
+import logging
+
+from ..core.errors import UserError
+from .config import SelectConfig
+from .facility_location import NEIGHBORS
+
+log = logging.getLogger(__name__)
+
+GB = 10**9
+TILES = 100_000_000  # bytes: cosines held at a time, in float32 and as comparisons
+REMEMBERED = 68  # bytes for each similarity that facility location remembers, while they are gathered and turned
+FEWEST = 16  # similarities of a row, below which facility location would only get slower
+WORTH_SAYING = 500_000_000  # bytes
+
+
+def select_bytes(method: str, num_rows: int, dimensions: int, size: int, neighbors: int = NEIGHBORS) -> int:
+    """Return about how many bytes a method takes at its peak, the vectors included; linear in the rows but for dpp.
+
+    `size` is the number of rows that are taken. Measured on 10,000 to 100,000 rows of 384 dimensions: see benchmarks/selection.py.
+    """
+    vectors = 4 * dimensions * num_rows
+    own = 32 * num_rows + TILES
+    if method == "k-center":
+        own += 2 * 4 * dimensions * size  # the picks, in an array that doubles
+    elif method in ("facility-location", "qdit"):
+        own += REMEMBERED * min(neighbors, num_rows) * num_rows
+    elif method == "dpp":
+        own += 8 * size * num_rows + 2 * vectors
+    return vectors + own
+
+
+def cover_bytes(num_rows: int, dimensions: int) -> int:
+    """Return about how many bytes duplicates by meaning take at their peak, the vectors included."""
+    return 2 * 4 * dimensions * num_rows + 64 * num_rows + TILES
+
+
+def fit_neighbors(config: SelectConfig, num_rows: int, dimensions: int, size: int) -> int:
+    """Return how many similarities facility location may remember of each row, and say what the method will take.
+
+    Raises UserError where memory_gb is too little for the method.
+    """
+    neighbors = NEIGHBORS
+    limit = None if config.memory_gb is None else config.memory_gb * GB
+    if config.method in ("facility-location", "qdit") and limit is not None:
+        rest = limit - select_bytes(config.method, num_rows, dimensions, size, 0)
+        neighbors = max(min(NEIGHBORS, int(rest / (REMEMBERED * num_rows))), FEWEST)
+    what = f"select {config.method}"
+    cure = "another method: cluster-balanced and stratified take little more than the vectors"
+    hold_to(limit, select_bytes(config.method, num_rows, dimensions, size, neighbors), num_rows, what, cure)
+    return neighbors
+
+
+def hold_to(limit: float | None, needed: int, num_rows: int, what: str, cure: str) -> None:
+    """Say what a step will take where it is much. Raises UserError where that is more than the limit, in bytes."""
+    if limit is not None and needed > limit:
+        raise UserError(
+            f"{what}: takes about {needed / GB:.1f} GB for {num_rows:,} rows, memory_gb allows {limit / GB:g}: give more, fewer rows, or"
+            f" {cure}"
+        )
+    if needed >= WORTH_SAYING:
+        log.info("%s: about %.1f GB of memory at its peak", what, needed / GB)
