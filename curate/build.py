@@ -8,7 +8,6 @@ from pathlib import Path
 import polars as pl
 
 from ..core.errors import UserError
-from ..core.example import Decision
 from ..core.models import resolve_model
 from ..core.progress import timed
 from ..core.run import Run
@@ -117,11 +116,10 @@ def planned_stages(config: BuildConfig) -> list[str]:
 def _begin_anew(run: Run, planned: list[str]) -> None:
     """Take back what this build does not have, or has in another order: its own decisions would stand on that."""
     stages = run.ledger.stages()
-    first = next((place for place, stage in enumerate(stages) if stage in ("import", "distill")), -1)
+    first = max((place for place, stage in enumerate(stages) if stage in ("import", "distill", "mix")), default=-1)
     later = stages[first + 1 :]
     if first < 0 or later == planned[: len(later)]:
         return
     base = run.ledger.read().filter(pl.col("stage") == stages[first]).drop("step")
-    decisions = [Decision(**row) for row in base.iter_rows(named=True)]
-    run.ledger.record(stages[first], [(each.example_id, each.sample_index) for each in decisions], decisions)
+    run.ledger.record(stages[first], base, base)
     log.info("%s: the former decisions of %s are taken back; this build decides anew", run.path, ", ".join(later))

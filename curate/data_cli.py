@@ -1,4 +1,4 @@
-"""The commands of `sftkit curate` that hand a data set on: export."""
+"""The commands of `sftkit curate` that put data sets together and hand them on: mix, export."""
 
 from contextlib import closing
 from pathlib import Path
@@ -8,7 +8,38 @@ import click
 
 from ..core.cli import config_option, given
 from ..core.config import load_config
-from .config import ExportConfig
+from .config import ExportConfig, MixConfig
+from .decide_cli import number, tell
+
+
+@click.command()
+@click.argument("sources", nargs=-1, required=True)
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Run folder of the mixture; without it one RUN is mixed by its own files."
+)
+@click.option("--share", "shares", multiple=True, metavar="NAME=SHARE", help="Share of a source, called by its file or folder.")
+@config_option(MixConfig, "temperature")
+@config_option(MixConfig, "budget")
+@config_option(MixConfig, "budget_tokens")
+@config_option(MixConfig, "repeat")
+@config_option(MixConfig, "seed")
+def mix(sources: tuple[str, ...], out: Path | None, shares: tuple[str, ...], **options: Any) -> None:
+    """Mix SOURCES, runs or data files, in proportions; no row is taken twice unless --repeat says so.
+
+    \b
+    sftkit curate mix runs/a runs/b chat.jsonl -o runs/c --share a=2 --share b=1 --share chat=1 --budget 20000
+    sftkit curate mix runs/a runs/b -o runs/c --temperature 2                  small sources count for more
+    sftkit curate mix runs/a runs/b -o runs/c --budget-tokens 1000000 --share a=0.9 --share b=0.1 --repeat 3
+    sftkit curate mix runs/a --temperature 5                                   the files that its rows come from
+    """
+    from ..core.run import Run
+    from .mix import mix as put_together
+
+    chosen = given(options)
+    if shares:
+        chosen["shares"] = {name: number(value, f"--share {name}={value}") for name, _, value in (each.rpartition("=") for each in shares)}
+    outcome = put_together(sources, out, load_config(MixConfig, chosen))
+    tell(Run.open(out or Path(sources[0])), outcome)
 
 
 @click.command()

@@ -77,11 +77,16 @@ def _examples(source: str | Path, config: ImportConfig) -> list[Example]:
     return examples[: config.limit]
 
 
-def _whole(examples: Sequence[Example], config: ImportConfig) -> tuple[dict[str, list[Any]], list[Decision]]:
+def columns_of(examples: Sequence[Example], config: ImportConfig) -> dict[str, list[Any]]:
+    """Return rows as columns, as in STORED."""
     columns: dict[str, list[Any]] = {name: [] for name in STORED}
     for example in examples:
         _append(columns, example.id, None, example.messages, _reference(example, config), example.source, example.meta)
-    return columns, [Decision(each.id, None, "import", "kept") for each in examples]
+    return columns
+
+
+def _whole(examples: Sequence[Example], config: ImportConfig) -> tuple[dict[str, list[Any]], list[Decision]]:
+    return columns_of(examples, config), [Decision(each.id, None, "import", "kept") for each in examples]
 
 
 def _sampled(examples: Sequence[Example], config: ImportConfig, source: str | Path) -> tuple[dict[str, list[Any]], list[Decision]]:
