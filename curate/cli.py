@@ -23,10 +23,10 @@ from .config import (
     ScoreConfig,
     SelectConfig,
 )
-from .data_cli import export
+from .data_cli import export, mix
 from .decide_cli import best, decontaminate, dedup, filter_, select, tell
 from .distill_cli import cache, distill
-from .prompts_cli import prompts
+from .prompts_cli import prompts, teacher_rank
 from .score_cli import score
 
 
@@ -197,5 +197,23 @@ def verify(run: Path) -> None:
         raise UserError(f"{run}: {len(failed)} of {len(checks)} statements fail, of {', '.join(dict.fromkeys(failed))}")
 
 
-for command in (prompts, distill, cache, import_, score, best, filter_, decontaminate, dedup, select, build, export, show, why, verify):
+for command in (
+    prompts,
+    teacher_rank,
+    distill,
+    cache,
+    import_,
+    score,
+    best,
+    filter_,
+    decontaminate,
+    dedup,
+    select,
+    mix,
+    build,
+    export,
+    show,
+    why,
+    verify,
+):
     curate.add_command(command)
