@@ -6,26 +6,20 @@ in both orders: where the two disagree, the judge saw the place and not the answ
 2306.05685). What was judged is kept in a ValueStore by all that decides it.
 """
 
-import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .engines.base import ChoiceRequest, Engine, Request, Sampling, choice_logprobs
-from .engines.registry import choose
+from .asked import Asked
 from .errors import UserError
 from .example import Message
 from .named_models import NamedModel
-from .progress import Progress
 from .text import shortened
-from .values import ValueStore, value_key
-
-log = logging.getLogger(__name__)
+from .values import ValueStore
 
 RUBRICS = {
     "helpfulness": "Judge how well the answer does what was asked: whether it is right, complete, clear and to the point. Length is no"
@@ -36,7 +30,6 @@ RUBRICS = {
     "complexity": "Do not judge the answer but the question: how much knowledge, reasoning and how many conditions it asks for. A question"
     " that anybody answers at once is the simplest.",
 }
-WRITTEN_TOKENS = 512  # at most, where what the judge writes is read: room for one that thinks before
 LEAST_MASS = 0.01  # of the probability: a judge that gives its grades less would have written something else
 GRADE = re.compile(
     r"\W*(?:(?:my |the |final |overall )*(?:rating|score|grade)(?: is)?)?\W*(?<!-)(\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(\d+))?\W*",
@@ -93,53 +86,28 @@ class Verdict:
         return len(self.orders) == 2 and (self.orders[0] - 0.5) * (self.orders[1] - 0.5) < 0
 
 
-class Judge:
-    """One model that judges by one rubric. Use as a context manager: it is loaded when it is needed, and stays until the block ends."""
+class Judge(Asked):
+    """One model that judges by one rubric. Use as a context manager."""
 
-    def __init__(
-        self,
-        model: NamedModel,
-        store: ValueStore,
-        *,
-        rubric: str = "helpfulness",
-        scale: int = 6,
-        parse: bool = False,
-        max_new_tokens: int = 32,
-    ) -> None:
+    def __init__(self, model: NamedModel, store: ValueStore, *, rubric: str = "helpfulness", scale: int = 6, parse: bool = False) -> None:
         """`rubric` is a name of RUBRICS, a text file, or the text itself. With `parse` the judge writes and is read, whatever its engine.
 
         Raises UserError for a scale whose grades are no single digits.
         """
         if not 2 <= scale <= 9:
             raise UserError(f"scale: expected 2 to 9, one digit, found {scale}")
-        self.model, self._store = model, store
+        super().__init__(model, store, work="judge")
         self._rubric, self._scale = read_rubric(rubric), scale
         self.parse = parse or model.chat is None
-        self._opened = ExitStack()
-        self._engine: Engine | None = None
-
-    def __enter__(self) -> "Judge":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._engine = None
-        self._opened.close()
-
-    def _running(self) -> Engine:
-        if self._engine is None:
-            self._engine = self._opened.enter_context(self.model.running())
-        return self._engine
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
         """Grade answers, each on its own."""
         asked = [self._grading(each) for each in items]
         if self.parse:
-            return [_told_grade(text, self._scale) for text in self._written(asked)]
-        grades = [str(each) for each in range(1, self._scale + 1)]
+            return [_told_grade(text, self._scale) for text in self.written(asked)]
         numbers = np.arange(1, self._scale + 1)
-        return [
-            Grade(None, found) if isinstance(found, str) else Grade(float(found @ numbers)) for found in self._probabilities(asked, grades)
-        ]
+        found = self._chances(asked, [str(each) for each in numbers])
+        return [Grade(None, each) if isinstance(each, str) else Grade(float(each @ numbers)) for each in found]
 
     def compare(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """Judge pairs in both orders."""
@@ -149,9 +117,9 @@ class Judge:
             asked.append(self._comparing(each.prompt, each.second, each.first, each.reference))
         found: list[float | str]
         if self.parse:
-            found = [_told_verdict(text) for text in self._written(asked)]
+            found = [_told_verdict(text) for text in self.written(asked)]
         else:
-            found = [each if isinstance(each, str) else float(each[0]) for each in self._probabilities(asked, ["A", "B"])]
+            found = [each if isinstance(each, str) else float(each[0]) for each in self._chances(asked, ["A", "B"])]
         return [_verdict(*each) for each in zip(found[::2], found[1::2], strict=True)]
 
     def _grading(self, item: Item) -> list[Message]:
@@ -169,95 +137,15 @@ class Judge:
         )
         return [{"role": "user", "content": text}]
 
-    def _probabilities(self, asked: Sequence[list[Message]], labels: Sequence[str]) -> Iterator[NDArray[np.float64] | str]:
+    def _chances(self, asked: Sequence[list[Message]], labels: Sequence[str]) -> Iterator[NDArray[np.float64] | str]:
         """Yield for each conversation the probabilities of the labels among themselves, or why there are none."""
-        if not asked:
-            return
-        chat = self.model.chat
-        assert chat is not None
-        begin, choices = self._choices(labels)
-        settings = [self.model.identity, choose(self.model.engine), self.model.engine.dtype, choices]
-        keys: list[str | None] = []
-        errors: dict[int, str] = {}
-        missing: dict[str, ChoiceRequest] = {}
-        for number, messages in enumerate(asked):
-            try:
-                ids = (*chat.prompt(messages), *begin)
-            except UserError as error:
-                errors[number] = str(error)
-                keys.append(None)
-                continue
-            key = value_key("judge", settings, list(ids))
-            keys.append(key)
-            if key not in self._store:
-                missing[key] = ChoiceRequest(key=key, ids=ids, choices=choices)
-        failed: dict[str, str] = {}
-        if missing:
-            with self._progress(len(missing)) as progress:
-                for told in choice_logprobs(self._running(), sorted(missing.values(), key=lambda each: -len(each.ids))):
-                    if told.error:
-                        failed[told.key] = told.error
-                    else:
-                        self._store.put(told.key, told.logprobs)
-                    progress.advance(tokens=len(missing[told.key].ids))
-        for number, stored in enumerate(keys):
-            if stored is None or stored not in self._store:
-                yield errors[number] if stored is None else failed.get(stored, "the engine gave no probabilities")
-                continue
-            chances = np.exp(self._store[stored].astype(np.float64))
-            mass = float(chances.sum())
-            if mass < LEAST_MASS:
+        for found in self.probabilities(asked, labels):
+            if isinstance(found, str):
+                yield found
+            elif (mass := float(found.sum())) < LEAST_MASS:
                 yield f"not a grade: the judge gives {labels[0]} to {labels[-1]} together a probability of {mass:.2g}"
             else:
-                yield chances / mass
-
-    def _progress(self, total: int) -> Progress:
-        return Progress(f"judge with {self.model.name}", total=total, unit="judgements")
-
-    def _choices(self, labels: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the tokens that every label begins with after the prompt, and the token of each that follows them."""
-        chat = self.model.chat
-        assert chat is not None
-        spelled = []
-        for label in labels:
-            rendered = chat.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": label}])
-            spelled.append([token for token, masked in zip(rendered.ids, rendered.mask, strict=True) if masked])
-        shared = 0
-        while len({each[shared] for each in spelled}) == 1:
-            shared += 1
-        choices = tuple(each[shared] for each in spelled)
-        if len(set(choices)) < len(labels):
-            raise UserError(f"{self.model.name}: its tokenizer does not tell {', '.join(labels)} apart by one token; let it write (parse)")
-        return tuple(spelled[0][:shared]), choices
-
-    def _written(self, asked: Sequence[list[Message]]) -> Iterator[tuple[str | None, str]]:
-        """Yield what the judge writes to each conversation, greedily; None and the reason where there is nothing."""
-        keys, missing, errors = [], {}, {}
-        for messages in asked:
-            ids: tuple[int, ...] = ()
-            key = value_key("written", self.model.identity, self.model.template, messages, WRITTEN_TOKENS)
-            keys.append(key)
-            if key in self._store:
-                continue
-            if self.model.chat is not None:
-                try:
-                    ids = tuple(self.model.chat.prompt(messages))
-                except UserError as error:
-                    errors[key] = str(error)
-                    continue
-            room = WRITTEN_TOKENS if self.model.context is None else max(1, min(WRITTEN_TOKENS, self.model.context - len(ids)))
-            sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=room, seed=0)
-            missing[key] = Request(key=key, prompt_ids=ids, messages=messages, sampling=sampling, seed=0)
-        if missing:
-            with self._progress(len(missing)) as progress:
-                for told in self._running().generate(iter(missing.values())):
-                    if told.finish_reason == "error":
-                        errors[told.key] = told.error or "the engine gave no reason"
-                    else:
-                        self._store.put(told.key, [], told.text)
-                    progress.advance(tokens=told.num_tokens)
-        for key in keys:
-            yield (None, errors.get(key, "the engine gave no answer")) if key not in self._store else (self._store.entry(key)[1], "")
+                yield found / mass
 
 
 def read_rubric(text: str) -> str:

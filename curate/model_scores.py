@@ -10,6 +10,7 @@ it is its prompt and is masked.
 import hashlib
 import json
 import logging
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,12 +27,18 @@ from ..core.likelihood import Reading, read_conversation
 from ..core.named_models import NamedModel, find_models
 from ..core.progress import Progress
 from ..core.run import Run
+from ..core.text import shortened
 from ..core.values import ValueStore, value_key
 from .scorers import Candidate, ColumnScorer, Result, Scorer, failure
 
 log = logging.getLogger(__name__)
 
 VALUES = "values.sqlite"
+TAGGING = (
+    "Name the intentions of the request below, each as a tag of one to three words, as fine as they can be told apart: what is to be"
+    ' done, in which field, under which conditions. Write one JSON list of texts, as ["poem", "rhyme scheme", "about autumn"], and'
+    " nothing else.\n\n[Request]\n{prompt}\n[End of request]"
+)
 CHUNK = 1 << 12  # rows that are rendered, and sorted by length, together
 BATCH_TOKENS = EngineConfig.batch_tokens
 
@@ -155,6 +162,48 @@ def judge(
                     yield number, (grades[number].value, grades[number].error) if number in grades else (None, "no response")
 
     return ColumnScorer(score)
+
+
+def tags(
+    *,
+    model: str,
+    engine: str = "auto",
+    base_url: str | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    batch_tokens: int = BATCH_TOKENS,
+) -> ColumnScorer:
+    """Give the number of different intentions that a model finds in the prompt, a measure of its complexity; the detail names them.
+
+    As #InsTag does with a model of its own (Lu et al. 2023, arXiv 2308.07074); here any model is asked. What it writes that is no
+    list is a row without a value.
+    """
+    config = _engine_config(engine, device, dtype, batch_tokens, base_url)
+
+    def score(rows: Sequence[Candidate], run: Run) -> Iterator[tuple[int, Result]]:
+        from ..core.asked import Asked
+
+        (found,) = find_models({model: model}, config)
+        with ValueStore(run.room("curate") / VALUES) as store, Asked(found, store, work="tag") as asked:
+            for start in range(0, len(rows), CHUNK):
+                questions = [[{"role": "user", "content": TAGGING.replace("{prompt}", row.prompt)}] for row in rows[start : start + CHUNK]]
+                for number, (written, error) in enumerate(asked.written(questions), start):
+                    yield number, (None, error) if written is None else read_tags(written)
+
+    return ColumnScorer(score)
+
+
+def read_tags(written: str) -> Result:
+    """Read a list of tags that a model wrote, the last JSON list of texts in it: how many different ones, and which."""
+    for text in reversed(re.findall(r"\[[^\[\]]*\]", written)):
+        try:
+            found = json.loads(text)
+        except ValueError:
+            continue
+        if found and all(isinstance(each, str) and each.strip() for each in found):
+            names = dict.fromkeys(" ".join(each.lower().split()) for each in found)
+            return float(len(names)), "; ".join(names)
+    return None, f"not a list of tags: {shortened(written)!r}"
 
 
 def read_reward(model: NamedModel, row: Candidate) -> Reading:

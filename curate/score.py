@@ -19,7 +19,7 @@ from ..core.files import write_atomically
 from ..core.progress import Progress
 from ..core.run import Run
 from .config import ScoreConfig
-from .model_scores import grape, ifd, ifd_ppl, judge, logprob, perplexity, reward
+from .model_scores import grape, ifd, ifd_ppl, judge, logprob, perplexity, reward, tags
 from .rows import KEY, keys, load_rows
 from .scorers import Candidate, ColumnScorer, Result, Scorer, exact, failure, num_chars, num_tokens, num_words, numeric, regex
 from .text_scores import cluster, language, neighbour, refusal, repetition, top_ngram, truncated
@@ -44,6 +44,7 @@ SCORERS: dict[str, Callable[..., Scorer | ColumnScorer]] = {
     "perplexity": perplexity,
     "reward": reward,
     "judge": judge,
+    "tags": tags,
     "math": math_equal,
     "json_schema": json_schema,
     "ifeval": ifeval,

@@ -19,6 +19,7 @@ from sftkit.core.run import Run
 from sftkit.core.values import ValueStore, value_key
 from sftkit.curate.best import best
 from sftkit.curate.config import BestConfig, ScoreConfig
+from sftkit.curate.model_scores import read_tags
 from sftkit.curate.score import parse_scorers, score
 
 ToyRun = Callable[..., Run]
@@ -302,3 +303,23 @@ def test_a_judge_grades_rows_and_what_it_cannot_grade_fails_alone(
     assert "do not fit the context" in found["judge"][2][1]
     assert found["read"][0][0] is None
     assert found["read"][0][1].startswith("not a number from 1 to 6: ")
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ('["Poem", "rhyme  scheme", "poem"]', (2.0, "poem; rhyme scheme")),
+        ('Thinking of ["a"], I say:\n```json\n["b", "c"]\n```', (2.0, "b; c")),
+        ("poem, rhyme", (None, "not a list of tags: 'poem, rhyme'")),
+        ("[1, 2]", (None, "not a list of tags: '[1, 2]'")),
+        ("[]", (None, "not a list of tags: '[]'")),
+    ],
+)
+def test_tags_are_read(written: str, expected: tuple[float | None, str]) -> None:
+    assert read_tags(written) == expected
+
+
+def test_a_model_that_writes_no_tags_leaves_the_row_without_a_value(toy_run: ToyRun, tiny_model: Path) -> None:
+    ((value, detail),) = column(toy_run([{"prompt": "Write {a} poem"}]), tags=options(tiny_model))["tags"]
+    assert value is None
+    assert detail.startswith("not a list of tags: ")
