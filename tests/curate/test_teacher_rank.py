@@ -149,7 +149,7 @@ def test_what_cannot_be_ranked(tmp_path: Path, prompts: Path, config: Callable[.
         (["--teacher", "tiny"], "--teacher 'tiny': expected NAME=TEACHER"),
         (["--teacher", "a=x", "--teacher", "a=y"], "--teacher: 'a' is there twice"),
         (["--teacher", "a=x", "--price", "a=1"], "price '1': expected IN,OUT"),
-        ([], "give teachers"),
+        ([], "missing setting teachers"),
     ]:
         result = CliRunner().invoke(sftkit, [*base, *arguments])
         assert message in str(result.exception), result.output
