@@ -77,7 +77,7 @@ REFUSAL_CHARS = 300  # a refusal stands at the beginning
 REFUSAL_SIGNS = (  # no refusal is without one of these, in whatever case
     *("cannot", "can't", "can’t", "can not", "am not", "unable", "'m not", "’m not", "won't", "won’t", "will not"),
     *("don't", "don’t", "do not", "抱歉", "对不起", "對不起", "不好意思", "作为", "作為", "我无法", "我無法", "我不能"),
-    *("ı", "İ", "ſ", "K"),  # which ignoring case takes for an i, s or k
+    *("\u0131", "\u0130", "\u017f", "\u212a"),  # which ignoring case takes for an i, s or k
 )
 TEXT_COLUMNS = ("source", "prompt", "response", "reference", "finish_reason")  # that a condition may name, beside the scores
 

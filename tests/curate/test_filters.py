@@ -54,6 +54,15 @@ def test_no_shortcut_leaves_out_a_text_that_its_rule_finds_at_fault(settings: di
     assert found > 10
 
 
+def test_most_texts_are_not_asked_whether_they_refuse() -> None:
+    table = pl.DataFrame(
+        {"text": [LONG, "Kind words kept the king awake.", "I cannot help with that.", "\u212aan’t is none, but i will not help"]}
+    )
+    rule = text_rules(FilterConfig(empty=False, repetition=False))[0]
+    assert rule.suspect is not None
+    assert table.select(rule.suspect).to_series().to_list() == [False, False, True, True]
+
+
 @pytest.mark.parametrize("limits", [(0.5, 0.5), (0.1, 0.2), (0.0, 0.0), (1.0, 1.0)])
 def test_repetition_is_what_its_shares_say(limits: tuple[float, float]) -> None:
     rng = random.Random(1)
