@@ -6,15 +6,21 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..core.chat import Chat
+import numpy as np
+import numpy.typing as npt
+
+from ..core.chat import Chat, Rendered
 from ..core.errors import UserError
 from ..core.example import Decision, Example, Message
 from ..core.ledger import Ledger, RowKey
 from .config import TrainConfig
+from .rendering import Pieces, in_chunks, render_many
+
+Ids = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
 
 log = logging.getLogger(__name__)
 
@@ -31,28 +37,56 @@ CURES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
 class Row:
-    """One row, rendered. `labels` are the ids where they are trained on, else -100. `source` is where it stands, as file:row."""
+    """One row, rendered. `source` is where it stands, as file:row; `tokens` and `trained` are its ids and mask as arrays."""
 
-    key: RowKey
-    ids: list[int]
-    mask: list[bool]
-    source: str = field(default="", compare=False)
-    messages: Sequence[Message] = field(default=(), compare=False, repr=False)
+    __slots__ = ("key", "messages", "source", "tokens", "trained")
+
+    def __init__(
+        self, key: RowKey, ids: Sequence[int] | Ids, mask: Sequence[bool] | Mask, source: str = "", messages: Sequence[Message] = ()
+    ) -> None:
+        self.key, self.source, self.messages = key, source, messages
+        self.tokens: Ids = np.asarray(ids, dtype=np.int32)
+        self.trained: Mask = np.asarray(mask, dtype=bool)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Row)
+            and self.key == other.key
+            and np.array_equal(self.tokens, other.tokens)
+            and np.array_equal(self.trained, other.trained)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def ids(self) -> list[int]:
+        """Return the token ids as a list."""
+        return self.tokens.tolist()
+
+    @property
+    def mask(self) -> list[bool]:
+        """Return which tokens are trained on as a list."""
+        return self.trained.tolist()
 
     @property
     def labels(self) -> list[int]:
         """Return the ids of the trained tokens, -100 elsewhere."""
-        return [token if trained else -100 for token, trained in zip(self.ids, self.mask, strict=True)]
+        return np.where(self.trained, self.tokens, -100).tolist()
 
     @property
     def answer_start(self) -> int:
         """Return where the last answer begins: the ids before it are what the model goes on from."""
-        place = len(self.mask) - 1 - self.mask[::-1].index(True)
-        while place and self.mask[place - 1]:
-            place -= 1
-        return place
+        end = int(np.flatnonzero(self.trained)[-1])
+        before = np.flatnonzero(~self.trained[:end])
+        return int(before[-1]) + 1 if len(before) else 0
+
+    def prompt(self) -> bytes:
+        """Return the ids before the last answer, to be compared."""
+        return self.tokens[: self.answer_start].tobytes()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +168,11 @@ def prepare(
     left_out: dict[str, list[str]] = {}
     kept: list[Example] = []
     num_split = 0
-    for example in examples:
+    outcomes = _outcomes(examples, chat, config, limit)
+    for place, example in enumerate(examples):
         key = key_of(example)
         full = len(kept) >= (config.limit or 1 << 62)
-        outcome = _Outcome(rule="over_limit") if full else _render(example, key, chat, config, limit)
+        outcome = _Outcome(rule="over_limit") if full else outcomes[place]
         if outcome.rows:
             rows += outcome.rows
             kept.append(example)
@@ -173,9 +208,9 @@ def prepare(
         train_rows=len(train),
         validation_rows=len(validation),
         rejected=dict(rejected.most_common()),
-        tokens=sum(len(row.ids) for row in train),
-        trained_tokens=sum(sum(row.mask) for row in train),
-        longest=max(len(row.ids) for row in rows),
+        tokens=sum(map(len, train)),
+        trained_tokens=sum(int(row.trained.sum()) for row in train),
+        longest=max(map(len, rows)),
         max_length=None if limit == 1 << 62 else limit,
         end_of_turn=str(chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn)),
         split=num_split,
@@ -183,6 +218,13 @@ def prepare(
         licences=dict(Counter(str(each.meta["license"]) for each in kept if each.meta.get("license")).most_common()),
         warnings=tuple(_warnings(left_out, cures, kept, train, validation, chat)),
     )
+    say(report)
+    return TrainingData(train, validation, report)
+
+
+def say(report: DataReport) -> None:
+    """Tell what will be trained on, and what is to be minded."""
+    told = ", ".join(f"{rule} {count:,}" for rule, count in report.rejected.items())
     log.info(
         "data: %s rows to train on, %s to validate on%s; %s tokens, %.1f %% of them trained on, each answer up to its %s",
         f"{report.train_rows:,}", f"{report.validation_rows:,}", f" (left out: {told})" if told else "",
@@ -190,7 +232,6 @@ def prepare(
     )  # fmt: skip
     for warning in report.warnings:
         log.warning("data: %s", warning)
-    return TrainingData(train, validation, report)
 
 
 def _longer(config: TrainConfig, limit: int, context: int | None) -> str:
@@ -207,8 +248,8 @@ def _warnings(
     chat: Chat,
 ) -> list[str]:  # fmt: skip
     told = [f"{_rows(places)} left out as {rule} ({_named(places)}): {cures[rule]}" for rule, places in left_out.items() if rule in cures]
-    asked = {hash(tuple(row.ids[: row.answer_start])) for row in train} if validation else set()
-    again = [row.source for row in validation if hash(tuple(row.ids[: row.answer_start])) in asked]
+    asked = {hash(row.prompt()) for row in train} if validation else set()
+    again = [row.source for row in validation if hash(row.prompt()) in asked]
     if again:
         told.append(
             f"{_rows(again)} to validate on ask what a training row asks ({_named(again)}), so eval_loss will be too good:"
@@ -245,7 +286,7 @@ def _special_tokens(chat: Chat) -> re.Pattern[str]:
 
 def _check_vocabulary(rows: Sequence[Row], chat: Chat, size: int) -> None:
     for row in rows:
-        if (token := max(row.ids)) >= size:
+        if (token := int(row.tokens.max())) >= size:
             raise UserError(
                 f"{row.source}: its token {chat.tokenizer.convert_ids_to_tokens(token)!r} is number {token:,}, and {chat.name} has room for"
                 f" {size:,}; tokenizer and weights do not belong together: copy the model's own tokenizer files beside it"
@@ -254,32 +295,74 @@ def _check_vocabulary(rows: Sequence[Row], chat: Chat, size: int) -> None:
 
 def _shortest_span(row: Row) -> int:
     """Return how many tokens the shortest trained stretch of a row has."""
-    return min((len(list(group)) for trained, group in groupby(row.mask) if trained), default=0)
+    edges = np.flatnonzero(np.diff(row.trained, prepend=False, append=False))
+    return int((edges[1::2] - edges[::2]).min()) if len(edges) else 0
 
 
-def _render(example: Example, key: RowKey, chat: Chat, config: TrainConfig, limit: int) -> _Outcome:
-    answers = [each for each in example.messages if each["role"] == "assistant"]
-    if not answers:
+def _outcomes(examples: Sequence[Example], chat: Chat, config: TrainConfig, limit: int) -> list[_Outcome]:
+    """Render examples in order, until as many are kept as are wanted."""
+    pieces = Pieces(chat)
+
+    def work(first: int, last: int) -> list[_Outcome]:
+        return _render(examples[first:last], chat, config, limit, pieces)
+
+    def enough(found: list[_Outcome]) -> bool:
+        if config.overlong == "raise" and found[-1].rule == "over_max_length":
+            return True
+        return config.limit is not None and sum(bool(each.rows) for each in found) >= config.limit
+
+    found = in_chunks(len(examples), work, enough)
+    for example, outcome in zip(examples, found, strict=False):
+        for row in outcome.rows:
+            row.messages = row.messages or example.messages  # whole rows come without
+    return found
+
+
+def _render(examples: Sequence[Example], chat: Chat, config: TrainConfig, limit: int, pieces: Pieces) -> list[_Outcome]:
+    found = [_unfit(each, config) for each in examples]
+    asked = [place for place, each in enumerate(found) if each is None]
+    rendered = render_many([examples[place].messages for place in asked], chat, pieces, config.train_on)
+    for place, each in zip(asked, rendered, strict=True):
+        found[place] = _outcome(examples[place], each, chat, config, limit)
+    return [each for each in found if each is not None]
+
+
+def _unfit(example: Example, config: TrainConfig) -> _Outcome | None:
+    """Return why an example is not rendered at all, or None."""
+    wanted = _wanted(example, config)
+    if not wanted:
         return _Outcome(rule="no_assistant_turn")
-    wanted = answers if config.train_on == "all" else answers[-1:]
     if any(not (each.get("content") or "").strip() and not each.get("tool_calls") for each in wanted):
         return _Outcome(rule="empty_answer")
-    try:
-        row = _row(example.messages, example, key, chat, config)
-        if any(each.get("tool_calls") and not (each.get("content") or "").strip() for each in wanted) and _shortest_span(row) < 2:
-            return _Outcome(rule="calls_left_out")  # nothing of a turn but its end
-        rows = [row]
-        if len(row.ids) > limit:
+    return None
+
+
+def _wanted(example: Example, config: TrainConfig) -> list[Message]:
+    answers = [each for each in example.messages if each["role"] == "assistant"]
+    return answers if config.train_on == "all" else answers[-1:]
+
+
+def _outcome(example: Example, rendered: Rendered | UserError, chat: Chat, config: TrainConfig, limit: int) -> _Outcome:
+    if isinstance(rendered, UserError):
+        return _Outcome(rule="refused_by_template", said=str(rendered))
+    key = key_of(example)
+    row = Row(key, rendered.ids, rendered.mask, example.source)
+    calls = [each for each in _wanted(example, config) if each.get("tool_calls") and not (each.get("content") or "").strip()]
+    if calls and _shortest_span(row) < 2:
+        return _Outcome(rule="calls_left_out")  # nothing of a turn but its end
+    rows = [row]
+    if len(row) > limit:
+        try:
             rows = _cut(example, key, chat, config, limit) if config.overlong == "split" else []
-    except UserError as error:
-        return _Outcome(rule="refused_by_template", said=str(error))
+        except UserError as error:
+            return _Outcome(rule="refused_by_template", said=str(error))
     if not rows:
-        return _Outcome(rule="over_max_length", score=float(len(row.ids)))
+        return _Outcome(rule="over_max_length", score=float(len(row)))
     for each in rows:
-        ends = [here and not following for here, following in zip(each.mask, [*each.mask[1:], False], strict=True)]
-        last = [token for token, end in zip(each.ids, ends, strict=True) if end]
-        count = sum(message["role"] == "assistant" for message in each.messages) if config.train_on == "all" else 1
-        if len(last) < count or any(token not in chat.stop_ids for token in last):
+        ends = each.tokens[np.flatnonzero(each.trained & ~np.append(each.trained[1:], False))]
+        messages = each.messages or example.messages
+        count = sum(message["role"] == "assistant" for message in messages) if config.train_on == "all" else 1
+        if len(ends) < count or any(token not in chat.stop_ids for token in ends.tolist()):
             return _Outcome(rule="no_end_of_turn")
     return _Outcome(rows=rows)
 
@@ -313,7 +396,7 @@ def _cut(example: Example, key: RowKey, chat: Chat, config: TrainConfig, limit: 
         for count in range(1, len(waiting) + 1):
             taken = waiting[:count][::-1] if from_end else waiting[:count]
             row = _row([*system, *(message for exchange in taken for message in exchange)], example, key, chat, config)
-            if len(row.ids) > limit:
+            if len(row) > limit:
                 break
             fitting, used = row, count
         if fitting is None:
@@ -345,5 +428,7 @@ def fingerprint(rows: Sequence[Row]) -> str:
     """Return a hash of the ids and masks of rows, in order: 16 hex digits."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(repr((row.ids, row.mask)).encode())
+        digest.update(len(row).to_bytes(8, "little"))
+        digest.update(row.tokens.tobytes())
+        digest.update(row.trained.tobytes())
     return digest.hexdigest()[:16]

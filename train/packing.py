@@ -38,10 +38,10 @@ class Packs(Dataset[dict[str, Any]]):
         workers: int = 1,
         alone: bool = False,
     ) -> None:
-        self._ids: list[Ids] = [np.asarray(row.ids, dtype=np.int32) for row in rows]
+        self._ids: list[Ids] = [row.tokens for row in rows]
         # position t is scored on token t + 1: the first token of a row is never learned
-        self._scored: list[Ids] = [np.flatnonzero(np.asarray(row.mask[1:], dtype=bool)).astype(np.int32) for row in rows]
-        self._lengths = [len(row.ids) for row in rows]
+        self._scored: list[Ids] = [np.flatnonzero(row.trained[1:]).astype(np.int32) for row in rows]
+        self._lengths = [len(row) for row in rows]
         self._seed, self._pad, self._size, self._epochs = seed, pad, batch_size, epochs
         self.longest = max(self._lengths)
         self._capacity = max(batch_tokens, self.longest)

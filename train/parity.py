@@ -11,14 +11,19 @@ from .data import Row
 CHECKED_ROWS = 32
 
 
+def checked(rows: Sequence[Row]) -> Sequence[Row]:
+    """Return up to 32 rows, drawn evenly: those that `check_parity` looks at."""
+    return rows[:: max(1, len(rows) // CHECKED_ROWS)][:CHECKED_ROWS]
+
+
 def check_parity(rows: Sequence[Row], chat: Chat) -> dict[str, Any]:
     """Hold the ids before the last answer of up to 32 rows, drawn evenly, against those that evaluation and engines ask with.
 
     Return what sftkit.json keeps: how many rows, and a digest of their prompts. Raises UserError naming a row that differs.
     """
-    checked = rows[:: max(1, len(rows) // CHECKED_ROWS)][:CHECKED_ROWS]
+    looked_at = checked(rows)
     digest = hashlib.sha256()
-    for row in checked:
+    for row in looked_at:
         turn = max(place for place, message in enumerate(row.messages) if message["role"] == "assistant")
         if not turn:  # it begins with its answer
             continue
@@ -33,7 +38,7 @@ def check_parity(rows: Sequence[Row], chat: Chat) -> dict[str, Any]:
                 " as it wants them (with a thought, where its prompts begin one), or a model with another template"
             )
         digest.update(repr(trained).encode())
-    return {"rows": len(checked), "digest": digest.hexdigest()[:16]}
+    return {"rows": len(looked_at), "digest": digest.hexdigest()[:16]}
 
 
 def _end(chat: Chat, ids: Sequence[int]) -> str:

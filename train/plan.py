@@ -11,13 +11,13 @@ from typing import Any
 
 from ..core.chat import load_chat
 from ..core.errors import UserError, unknown_name
-from ..core.formats import read_examples
 from ..core.hardware import half_precision, measured_peak, pick_device
 from ..core.models import context_length, load_settings, resolve_model
 from ..core.progress import duration
 from .config import TrainConfig
-from .data import DataReport, prepare
+from .data import DataReport
 from .memory import Load, Memory, bare_model, predict
+from .prepared import load_rows
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def plan(data: str | Path, model: str, config: TrainConfig, *, gpu: str | None =
     ref = resolve_model(model, revision=revision)
     settings = load_settings(ref)
     size = getattr(settings.get_text_config(), "vocab_size", None)
-    report = prepare(read_examples(data), load_chat(ref), config, context=context_length(settings), vocabulary=size).report
+    report = load_rows(data, load_chat(ref), config, context=context_length(settings), vocabulary=size).report
     found = tuple(_options(settings, report, config, card))
     if not card.flops:
         basis = "speed: not known for a card without a name"

@@ -10,11 +10,11 @@ from rich.text import Text
 
 from ..core.chat import Chat, load_chat
 from ..core.files import write_text
-from ..core.formats import read_examples
 from ..core.models import context_length, load_settings, resolve_model
 from ..core.text import visible
 from .config import TrainConfig
-from .data import Row, TrainingData, prepare
+from .data import Row, TrainingData
+from .prepared import load_rows
 
 TRAINED, CONTEXT = "black on green", "dim"
 
@@ -34,7 +34,7 @@ def preview(
     chat = load_chat(ref)
     settings = load_settings(ref)
     size = getattr(settings.get_text_config(), "vocab_size", None)
-    prepared = prepare(read_examples(data), chat, config, context=context_length(settings), vocabulary=size)
+    prepared = load_rows(data, chat, config, context=context_length(settings), vocabulary=size)
     console = console or Console()
     for name, value in report_lines(prepared):
         console.print(Text.assemble((f"{name}: ", "bold"), value))

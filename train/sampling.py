@@ -60,7 +60,7 @@ def check_stops(model: Path, data: TrainingData, wanted: int | None, device: str
     rows, limit = [], 0
     source = data.validation or data.train
     for limit in CPU_LENGTHS if small else LENGTHS:
-        rows = _distinct([row for row in source if len(row.ids) - row.answer_start <= ROOM * limit], count)
+        rows = _distinct([row for row in source if len(row) - row.answer_start <= ROOM * limit], count)
         if rows:
             break
     if not rows:
@@ -91,7 +91,7 @@ def check_stops(model: Path, data: TrainingData, wanted: int | None, device: str
 
 def _distinct(rows: Sequence[Row], count: int) -> list[Row]:
     """Return the first rows with prompts of their own."""
-    found = {tuple(row.ids[: row.answer_start]): row for row in reversed(rows) if row.answer_start}
+    found = {row.prompt(): row for row in reversed(rows) if row.answer_start}
     return list(reversed(found.values()))[:count]
 
 

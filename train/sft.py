@@ -15,17 +15,17 @@ from ..core.chat import Chat, load_chat
 from ..core.config import to_mapping
 from ..core.errors import UserError, missing_package
 from ..core.files import read_json, read_json_lines, write_json
-from ..core.formats import read_examples
 from ..core.hardware import half_precision, measured_peak, pick_device
 from ..core.models import ModelRef, context_length, load_model, load_settings, model_identity, resolve_model
 from ..core.progress import duration
 from ..core.run import Run, is_done, mark_done
 from .card import write_card
 from .config import TrainConfig
-from .data import DataReport, TrainingData, fingerprint, prepare
+from .data import DataReport, TrainingData, fingerprint
 from .init import make_start
 from .parity import check_parity
 from .plan import Choice, choose, pass_tokens, this_card
+from .prepared import Preparation
 
 log = logging.getLogger(__name__)
 
@@ -87,14 +87,12 @@ def train(data: str | Path, model: str, out: Path, config: TrainConfig, *, revis
     settings = load_settings(ref)
     refuse_quantised(ref)
     _cap_memory(config, device)
-    examples = read_examples(data)
     chat = load_chat(ref)
+    size = getattr(settings.get_text_config(), "vocab_size", None)
+    preparation = Preparation(data, chat, config, context=context_length(settings), vocabulary=size)
     with Run.create(out) as run:
         room = run.room("train")
-        prepared = prepare(
-            examples, chat, config, context=context_length(settings), ledger=room / "ledger.parquet",
-            vocabulary=getattr(settings.get_text_config(), "vocab_size", None),
-        )  # fmt: skip
+        prepared = preparation.rows(room / "ledger.parquet")
         parity = check_parity(prepared.train + prepared.validation, chat)
         marks = {"identity": model_identity(ref), "template": chat.fingerprint(), "rows": fingerprint(prepared.train + prepared.validation)}
         before = run.config().get("train", {})

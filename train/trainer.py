@@ -251,7 +251,7 @@ def make_trainer(
             weight.data = weight.data.float() if weight.requires_grad else weight.data
     trainer.model_accepts_loss_kwargs = True  # the loss is divided by the update's tokens already
     trainer.packs = packs
-    watch.token_flops = token_flops(trainer.model, sum(len(row.ids) for row in train) / len(train))
+    watch.token_flops = token_flops(trainer.model, sum(map(len, train)) / len(train))
     trainer.validation = Packs(validation, batch_size=len(validation), seed=0, **told) if validation else None
     if compiled:
         both = [each for each in (packs, trainer.validation) if each]
@@ -275,7 +275,7 @@ def keeps_rows_apart(model: Any, rows: Sequence[Row], chat: Chat) -> bool:
     """Say whether a model computes the same for rows end to end as for each alone: some carry a state from token to token, or attend
     in ways that a kernel for variable lengths does not know. Those are trained row by row, which is said aloud.
     """
-    few = sorted(rows, key=lambda row: (len(row.ids) < 8, len(row.ids)))[:3]
+    few = sorted(rows, key=lambda row: (len(row) < 8, len(row)))[:3]
     device, training = next(model.parameters()).device, model.training
     model.eval()
     losses, reason = [], ""

@@ -1,0 +1,166 @@
+"""Rows rendered once: kept by what decides them, so that the next run on the same data begins at once."""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from ..core.catalogue import cache_dir
+from ..core.chat import Chat
+from ..core.example import Example
+from ..core.files import read_json, write_json
+from ..core.formats import read_examples
+from ..core.run import is_done, mark_done
+from ..core.sources import kind_of
+from .config import TrainConfig
+from .data import DataReport, Row, TrainingData, prepare, say
+from .parity import checked
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1  # counts up when the same rows would be rendered otherwise, or stored otherwise
+LEAST_ROWS = 5_000  # fewer are rendered in seconds
+KEPT = 8  # preparations
+DECISIVE = ("max_length", "overlong", "train_on", "validation", "limit", "seed")  # settings
+
+
+class Preparation:
+    """The rows of a data source as they are trained on: from the cache where they are in it, else rendered and put there."""
+
+    def __init__(
+        self,
+        data: str | Path,
+        chat: Chat,
+        config: TrainConfig,
+        *,
+        context: int | None,
+        vocabulary: int | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        """Look into the cache; read the rows where they are not in it. Raises UserError as `read_examples` does."""
+        self.chat, self.config, self.context, self.vocabulary = chat, config, context, vocabulary
+        key = _key(data, chat, config, context, vocabulary)
+        self.place = (cache or cache_dir() / "prepared") / key if key else None
+        self._examples: list[Example] | None = None if self.place and is_done(self.place) else read_examples(data)
+
+    def rows(self, ledger: Path | None = None) -> TrainingData:
+        """Return them, with a decision for each in `ledger`, a file. Raises UserError as `prepare` does."""
+        if self._examples is None:
+            assert self.place
+            found = _load(self.place)
+            os.utime(self.place)
+            if ledger:
+                ledger.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.place / "ledger.parquet", ledger)
+            log.info("data: rendered before, taken from %s", self.place)
+            say(found.report)
+            return found
+        keeps = self.place is not None and len(self._examples) >= LEAST_ROWS
+        if keeps and self.place:
+            self.place.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self.place.with_name(f".{self.place.name}.{os.getpid()}.tmp") if self.place and keeps else None
+        where = scratch / "ledger.parquet" if scratch else ledger
+        try:
+            made = prepare(self._examples, self.chat, self.config, context=self.context, vocabulary=self.vocabulary, ledger=where)
+            if scratch:
+                if ledger:
+                    ledger.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(scratch / "ledger.parquet", ledger)
+                self._keep(scratch, made)
+        finally:
+            if scratch:
+                shutil.rmtree(scratch, ignore_errors=True)
+        return made
+
+    def _keep(self, scratch: Path, made: TrainingData) -> None:
+        assert self.place
+        try:
+            _save(scratch, made)
+            shutil.rmtree(self.place, ignore_errors=True)  # one that was cut off while it was written
+            os.replace(scratch, self.place)
+        except OSError as error:  # a full disk, or another process was first: the rows are here all the same
+            log.warning("the rendered rows are not kept (%s)", error)
+            return
+        old = sorted((each for each in self.place.parent.iterdir() if is_done(each)), key=lambda each: -each.stat().st_mtime)
+        for each in old[KEPT:]:
+            shutil.rmtree(each, ignore_errors=True)
+
+
+def load_rows(
+    data: str | Path, chat: Chat, config: TrainConfig, *, context: int | None, vocabulary: int | None = None, cache: Path | None = None
+) -> TrainingData:
+    """Return the rows of a data source as they are trained on; see `Preparation`."""
+    return Preparation(data, chat, config, context=context, vocabulary=vocabulary, cache=cache).rows()
+
+
+def _key(data: str | Path, chat: Chat, config: TrainConfig, context: int | None, vocabulary: int | None) -> str | None:
+    """Return a hash of all that decides what the rows become; None for data that is not in files here, or a tokenizer without one."""
+    files = list(_files(Path(data).expanduser()))
+    if not files or not chat.tokenizer.is_fast:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as opened:
+            digest.update(f"{file}\0".encode() + hashlib.file_digest(opened, "sha256").digest())
+    decisive = {
+        "schema": SCHEMA,
+        "versions": [importlib.metadata.version(each) for each in ("transformers", "tokenizers", "sftkit")],
+        "chat": [chat.fingerprint(), chat.name],
+        "settings": {name: getattr(config, name) for name in DECISIVE},
+        "limits": [context, vocabulary],
+    }
+    digest.update(json.dumps(decisive, sort_keys=True).encode())
+    digest.update(chat.tokenizer.backend_tokenizer.to_str().encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:32]
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """Yield the files that may hold the rows of a path, in order."""
+    made = path / "curate" / "dataset.jsonl"
+    if path.is_file() and kind_of(path):
+        yield path
+    elif made.exists():
+        yield made
+    elif path.is_dir() and not (path / "config.yaml").exists():
+        yield from sorted(each for each in path.rglob("*") if each.is_file())
+
+
+def _save(folder: Path, made: TrainingData) -> None:
+    rows = [*made.train, *made.validation]
+    np.save(folder / "tokens.npy", np.concatenate([row.tokens for row in rows]))
+    np.save(folder / "trained.npy", np.concatenate([row.trained for row in rows]))
+    asked = {id(row) for row in checked(rows)}
+    table = pl.DataFrame(
+        {
+            "example_id": [row.key[0] for row in rows],
+            "sample_index": [row.key[1] for row in rows],
+            "source": [row.source for row in rows],
+            "length": [len(row) for row in rows],
+            "messages": [json.dumps(list(row.messages)) if id(row) in asked else None for row in rows],
+        },
+        schema={"example_id": pl.String, "sample_index": pl.Int64, "source": pl.String, "length": pl.Int64, "messages": pl.String},
+    )
+    table.write_parquet(folder / "rows.parquet")
+    write_json(folder / "report.json", made.report.facts())
+    mark_done(folder)
+
+
+def _load(folder: Path) -> TrainingData:
+    tokens, trained = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "trained"))
+    table = pl.read_parquet(folder / "rows.parquet")
+    ends = table["length"].cum_sum().to_list()
+    facts = read_json(folder / "report.json")
+    facts.pop("trained_share")
+    report = DataReport(**{**facts, "warnings": tuple(facts["warnings"])})
+    rows = [
+        Row((name, index), tokens[end - length : end], trained[end - length : end], source, json.loads(messages) if messages else ())
+        for (name, index, source, length, messages), end in zip(table.iter_rows(), ends, strict=True)
+    ]
+    return TrainingData(rows[: report.train_rows], rows[report.train_rows :], report)

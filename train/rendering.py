@@ -1,0 +1,204 @@
+"""Many conversations rendered at once: what `Chat.render` gives, in a fraction of its time, on all processors.
+
+`Chat.render` finds each answer by rendering the conversation again, several times a turn. Most templates only put pieces between what
+people said: once these pieces are known, one rendering tells the places of all answers, and one pass of the tokenizer their tokens. Each
+row is held against its template (what was put together must be what it writes), each begin of an answer against the tokens that a prompt
+ends with, and some rows against `Chat.render` itself. Whatever differs goes the long way.
+"""
+
+import logging
+import multiprocessing
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+from ..core.chat import Chat, Rendered
+from ..core.errors import UserError
+from ..core.example import Message
+
+log = logging.getLogger(__name__)
+
+PROBES = ("su", "u", "ua", "sua", "uau", "uaua", "suaua", "suau")  # roles of the conversations that pieces are learned from
+ROLES = {"s": "system", "u": "user", "a": "assistant"}
+CHUNK = 256  # rows that a process takes at once
+PARALLEL = 1024  # rows from which a second process pays
+AUDITED = 128  # one row of so many is rendered the long way too
+MOST_PROCESSES = 16
+
+
+class Pieces:
+    """What a template writes around contents; `usable` is False for one that does more than that."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+        self.first: dict[str, str] = {}  # before the first message's content
+        self.between: dict[tuple[str, str], str] = {}
+        self.last: dict[str, str] = {}  # after the last one's
+        self.asked: dict[str, str] = {}  # after it, where an answer is to begin
+        self._headers: dict[str, tuple[int, list[int]] | None] = {}
+        self.usable = bool(chat.tokenizer.is_fast) and not chat._in_parts and all(map(self._learn, PROBES))
+        # tokens that are cut out of a text before all else: what stands on one side of them does not change the other's tokens
+        self._cuts = {
+            each.content
+            for each in chat.tokenizer.added_tokens_decoder.values()
+            if each.special and not (each.normalized or each.lstrip or each.rstrip or each.single_word)
+        }
+
+    def _learn(self, roles: str) -> bool:
+        """Learn the pieces of one conversation; return False for what contradicts those known."""
+        marks = [f"\ue000{place}\ue001" for place in range(len(roles))]
+        messages: list[Message] = [{"role": ROLES[role], "content": mark} for role, mark in zip(roles, marks, strict=True)]
+        for asked in (False, True) if roles[-1] == "u" else (False,):
+            text = self.chat._try_text(messages, asked, False)
+            if text is None:
+                if roles[0] == "s":
+                    continue  # it takes no system message
+                return False
+            parts = [text]
+            for mark in marks:
+                *before, rest = parts
+                here = rest.split(mark)
+                if len(here) != 2:
+                    return False
+                parts = [*before, *here]
+            names = [ROLES[role] for role in roles]
+            known: list[tuple[dict[Any, str], Any, str]] = [(self.first, names[0], parts[0])]
+            known += [(self.between, pair, piece) for pair, piece in zip(pairwise(names), parts[1:-1], strict=True)]
+            known.append((self.asked if asked else self.last, names[-1], parts[-1]))
+            if any(table.setdefault(key, piece) != piece for table, key, piece in known):
+                return False
+        return True
+
+    def spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int, int]]] | None:
+        """Return a conversation as text, and of each answer (begin of its header, begin, end); None where the long way is needed."""
+        if not all(each.keys() <= {"role", "content"} and isinstance(each["content"], str) and each["content"] for each in messages):
+            return None
+        names = [each["role"] for each in messages]
+        if names[0] == "assistant":
+            return None
+        try:
+            pieces = [self.first[names[0]], *(self.between[pair] for pair in pairwise(names)), self.last[names[-1]]]
+        except KeyError:
+            return None
+        parts = [pieces[0]]
+        for message, piece in zip(messages, pieces[1:], strict=True):
+            parts += [message["content"], piece]
+        text = "".join(parts)
+        if text != self.chat._try_text(messages, False, False):
+            return None
+        found, place, before = [], len(pieces[0]), 0
+        for number, message in enumerate(messages):
+            end = place + len(message["content"])
+            if message["role"] == "assistant":
+                asked = self.asked.get(names[number - 1])
+                if asked is None or not text.startswith(asked, before):
+                    return None
+                found.append((before, before + len(asked), self._ending(text, max(before + len(asked), end))))
+            before, place = end, end + len(pieces[number + 1])
+        return text, found
+
+    def _ending(self, text: str, end: int) -> int:
+        """Return where a turn's end-of-turn token ends."""
+        begin = end
+        while begin < len(text) and text[begin].isspace():
+            begin += 1
+        written = next((each for each in self.chat._endings if text.startswith(each, begin)), None)
+        return begin + len(written) if written else end
+
+    def header(self, text: str) -> tuple[int, list[int]] | None:
+        """Return the last cutting token's place in the text before an answer, and the ids from there; None without one."""
+        if text not in self._headers:
+            place = max((text.rfind(each) for each in self._cuts), default=-1)
+            self._headers[text] = None if place < 0 else (place, self.chat._tokenize(text[place:])[0])
+        return self._headers[text]
+
+    def mask(
+        self, text: str, spans: Sequence[tuple[int, int, int]], ids: list[int], offsets: Sequence[tuple[int, int]], wanted: str
+    ) -> Any:
+        """Return the mask of the answers' tokens; None where a token stands across an edge, or a prompt would be cut otherwise."""
+        begin = self.chat.tokenizer.bos_token_id
+        if begin is not None and len(ids) > 1 and ids[0] == begin == ids[1]:
+            return None
+        ends = [each[1] for each in offsets]
+        mask = [False] * len(ids)
+        for before, start, end in spans:
+            header = self.header(text[before:start])
+            first, last = bisect_right(ends, start), bisect_right(ends, end)
+            across = [place for place in (first, last) if place < len(ids) and offsets[place][0] < (start if place == first else end)]
+            if (
+                header is None
+                or across
+                or ids[first - len(header[1]) : first] != header[1]
+                or offsets[first - len(header[1])][0] != before + header[0]
+            ):
+                return None
+            if wanted == "all" or (before, start, end) == spans[-1]:
+                mask[first:last] = [True] * (last - first)
+        return mask
+
+
+def render_many(conversations: Sequence[Sequence[Message]], chat: Chat, pieces: Pieces, train_on: str) -> list[Rendered | UserError]:
+    """Render conversations as `chat.render` does, one by one or all at once; in the place of one that is refused stands the error."""
+    found: list[Rendered | UserError | None] = [None] * len(conversations)
+    if pieces.usable:
+        told = [(place, whole) for place, each in enumerate(conversations) if (whole := pieces.spans(each)) is not None]
+        if told:
+            texts = [text for _, (text, _) in told]
+            coded = chat.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
+            for (place, (text, spans)), ids, offsets in zip(told, coded["input_ids"], coded["offset_mapping"], strict=True):
+                mask = pieces.mask(text, spans, ids, offsets, train_on)
+                found[place] = None if mask is None else Rendered(ids, mask)
+        for place in range(0, len(conversations), AUDITED):
+            quick = found[place]
+            if quick is not None and quick != _render(conversations[place], chat, train_on):
+                log.warning("%s: its template is more than pieces around what was said; its rows are rendered one by one", chat.name)
+                pieces.usable = False
+                return render_many(conversations, chat, pieces, train_on)
+    return [_render(messages, chat, train_on) if each is None else each for messages, each in zip(conversations, found, strict=True)]
+
+
+def _render(messages: Sequence[Message], chat: Chat, train_on: str) -> Rendered | UserError:
+    try:
+        return chat.render(messages, train_on=train_on)
+    except UserError as error:
+        return error
+
+
+_work: Callable[[int, int], list[Any]] | None = None  # what the processes of a pool do: they are copies of this one, made by fork
+
+
+def _do(bounds: tuple[int, int]) -> list[Any]:
+    assert _work is not None
+    return _work(*bounds)
+
+
+def in_chunks(count: int, work: Callable[[int, int], list[Any]], enough: Callable[[list[Any]], bool]) -> list[Any]:
+    """Return what `work(first, last)` gives for 0 to `count`, in order, on all processors; stop early once `enough` of it is there."""
+    global _work
+    chunks = [(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    found: list[Any] = []
+    processes = min(os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0)), MOST_PROCESSES)
+    if count < PARALLEL or processes < 2:
+        for chunk in chunks:
+            found += work(*chunk)
+            if enough(found):
+                break
+        return found
+    _work = work
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        with multiprocessing.get_context("fork").Pool(processes) as pool:
+            for part in pool.imap(_do, chunks):
+                found += part
+                if enough(found):
+                    break
+    finally:
+        _work = None
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+    return found
