@@ -1,5 +1,6 @@
 """The data-set card of a run: where its rows come from, what each step removed, and how to make it again."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import polars as pl
@@ -31,8 +32,8 @@ def funnel_text(run: Run) -> str:
     return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in lines)
 
 
-def write_card(run: Run, rows: pl.DataFrame) -> None:
-    """Write curate/README.md."""
+def write_card(run: Run, rows: pl.DataFrame, plots: Sequence[tuple[str, str]] = ()) -> None:
+    """Write curate/README.md on the rows that are kept; `plots` are files beside it, with what they show."""
     config = run.config()
     prompts = rows["example_id"].n_unique()
     answers = f"{len(rows):,} rows" if prompts == len(rows) else f"{len(rows):,} rows of {prompts:,} prompts"
@@ -56,7 +57,7 @@ def write_card(run: Run, rows: pl.DataFrame) -> None:
 `ledger.parquet` says of every row which rule removed it, by what score and threshold, and which kept row stands for it:
 `sftkit curate why ID {run.path.name}` reads it.
 
-## How to make it again
+{_contamination(run)}{_pictures(plots)}## How to make it again
 
 `sftkit curate build DATA -o NEW --config {run.path.name}/config.yaml`, with the versions in `versions.json`. The settings were:
 
@@ -67,7 +68,7 @@ def write_card(run: Run, rows: pl.DataFrame) -> None:
     write_text(run.room("curate") / "README.md", text)
 
 
-SECTIONS = ("distill", "intake", "score", "best", "filter", "decontaminate", "dedup", "select", "embed", "heldout")
+SECTIONS = ("distill", "intake", "mix", "score", "best", "filter", "decontaminate", "dedup", "select", "embed", "heldout")
 
 
 def _sources(config: dict[str, Any], rows: pl.DataFrame) -> str:
@@ -85,6 +86,28 @@ def _sources(config: dict[str, Any], rows: pl.DataFrame) -> str:
         lines.append(f"- answers by the teacher `{teacher.get('teacher')}`, {teacher.get('k')} for each prompt")
     lines.append("\nThe licence of the sources, and of a teacher's output, is theirs.")
     return "\n".join(lines)
+
+
+def _contamination(run: Run) -> str:
+    """Say what the decontamination of a run found, where it was looked for."""
+    path = run.path / "curate" / "contamination.parquet"
+    if "decontaminate" not in run.ledger.stages() or not path.exists():
+        return ""
+    found = pl.scan_parquet(path).group_by("benchmark").agg(pl.col("row").n_unique(), pl.col("item").n_unique(), pl.col("longest").max())
+    looked = ", ".join(run.config().get("decontaminate", {}).get("benchmarks", []))
+    lines = [
+        f"| {_cell(name)} | {rows:,} | {items:,} | {longest:,} words |"
+        for name, rows, items, longest in found.sort("row", "benchmark", descending=[True, False]).collect().iter_rows()
+    ]
+    if not lines:
+        return f"## Benchmarks\n\nNo row holds an item of {looked}.\n\n"
+    table = "\n".join(["| benchmark | rows removed | items | longest copied run |", "|---|---:|---:|---:|", *lines])
+    return f"## Benchmarks\n\nLooked for: {looked}. `contamination.parquet` has what was found.\n\n{table}\n\n"
+
+
+def _pictures(plots: Sequence[tuple[str, str]]) -> str:
+    lines = [f"![{_cell(caption)}]({name})\n\n{caption}.\n" for name, caption in plots]
+    return "## What the rows are like\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def _cell(text: str) -> str:

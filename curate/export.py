@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -302,6 +303,9 @@ def _write_card(run: Run, result: Exported, config: ExportConfig) -> None:
     suffix = {"parquet": "parquet"}.get(config.format, "json" if config.format in ARRAY else "jsonl")
     refused = "".join(f"\n- {reason}: {count:,}" for reason, count in result.refused.items())
     told = f"\n\nRefused, as this format has no place for them (`refused.jsonl` names each):\n{refused}" if refused else ""
+    for plot in ("lengths.svg", "clusters.svg"):
+        if (run.path / "curate" / plot).exists():
+            shutil.copyfile(run.path / "curate" / plot, result.folder / plot)
     head = f"---\ntags: [sftkit]\nconfigs:\n- config_name: default\n  data_files: train.{suffix}\n---\n\n"
     size = f"{result.num_written:,} of {result.num_input:,} rows"
     note = f"\n## This export\n\n`train.{suffix}`, format `{config.format}`: {size}.{told}\n"

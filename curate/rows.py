@@ -246,7 +246,9 @@ def record(
             )
     if run.ledger.stages()[-1] == stage:
         write_dataset(scan_rows(run, after=stage, columns=EXPORTED), run.room("curate"))
-        write_card(run, load_rows(run, after=stage, columns=["example_id", "source"]))
+        from .plots import write_plots
+
+        write_card(run, load_rows(run, after=stage, columns=["example_id", "source"]), write_plots(run))
     is_kept = pl.col("action") == "kept"
     kept = decided.filter(is_kept).select(KEY)
     counts = decided.filter(~is_kept).group_by("rule", maintain_order=True).len().sort("len", descending=True, maintain_order=True)
@@ -293,7 +295,7 @@ def write_dataset(rows: pl.DataFrame | pl.LazyFrame, folder: Path) -> None:
     table = columns.unnest("written").rename({"turns": "messages"})
     names = ["id", *KEY, "messages", "source", "meta", *["extra"] * has_extra]
     with write_atomically(folder / "dataset.parquet") as temporary:
-        table.select(names).sink_parquet(temporary, engine="streaming")
+        table.select(names).sink_parquet(temporary, compression_level=1, engine="streaming")
 
 
 def _is_simple(messages: Sequence[Message]) -> bool:
