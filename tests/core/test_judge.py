@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from openai_server import Server, answer, fault
 from sftkit.core import judge as judging
 from sftkit.core.chat import load_chat
 from sftkit.core.engines.base import EngineConfig
@@ -152,3 +153,33 @@ def test_rubrics_are_names_files_or_words(tmp_path: Path) -> None:
 def test_a_scale_beyond_one_digit_is_refused(open_judge: Callable[..., Judge]) -> None:
     with pytest.raises(UserError, match="scale: expected 2 to 9, one digit, found 10"):
         open_judge(scale=10)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_server_can_judge_and_what_it_says_is_read(server: Server, tmp_path: Path) -> None:
+    """It prefers the longer answer in both orders, grades by length, and now and then writes or answers something else."""
+
+    def reply(body: dict[str, Any]) -> Any:
+        said = body["messages"][-1]["content"]
+        parts = [said.split(f"[{title}]\n")[1].split("\n[End")[0] for title in ("Answer", "Answer A", "Answer B") if f"[{title}]\n" in said]
+        if "broken" in said:
+            return fault(400, "not this one")
+        if "poem" in said:
+            return answer("Roses are red.")
+        return answer(f"Score: {len(parts[0])}" if len(parts) == 1 else "AB"[len(parts[1]) > len(parts[0])])
+
+    server.reply = reply
+    (model,) = find_models({"judge": "m"}, EngineConfig(base_url=server.url))
+    with ValueStore(tmp_path / "values.sqlite") as store, Judge(model, store) as judge:
+        assert judge.parse
+        grades = judge.grade([Item("q", "four"), Item("q", "poem"), Item("q", "broken"), Item("q", "too long to grade")])
+        assert [each.value for each in grades] == [4.0, None, None, None]
+        assert grades[1].error == "not a number from 1 to 6: 'Roses are red.'"
+        assert "not this one" in grades[2].error
+        longer, shorter, same = judge.compare([Pair("q", "long one", "short"), Pair("q", "s", "longer"), Pair("q", "same", "size")])
+        assert (longer.winner, longer.preference) == (1, 1.0)
+        assert (shorter.winner, shorter.preference) == (2, 0.0)
+        assert (same.winner, same.flipped, same.preference) == (0, True, 0.5)  # it says A whatever stands there
+        asked = len(server.asked)
+        assert judge.compare([Pair("q", "long one", "short")]) == [longer]
+        assert len(server.asked) == asked
