@@ -182,9 +182,10 @@ class SampleStore:
         found = self._frame(SAMPLES, FRAME)
         return found.sort("example_id", "sample_index", "sampling_key")
 
-    def tokens(self) -> int:
-        """Return the tokens of all samples."""
-        return int(next(self._rows("select coalesce(sum(num_tokens), 0) from samples"))[0])
+    def tokens(self) -> tuple[int, int]:
+        """Return the tokens of all answers, and those of the prompts they were answers to, a prompt counted for each."""
+        written, read = next(self._rows("select coalesce(sum(num_tokens), 0), coalesce(sum(prompt_tokens), 0) from samples"))
+        return int(written), int(read)
 
     def export(self, path: Path) -> int:
         """Write all samples to a Parquet file, columns as in FRAME, in the order of their keys; return how many.

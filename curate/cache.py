@@ -59,6 +59,11 @@ def explain(run: Path, changes: Mapping[str, Any]) -> list[Explanation]:
     with SampleStore(path) as store:
         store.check()
         return [
-            Explanation(key, name, samples, {each: (stored.get(each), asked[each]) for each in asked if stored.get(each) != asked[each]})
+            Explanation(
+                key,
+                name,
+                samples,
+                {each: (stored.get(each), asked.get(each)) for each in {**asked, **stored} if stored.get(each) != asked.get(each)},
+            )
             for key, name, stored, samples in store.settings()
         ]

@@ -52,6 +52,10 @@ class DistillConfig(Sampling):
     retry_truncated: bool = setting(False, "Ask once more for each cut answer, with twice the tokens; the longer one then counts.")
     budget_tokens: int | None = setting(None, "Most tokens generated into this run folder, over all calls.")
     budget_hours: float | None = setting(None, "Longest time of asking in one call, in hours; what is under way then still finishes.")
+    budget_cost: float | None = setting(None, "Most that this run folder may cost, over all calls, by the prices below.")
+    price_input: float = setting(0.0, "Price of a million tokens of prompts; the currency is yours.")
+    price_output: float = setting(0.0, "Price of a million tokens of answers.")
+    price_hour: float = setting(0.0, "Price of an hour of generating, as of a rented GPU; counted in each call from its start.")
     max_failed: float = setting(0.01, "Share of failed samples above which the command ends with exit code 3.")
     reasoning: str = setting(
         "apart",
@@ -74,6 +78,13 @@ class DistillConfig(Sampling):
                 raise UserError(f"{name}: expected {least} or more{why}, found {value}")
         if self.budget_hours is not None and not self.budget_hours > 0:
             raise UserError(f"budget_hours: expected more than 0, found {self.budget_hours:g}")
+        for name in ("price_input", "price_output", "price_hour"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}: expected 0 or more, found {getattr(self, name):g}")
+        if self.budget_cost is not None and not (self.budget_cost > 0 and self.priced):
+            raise UserError(
+                "budget_cost: expected more than 0, and a price: price_input and price_output (a million tokens), or price_hour"
+            )
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature: expected 0 (greedy) or more, found {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -87,6 +98,15 @@ class DistillConfig(Sampling):
             object.__setattr__(self, "json_schema", read_schema(self.json_schema))
         if self.temperature == 0 and self.k > 1:
             raise UserError(f"k is {self.k} at temperature 0: all samples of a prompt would be the same; raise the temperature or give k 1")
+
+    @property
+    def priced(self) -> bool:
+        """Say whether anything has a price."""
+        return self.price_input > 0 or self.price_output > 0 or self.price_hour > 0
+
+    def cost(self, written: float, read: float, seconds: float = 0.0) -> float:
+        """Return what tokens of answers, tokens of prompts and the time cost."""
+        return (written * self.price_output + read * self.price_input) / 1e6 + seconds / 3600 * self.price_hour
 
     @property
     def sampling(self) -> Sampling:

@@ -32,8 +32,8 @@ from .rows import message_text, record
 log = logging.getLogger(__name__)
 
 FREE = (  # settings that do not decide what a sample is
-    *("prompts", "k", "limit", "retry_truncated", "budget_tokens", "budget_hours", "max_failed", "engine"),
-    *("want_format", "stop_below", "reasoning"),
+    *("prompts", "k", "limit", "retry_truncated", "budget_tokens", "budget_hours", "budget_cost", "max_failed", "engine"),
+    *("want_format", "stop_below", "reasoning", "price_input", "price_output", "price_hour"),
 )
 PROBE = 50  # prompts
 BUDGET = "budget"  # the rule of samples that were not asked for, because a budget was used up
@@ -52,6 +52,7 @@ class DistillResult:
     tokens: int
     failed: dict[str, int]  # samples, by error
     over_budget: int
+    cost: float | None  # of all tokens of this folder, and of the time of this call, by the prices that are set
     new_samples: int
     new_tokens: int
     seconds: float  # of generation, in this call
@@ -68,6 +69,8 @@ class DistillResult:
             lines.append(f"new: {self.new_samples:,} samples, {self.new_tokens:,} tokens in {duration(self.seconds)} ({rate})")
         else:
             lines.append("new: none, everything that was asked for is there" if asked == self.samples else "new: none")
+        if self.cost is not None:
+            lines.append(f"cost: {self.cost:,.4f}")
         if self.rejected:
             lines.append("prompts not asked: " + ", ".join(f"{count:,} {rule}" for rule, count in self.rejected.items()))
         if self.failed:
@@ -180,9 +183,12 @@ class Distillation:
     teacher: Teacher
     store: SampleStore
     wanted: list[Wanted]
-    _spent: int = 0  # tokens of this run so far, in all calls
+    _spent: int = 0  # tokens of answers in this run so far, in all calls
+    _read: int = 0  # tokens of their prompts
+    _before: float = 0.0  # seconds of generating in this call, up to the last time it began
     _asked: dict[str, Wanted] = field(default_factory=dict)  # sent and not answered yet
     _deadline: float | None = None  # by time.monotonic, after which nothing more is asked
+    _began: float = 0.0  # by time.monotonic, less the pauses
 
     def missing(self) -> list[Wanted]:
         """Return the wanted samples that are not stored, in order."""
@@ -242,7 +248,7 @@ class Distillation:
         config, engine = self.teacher.config, self.teacher.engine
         settings = {**self.teacher.settings(), "max_new_tokens": missing[0].sampling.max_new_tokens}
         sampling_key = self.store.remember(config.teacher, settings)
-        self._spent = self.store.tokens() if config.budget_tokens else 0
+        self._spent, self._read = self.store.tokens()
         waiting = deque(missing)
         watching = label == "distill" and config.stop_below is None
         watched = {each.key for each in list({each.row[0]: each for each in reversed(missing)}.values())[-PROBE:]} if watching else set()
@@ -251,6 +257,7 @@ class Distillation:
         start = time.monotonic()
         if config.budget_hours is not None and self._deadline is None:
             self._deadline = start + 3600 * config.budget_hours
+        self._began = start - self._before
         with Progress(label, total=total, unit="samples", done=total - len(missing)) as progress:
             began = progress.done
 
@@ -264,6 +271,7 @@ class Distillation:
                     for completion in engine.generate(self._ask(waiting)):
                         wanted = self._asked.pop(completion.key)
                         self._spent += completion.num_tokens
+                        self._read += completion.prompt_tokens or prompt_tokens(wanted.prompt)
                         if completion.finish_reason == "error":
                             writer.put_failure(wanted.key, *wanted.row, " ".join((completion.error or "the engine gave no reason").split()))
                         else:
@@ -278,6 +286,7 @@ class Distillation:
                     for key, wanted in self._asked.items():
                         writer.put_failure(key, *wanted.row, "the engine gave no answer")
                     self._asked.clear()
+        self._before = time.monotonic() - self._began
         return progress.done - began, progress.tokens, time.monotonic() - start
 
     def _ask(self, waiting: deque[Wanted]) -> Iterator[Request]:
@@ -288,6 +297,10 @@ class Distillation:
                 return
             if config.budget_tokens is not None and self._spent + reserved > config.budget_tokens:
                 return
+            if config.budget_cost is not None:
+                read = self._read + sum(prompt_tokens(each.prompt) for each in self._asked.values()) + prompt_tokens(waiting[0].prompt)
+                if config.cost(self._spent + reserved, read, time.monotonic() - self._began) > config.budget_cost:
+                    return
             wanted = waiting.popleft()
             self._asked[wanted.key] = wanted
             yield Request(
@@ -348,6 +361,7 @@ class Distillation:
             tokens=int(stored["num_tokens"].sum()),
             failed={rule.removeprefix("error: "): count for rule, count in rules.most_common()},
             over_budget=over_budget,
+            cost=config.cost(*self.store.tokens(), seconds) if config.priced else None,
             new_samples=new_samples,
             new_tokens=new_tokens,
             seconds=seconds,
@@ -360,6 +374,11 @@ class Distillation:
                 " tries the failed ones again"
             )
         return result
+
+
+def prompt_tokens(prompt: Prompt) -> int:
+    """Return the tokens of a prompt; where a server renders, a third of its characters, which is more than most texts have."""
+    return len(prompt.ids) or sum(len(message_text(each)) for each in prompt.messages) // 3 + 1
 
 
 def wanted_sample(teacher: Teacher, prompt: Prompt, index: int, sampling: Sampling) -> Wanted:

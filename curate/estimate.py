@@ -8,7 +8,7 @@ import polars as pl
 
 from ..core.progress import duration
 from .config import DistillConfig
-from .distill import PROBE, distillation
+from .distill import PROBE, distillation, prompt_tokens
 from .probe import Probe, tell
 from .rows import message_text
 
@@ -26,6 +26,7 @@ class Estimate:
     prompt_tokens: int | None  # of the samples that are still missing, a prompt counted for each; None where a server renders
     new_tokens: float | None  # to be generated for the samples that are still missing
     standard_error: float | None  # of new_tokens; one prompt's samples count as one observation
+    cost: float | None  # of what is still missing, by the prices that are set; None without a price
     tokens_per_second: float | None  # of the probe, which runs fewer answers at once than the whole will
 
     @property
@@ -52,6 +53,8 @@ class Estimate:
             lines.append(f"time: about {duration(self.seconds)} at the {rate}")
         elif self.remaining:
             lines.append("time: not known, the probe measured nothing")
+        if self.remaining and self.cost is not None:
+            lines.append(f"cost: about {self.cost:,.4f}")
         if self.probe.answers:
             lines += [self.probe.shares(), *(f"warning: {fault}" for fault in self.probe.faults()), tell(self.probe.examples())]
         return "\n".join(lines)
@@ -78,6 +81,12 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
         for each in asked or work.first_of_each(work.wanted, PROBE):
             if each.key in answers:
                 probe.add(message_text(each.prompt.messages[-1]), answers[each.key]["text"], answers[each.key]["finish_reason"])
+        rate = tokens / seconds if probed else None
+        new_tokens = None if mean is None else mean * len(left)
+        read = sum(prompt_tokens(each.prompt) for each in left)
+        cost = None
+        if config.priced and new_tokens is not None:
+            cost = config.cost(new_tokens, read, new_tokens / rate if rate else 0.0)
         return Estimate(
             run=work.run.path,
             wanted=len(work.wanted),
@@ -85,8 +94,9 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
             probed=probed,
             measured=stored.height,
             probe=probe,
-            prompt_tokens=sum(len(each.prompt.ids) for each in left) if work.teacher.chat else None,
-            new_tokens=None if mean is None else mean * len(left),
+            prompt_tokens=read if work.teacher.chat else None,
+            new_tokens=new_tokens,
             standard_error=None if error is None else error * len(left),
-            tokens_per_second=tokens / seconds if probed else None,
+            cost=cost,
+            tokens_per_second=rate,
         )

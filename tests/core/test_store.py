@@ -100,7 +100,7 @@ def test_the_export_holds_every_sample_in_parts(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(store_module, "PART", 16)
     fill(tmp_path / "s.sqlite", 100)
     with SampleStore(tmp_path / "s.sqlite") as store:
-        assert store.tokens() == 300
+        assert store.tokens() == (300, 0)
         assert store.export(tmp_path / "out" / "samples.parquet") == 100
         exported = pl.read_parquet(tmp_path / "out" / "samples.parquet")
         assert exported["key"].to_list() == sorted(store.keys())

@@ -298,6 +298,36 @@ def test_a_budget_is_never_exceeded_and_its_leftovers_are_no_failures(tmp_path: 
     assert (rest.samples, rest.new_samples, rest.over_budget) == (40, 40 - result.samples, 0)
 
 
+def test_a_budget_of_cost_is_never_exceeded(tmp_path: Path, settings: Any) -> None:
+    path, run = prompts(tmp_path / "p.jsonl", 30), tmp_path / "run"
+    priced = {"price_input": 100.0, "price_output": 1000.0}
+    dry = estimate(path, run, settings(k=4, max_new_tokens=40, **priced))
+    assert dry.cost == pytest.approx((dry.prompt_tokens * 100 + dry.new_tokens * 1000) / 1e6)
+    assert f"cost: about {dry.cost:,.4f}" in dry.summary()
+    probe = stored(run)
+    probed = (probe["prompt_tokens"].sum() * 100 + probe["num_tokens"].sum() * 1000) / 1e6
+    first = probed + dry.cost * 0.4
+    result = distill(path, run, settings(k=4, max_new_tokens=40, budget_cost=first, **priced))
+    samples = stored(run)
+    assert result.cost == pytest.approx((samples["prompt_tokens"].sum() * 100 + samples["num_tokens"].sum() * 1000) / 1e6)
+    assert first * 0.6 < result.cost <= first
+    assert result.over_budget > 0
+    assert distill(path, run, settings(k=4, max_new_tokens=40, budget_cost=first, **priced)).new_samples == 0  # it is the folder's
+    before = result.cost
+    whole = distill(path, run, settings(k=4, max_new_tokens=40, **priced))
+    assert whole.over_budget == 0
+    assert whole.cost > before
+    assert whole.cost - probed == pytest.approx(dry.cost, rel=0.15)
+    timed = distill(path, tmp_path / "timed", settings(k=2, price_hour=3600.0, budget_cost=1e-9))
+    assert timed.over_budget > 0
+    for changes, message in [
+        ({"budget_cost": 1.0}, "budget_cost: expected more than 0, and a price"),
+        ({"price_hour": -1}, "price_hour: expected 0"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            settings(**changes)
+
+
 def test_cut_answers_are_asked_once_more_and_go_on_where_they_were_cut(tmp_path: Path, settings: Any, between: Between) -> None:
     path, run = prompts(tmp_path / "p.jsonl", 12), tmp_path / "run"
     first = distill(path, run, settings(k=2, max_new_tokens=6))
@@ -544,6 +574,11 @@ def test_cache_explain_names_the_fields_that_differ(tmp_path: Path, tiny_model: 
     assert (same.differs, same.samples) == ({}, 6)
     (warmer,) = explain(run, {"temperature": 1.0, "system": "Be brief."})
     assert warmer.differs == {"temperature": (0.8, 1.0), "system": (None, "Be brief.")}
+    everything = {"temperature": 0.5, "top_p": 0.5, "max_new_tokens": 9, "seed": 3, "system": "x", "thinking": True, "json_schema": "{}"}
+    for name, value in everything.items():
+        (changed,) = explain(run, {name: value})
+        assert changed.differs == {name: (getattr(settings(), name), value)}
+        assert f"{name}: stored" in changed.summary()
     teacher = copy_with_other_weights(tiny_model, tmp_path / "teacher")
     (other,) = explain(run, {"teacher": str(teacher)})
     assert list(other.differs) == ["model"]
