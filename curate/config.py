@@ -119,6 +119,7 @@ METHODS = {  # the ROUGE-L from which on a prompt counts as another's copy: a de
     "magpie": 0.7,
     "evol": 0.9,
     "documents": 0.7,
+    "converse": 1.0,
 }
 
 
@@ -131,7 +132,9 @@ class GrowConfig(Sampling):
     method: str = setting("self-instruct", "Where prompts come from; the list above says what each does.", choices=tuple(METHODS))
     count: int = setting(100, "Prompts to have in the end. More than last time goes on from there.")
     per_ask: int = setting(8, "Prompts to ask for at once (self-instruct, documents).")
-    rounds: int | None = setting(None, "Most rounds; for evol the times that a prompt is deepened. None: until there are enough.")
+    rounds: int | None = setting(
+        None, "Most rounds; for evol the times that a prompt is deepened, for converse the user turns added (1 when not given)."
+    )
     similarity: float | None = setting(None, "ROUGE-L with a seed or another prompt from which on one is left out; 0.7, for evol 0.9.")
     min_words: int = setting(3, "Fewest words of a prompt.")
     max_words: int = setting(150, "Most words of a prompt.")

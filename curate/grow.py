@@ -19,6 +19,7 @@ from ..core.formats import iterate_examples
 from ..core.run import Run
 from ..core.store import SampleStore
 from .config import DistillConfig, GrowConfig
+from .converse import ROUNDS, converse
 from .distill import Distillation, Teacher, Wanted, wanted_sample
 from .growth import Ask, Text, fault, open_method, read_answer, read_passages
 from .ngrams import words
@@ -113,6 +114,8 @@ def grow(source: str | Path | None, out: Path, config: GrowConfig) -> GrowResult
     that the same call goes on, and one with a larger count too. The stage `grow` of the ledger has every prompt that was read in
     an answer, by ANSWER/PLACE; the witness of a kept one is its (first) parent. Raises what `distill` raises.
     """
+    if config.method == "converse":
+        return _converse(source, out, config)
     seeds = _seeds(source, config)
     with closing(Teacher.find(_asking(config))) as teacher, Run.create(out) as run:
         method = open_method(config, teacher.chat)
@@ -125,26 +128,49 @@ def grow(source: str | Path | None, out: Path, config: GrowConfig) -> GrowResult
         with SampleStore(run.room("curate") / "samples.sqlite") as store:
             work = Distillation(run, teacher, store, [])
             rounds, tokens, failed = _rounds(work, method, seeds, growth)
-        asked = len({each.example_id for each in growth.decisions})
-        run.ledger.record(STAGE, [(each.example_id, each.sample_index) for each in growth.decisions], growth.decisions)
-        path = run.room("curate") / "prompts.jsonl"
-        with write_atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in growth.rows)
-        rejected = Counter(each.rule for each in growth.decisions if each.action == "rejected")
-        if failed.total() > config.max_failed * max(asked, 1):
-            raise TooManyFailures(
-                f"{out}: {failed.total():,} of {asked:,} requests failed, most often with: {failed.most_common(1)[0][0]}; what came is kept"
-            )
-        return GrowResult(
-            path=path,
-            prompts=len(growth.rows),
-            wanted=config.count,
-            asked=asked,
-            tokens=tokens,
-            rejected=dict(rejected.most_common()),
-            failed=dict(failed.most_common()),
-            rounds=rounds,
-        )
+        return _finish(run, config, growth.rows, growth.decisions, rounds, tokens, failed)
+
+
+def _converse(source: str | Path | None, out: Path, config: GrowConfig) -> GrowResult:
+    if source is None:
+        raise UserError("converse: needs seed prompts")
+    seeds = list({each.id: each for each in islice(iterate_examples(source), config.limit) if _has_user(each)}.values())
+    if not seeds:
+        raise UserError(f"{source}: holds no prompt of a user to go on from")
+    with closing(Teacher.find(_asking(config))) as teacher, Run.create(out) as run:
+        marks = {"teacher_identity": teacher.identity, "seeds_id": content_id([{"seeds": [each.id for each in seeds]}])}
+        run.configure("grow", {"seeds": str(source), **to_mapping(config), **marks}, free=FREE)
+        with SampleStore(run.room("curate") / "samples.sqlite") as store:
+            rows, decisions, tokens, failed = converse(Distillation(run, teacher, store, []), STAGE, seeds, config)
+        return _finish(run, config, rows, decisions, config.rounds or ROUNDS, tokens, failed)
+
+
+def _has_user(example: Example) -> bool:
+    return any(each["role"] == "user" for each in example.messages)
+
+
+def _finish(
+    run: Run, config: GrowConfig, rows: list[dict[str, Any]], decisions: list[Decision], rounds: int, tokens: int, failed: Counter[str]
+) -> GrowResult:
+    """Record what was decided and write the prompts. Raises TooManyFailures afterwards."""
+    asked = len({each.example_id for each in decisions})
+    run.ledger.record(STAGE, [(each.example_id, each.sample_index) for each in decisions], decisions)
+    path = run.room("curate") / "prompts.jsonl"
+    with write_atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    if failed.total() > config.max_failed * max(asked, 1):
+        most = failed.most_common(1)[0][0]
+        raise TooManyFailures(f"{run.path}: {failed.total():,} of {asked:,} requests failed, most often with: {most}; what came is kept")
+    return GrowResult(
+        path=path,
+        prompts=len(rows),
+        wanted=config.count,
+        asked=asked,
+        tokens=tokens,
+        rejected=dict(Counter(each.rule for each in decisions if each.action == "rejected").most_common()),
+        failed=dict(failed.most_common()),
+        rounds=rounds,
+    )
 
 
 def _rounds(work: Distillation, method: Any, seeds: Sequence[Text], growth: _Growth) -> tuple[int, int, Counter[str]]:

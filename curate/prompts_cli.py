@@ -36,6 +36,7 @@ def prompts(seeds: str | None, out: Path, settings: Path | None, **options: Any)
     self-instruct   shows some of the SEEDS and some new prompts, and asks for more
     evol            rewrites each of the SEEDS into a harder one, round after round
     documents       SEEDS is a text or Markdown file, or a folder of them: asks for questions that their passages answer
+    converse        answers the SEEDS, writes the user's next turn, and so on; `distill` then gives the last answer
     magpie          no SEEDS: lets an aligned teacher write what a user would say to it
 
     \b
@@ -46,6 +47,7 @@ def prompts(seeds: str | None, out: Path, settings: Path | None, **options: Any)
     sftkit curate prompts seeds.jsonl -o runs/p --teacher MODEL --count 1000
     sftkit curate prompts seeds.jsonl -o runs/e --teacher MODEL --method evol --rounds 2
     sftkit curate prompts handbook/ -o runs/d --teacher MODEL --method documents
+    sftkit curate prompts seeds.jsonl -o runs/c --teacher MODEL --method converse --rounds 2
     sftkit curate prompts -o runs/m --teacher MODEL --method magpie --temperature 1
     sftkit curate distill runs/p/curate/prompts.jsonl -o runs/a --teacher MODEL
     """

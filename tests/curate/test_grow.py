@@ -197,6 +197,42 @@ def test_documents_give_questions_with_their_passage(tmp_path: Path, monkeypatch
         grow(tmp_path / "empty", tmp_path / "other", config(method="documents"))
 
 
+def test_a_conversation_goes_on_in_both_roles(tmp_path: Path, seeds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(prompt: str, seed: int) -> str:
+        if prompt.startswith("Here is a conversation"):
+            return "" if "haiku" in prompt else f"User: And number {prompt.count('Assistant:')}?"
+        return f"An answer to: {prompt}"
+
+    teacher = Teacher(monkeypatch, write)
+    wanted = config(method="converse", rounds=2)
+    result = grow(seeds, tmp_path / "run", wanted)
+    assert (result.prompts, result.rejected) == (2, {"empty": 1})
+    row = grown(tmp_path / "run")[0]
+    first = read_examples(str(seeds))[0]
+    assert row["meta"]["parents"] == [first.id]
+    assert [(each["role"], each["content"]) for each in row["messages"]] == [
+        ("user", SEEDS[0]),
+        ("assistant", f"An answer to: {SEEDS[0]}"),
+        ("user", "And number 1?"),
+        ("assistant", "An answer to: And number 1?"),
+        ("user", "And number 2?"),
+    ]
+    assert Run.open(tmp_path / "run").ledger.read().select("example_id", "action", "rule").row(1) == (
+        read_examples(str(seeds))[1].id,
+        "rejected",
+        "empty",
+    )
+    asked = len(teacher.asked)
+    assert asked == 3 + 3 + 2 + 2
+    grow(seeds, tmp_path / "run", wanted)
+    assert len(teacher.asked) == asked  # all of it was stored
+    follow_ups = [each for each in teacher.asked if each.startswith("Here is a conversation")]
+    assert f"User: {SEEDS[0]}\n\nAssistant: An answer to: {SEEDS[0]}" in follow_ups[0]
+    assert len({each.partition("in which the user ")[2].partition(".")[0] for each in follow_ups}) > 1
+    teacher.cut = True
+    assert grow(seeds, tmp_path / "cut", wanted).rejected == {"truncated": 3}
+
+
 def test_failed_requests_are_counted(tmp_path: Path, seeds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Teacher(monkeypatch, lambda prompt, seed: "fail" if seed % 2 else numbered(seed))
     with pytest.raises(TooManyFailures, match="requests failed, most often with: timed out; what came is kept"):
