@@ -36,7 +36,7 @@ def score_values(run: Run, rows: pl.DataFrame, name: str) -> pl.Series:
         column = column.str.len_chars()
     elif name == "num_words":
         column = pl.Series([None if text is None else count_words(text) for text in column], dtype=pl.Float64)
-    return column.cast(pl.Float64).alias(name)
+    return column.cast(pl.Float64).fill_nan(None).alias(name)
 
 
 def sort_columns(run: Run, rows: pl.DataFrame, by: Sequence[str], seed: int = 0) -> pl.DataFrame:

@@ -72,8 +72,9 @@ def select(run: Run, config: SelectConfig) -> Outcome:
 
 
 def _columns(run: Run, config: SelectConfig) -> list[str]:
-    """Return the columns of the rows that a selection needs."""
-    needed = [*KEY, "num_tokens", "response", "prompt", "source"]
+    """Return the columns of the rows that a selection needs: of the texts only where it looks at them, or at their lengths."""
+    measured = not load_rows(run, before="select", columns=["num_tokens"])["num_tokens"].null_count()
+    needed = [*KEY, "num_tokens", "source", *([] if measured and not config.needs_vectors else ["response", "prompt"])]
     needed += ["messages"] if config.needs_vectors else []
     needed += columns_for(run, [*config.by, *(["num_tokens"] if config.budget_tokens is not None else [])])
     return list(dict.fromkeys(needed))
