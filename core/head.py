@@ -31,7 +31,7 @@ class Scorer:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._head = head_of(model)
+        self._head = None if model.base_model is model else head_of(model)
         self._proved = False
 
     def targets(self, ids: torch.Tensor, lines: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

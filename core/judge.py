@@ -27,9 +27,10 @@ RUBRICS = {
     "correctness": "Judge only whether the answer is right: facts, reasoning and results. A well-written answer that is wrong is bad.",
     "instructions": "Judge only how exactly the answer follows every instruction of the question: what, how much, in which form.",
     "quality": "Judge the quality of the answer: helpful, relevant, accurate, deep, detailed, well written.",
-    "complexity": "Do not judge the answer but the question: how much knowledge, reasoning and how many conditions it asks for. A question"
-    " that anybody answers at once is the simplest.",
+    "complexity": "Judge how hard the question is: how much knowledge, how much reasoning and how many conditions at once it asks for. A"
+    " question that anybody answers at once is the least.",
 }
+OF_QUESTIONS = ("complexity",)  # rubrics by which the question alone is judged
 LEAST_MASS = 0.01  # of the probability: a judge that gives its grades less would have written something else
 GRADE = re.compile(
     r"\W*(?:(?:my |the |final |overall )*(?:rating|score|grade)(?: is)?)?\W*(?<!-)(\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(\d+))?\W*",
@@ -43,10 +44,10 @@ THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An answer to judge. With a reference the judge compares with it, which it needs for maths and code."""
+    """An answer to judge, or without one the question. With a reference the judge compares with it, as it must for maths and code."""
 
     prompt: str
-    answer: str
+    answer: str | None
     reference: str | None = None
 
 
@@ -123,9 +124,11 @@ class Judge(Asked):
         return [_verdict(*each) for each in zip(found[::2], found[1::2], strict=True)]
 
     def _grading(self, item: Item) -> list[Message]:
+        what, ends = ("a question", "least) to {} (most)") if item.answer is None else ("an answer to a question", "worst) to {} (best)")
+        answer = "" if item.answer is None else _part("Answer", item.answer)
         text = (
-            f"Grade an answer to a question. {self._rubric}\n\n{_part('Question', item.prompt)}{_reference(item.reference)}"
-            f"{_part('Answer', item.answer)}Give a whole number from 1 (worst) to {self._scale} (best). Write the number and nothing else."
+            f"Grade {what}. {self._rubric}\n\n{_part('Question', item.prompt)}{_reference(item.reference)}{answer}"
+            f"Give a whole number from 1 ({ends.format(self._scale)}. Write the number and nothing else."
         )
         return [{"role": "user", "content": text}]
 

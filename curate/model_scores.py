@@ -146,7 +146,9 @@ def judge(
         raise UserError(f"scale: expected a whole number from 2 to 9, found {scale!r}")
 
     def score(rows: Sequence[Candidate], run: Run) -> Iterator[tuple[int, Result]]:
-        from ..core.judge import Item, Judge
+        from ..core.judge import OF_QUESTIONS, Item, Judge
+
+        alone = rubric in OF_QUESTIONS
 
         (found,) = find_models({model: model}, config)
         with (
@@ -155,8 +157,11 @@ def judge(
         ):
             for start in range(0, len(rows), CHUNK):
                 places = range(start, min(start + CHUNK, len(rows)))
-                answered = [number for number in places if rows[number].response is not None]
-                items = [Item(rows[number].prompt, rows[number].response or "", rows[number].reference) for number in answered]
+                answered = [number for number in places if alone or rows[number].response is not None]
+                items = [
+                    Item(rows[number].prompt, None) if alone else Item(rows[number].prompt, rows[number].response, rows[number].reference)
+                    for number in answered
+                ]
                 grades = dict(zip(answered, judging.grade(items), strict=True))
                 for number in places:
                     yield number, (grades[number].value, grades[number].error) if number in grades else (None, "no response")

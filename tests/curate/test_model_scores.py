@@ -299,6 +299,8 @@ def test_a_judge_grades_rows_and_what_it_cannot_grade_fails_alone(
         run, judge=options(tiny_model, rubric="correctness", scale="5"), read={"scorer": "judge", **options(tiny_model, parse=True)}
     )
     assert 1 < (found["judge"][0][0] or 0) < 5
+    questions = column(run, judge=options(tiny_model, rubric="complexity"))["judge"]
+    assert all(value is not None for value, _ in questions)  # of the question alone: an answer is not needed, nor too long
     assert found["judge"][1] == (None, "no response")
     assert "do not fit the context" in found["judge"][2][1]
     assert found["read"][0][0] is None
