@@ -21,6 +21,7 @@ HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 KANA = re.compile(r"[\u3041-\u30ff\u31f0-\u31ff\uff66-\uff9d]")
 HANGUL = re.compile(r"[\uac00-\ud7a3\u1100-\u11ff]+")
 OTHER_WORD = re.compile(r"(?:(?![\u1100-\u11ff\u3041-\u30ff\u31f0-\u31ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff])[^\W\d_])+")
+LEAST_CONFIDENCE = 0.2  # of py3langid: below, as for a single word, its guess is no better than chance
 KANA_SHARE = 0.1  # of the characters of Japanese; Chinese texts quote a few
 
 
@@ -46,7 +47,7 @@ def detect_language(text: str) -> Language:
         share = (han + kana) / total
         return Language("ja" if kana >= KANA_SHARE * (han + kana) else chinese_script(prose), share)
     code, confidence = _identifier().classify(prose)
-    return Language(str(code), float(confidence))
+    return Language(str(code) if confidence >= LEAST_CONFIDENCE else "und", float(confidence))
 
 
 def chinese_script(text: str) -> str:

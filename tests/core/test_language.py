@@ -51,6 +51,7 @@ def test_sentences(code: str, text: str) -> None:
         ("The word 貓 means cat in Chinese.", "en"),
         ("", "und"),
         ("12 + 30 = 42 🎉", "und"),
+        ("Negative.", "und"),
         ("```\nonly code\n```", "und"),
         ("天地人", "zh"),  # the same in both
     ],

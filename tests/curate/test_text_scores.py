@@ -29,7 +29,7 @@ def test_language_is_a_number_and_its_name(toy_run: ToyRun) -> None:
         ]
     )
     found = column(run, "language", "language:wanted=zh-Hant,name=traditional", "language:wanted=zh,name=chinese")
-    assert [detail for _, detail in found["language"]] == ["zh-Hant", "zh-Hans", "en", "no words", "no response"]
+    assert [detail for _, detail in found["language"]] == ["zh-Hant", "zh-Hans", "en", "too few words to tell", "no response"]
     assert [value for value, _ in found["traditional"]] == [1, 0, 0, None, None]
     assert [value for value, _ in found["chinese"]] == [1, 1, 0, None, None]
 
