@@ -417,7 +417,7 @@ class SelectConfig:
     by: tuple[str, ...] = setting((), "Score that says which rows are better, highest first (`-NAME` lowest). Several: the first decides.")
     quality_weight: float = setting(0.5, "Weight of the score in qdit, mmr and dpp, from 0 (difference alone) to 1 (score alone).")
     epsilon: float | None = setting(
-        None, "facility-location and qdit look at a random few for each pick and lose about this share, as 0.1: for a million rows on a GPU."
+        None, "facility-location and qdit look at a random few for each pick and lose about this share: for a million rows on a GPU."
     )
     memory_gb: float | None = setting(None, "Most memory for comparing vectors, in GB: what fits is planned, or refused before it begins.")
     max_cosine: float = setting(0.9, "Cosine with a taken row from which deita leaves a row out.")
