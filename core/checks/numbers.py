@@ -7,6 +7,7 @@ from typing import Literal
 Rule = Literal["strict", "flexible"]
 RULES = ("strict", "flexible")
 
+LAST = 10_000  # characters: a final number stands near the end, and some patterns take the square of a text's length
 MAX_DIGITS = 100  # a longer run of digits comes from a model that loops; it is no answer
 
 _WIDE = str.maketrans("０１２３４５６７８９，．％＄－−＝：／", "0123456789,.%$--=:/")
@@ -44,9 +45,7 @@ def extract_number(text: str, rule: Rule = "flexible") -> Fraction | None:
     of its own, and 答案是 x); rule flexible goes on to the last number of the text, strict does not. Of an equation the part
     after the last "=" counts. Commas, currency and percent signs are ignored (50% is 50); fractions stay fractions.
     """
-    plain = text.translate(_WIDE)
-    for pattern, written in _LATEX:
-        plain = pattern.sub(written, plain)
+    plain = _plain(text)
     for marked in (_after_hashes(plain), _in_box(plain), _after_answer_is(plain)):
         if marked is not None:
             return _first_number(marked.rsplit("=", 1)[-1])
@@ -54,6 +53,13 @@ def extract_number(text: str, rule: Rule = "flexible") -> Fraction | None:
         return None
     found = list(_NUMBER.finditer(plain))
     return _value(found[-1]) if found else None
+
+
+def extract_marked(text: str, mark: Literal["hashes", "boxed"]) -> Fraction | None:
+    """Return the number after the last `####`, or in the last `\\boxed{}`, and nowhere else; None where there is none."""
+    plain = _plain(text)
+    marked = _after_hashes(plain) if mark == "hashes" else _in_box(plain)
+    return None if marked is None else _first_number(marked.rsplit("=", 1)[-1])
 
 
 def canonical(number: Fraction) -> str:
@@ -69,6 +75,13 @@ def canonical(number: Fraction) -> str:
         places += 1
     digits = str(abs(number * 10**places).numerator).rjust(places + 1, "0")
     return f"{'-' * (number < 0)}{digits[:-places]}.{digits[-places:]}"
+
+
+def _plain(text: str) -> str:
+    plain = text[-LAST:].translate(_WIDE)
+    for pattern, written in _LATEX:
+        plain = pattern.sub(written, plain)
+    return plain
 
 
 def _after_hashes(text: str) -> str | None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError
@@ -10,7 +9,7 @@ from ..errors import UserError
 FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
 
-def check_schema(answer: str, schema: Mapping[str, Any] | bool) -> str | None:
+def check_schema(answer: str, schema: dict[str, Any]) -> str | None:
     """Say why an answer is not JSON of this schema, in one line; None where it is. JSON may stand in a code block, the last counts.
 
     Raises UserError for a schema that is none. A reference to elsewhere is never fetched.
