@@ -9,7 +9,7 @@ import click
 from ..core.cli import Commands, config_option, given
 from ..core.config import load_config, read_yaml
 from ..core.engines.base import EngineConfig
-from .config import CompareConfig, JudgeConfig, LossConfig, parse_models
+from .config import CompareConfig, JudgeConfig, LossConfig, TasksConfig, parse_models
 
 OF_ENGINE = ("engine", "base_url", "device", "dtype", "batch_tokens")
 
@@ -133,3 +133,66 @@ def judge(answers: tuple[str, ...], out: Path | None, verdicts: str | None, sett
     from .judge import judge
 
     click.echo(judge(answers, out, config).summary())
+
+
+@evaluate.command()
+@model_options("engine", "base_url", "device", "dtype")
+@click.option("--tasks", "names", metavar="NAME,NAME", required=True, help="gsm8k, ifeval, humaneval, mmlu, mmlu_generated, FILE.")
+@config_option(TasksConfig, "limit")
+@config_option(TasksConfig, "ask")
+@config_option(TasksConfig, "samples")
+@config_option(TasksConfig, "max_new_tokens")
+@config_option(TasksConfig, "train_data")
+@config_option(TasksConfig, "unsafe")
+def tasks(models: tuple[str, ...], out: Path | None, settings: Path | None, names: str, **options: Any) -> None:
+    """Ask all models the questions of tasks whose answers rules can judge; compare each with the first, question by question.
+
+    A model with a chat template is asked in a chat, another is given a text to go on from. A FILE (or FILE:SCORING) has a
+    question in each row, and a column scoring: exact, numeric or contains (with a column answer), regex (pattern), json-schema
+    (schema), unit-test (tests). Programs run in a sandbox (bubblewrap). In a run folder answers are stored, apart from their
+    marks: the same command generates only for what changed.
+
+    \b
+    sftkit evaluate tasks --model base=MODEL --model sft=runs/b --tasks gsm8k,ifeval,humaneval -o runs/b
+    sftkit evaluate tasks --model sft=runs/b --tasks gsm8k --samples 8 --train-data runs/a/curate/dataset.jsonl
+    sftkit evaluate tasks --model base=MODEL --model sft=runs/b --tasks mine.jsonl,more.jsonl:numeric --ask both
+    """
+    chosen = parse_models(models)
+    config = load_config(TasksConfig, merged(options, settings), str(settings or ""))
+    from .benchmark import evaluate_tasks
+
+    result = evaluate_tasks(chosen, [each.strip() for each in names.split(",") if each.strip()], out, config)
+    click.echo(result.summary())
+
+
+@evaluate.group(cls=Commands)
+def data() -> None:
+    """The questions of tasks: which come along, and how to fetch others."""
+
+
+@data.command("list")
+def list_() -> None:
+    """List the data sets of tasks with their licences, and say which are here.
+
+    \b
+    sftkit evaluate data list
+    """
+    from .task_data import table
+
+    click.echo(table())
+
+
+@data.command()
+@click.argument("name")
+@click.argument("source")
+def get(name: str, source: str) -> None:
+    """Keep the rows of SOURCE (a file, a folder, or a Hub data set ORG/NAME:SUBSET) as the data set NAME of a task.
+
+    \b
+    sftkit evaluate data get mmlu mmlu.jsonl.gz
+    sftkit evaluate data get mmlu cais/mmlu:all
+    """
+    from .task_data import fetch_data
+
+    path, rows = fetch_data(name, source)
+    click.echo(f"{name}: {rows:,} rows in {path}")

@@ -60,6 +60,39 @@ class JudgeConfig:
         _at_least_one(self, "calibrate_limit", "limit")
 
 
+ASK = ("auto", "chat", "completion", "both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasksConfig:
+    """How tasks are asked and compared."""
+
+    limit: int | None = setting(None, "Only the first questions of each task.")
+    ask: str = setting(
+        "auto", "As a chat, or as a text to go on from; auto is chat where the model has a template of its own.", choices=ASK
+    )
+    shots: int = setting(5, "Worked examples before a question that is asked as a text, where the task has some.")
+    samples: int = setting(1, "Answers to each question: 1 is greedy, more are drawn and give pass@k and maj@k.")
+    temperature: float = setting(0.8, "Of the answers, where there are several.")
+    top_p: float = setting(0.95, "Of the answers, where there are several.")
+    max_new_tokens: int | None = setting(None, "Longest answer, in tokens; each task's own when not given.")
+    train_data: str | None = setting(None, "What a model was trained on: scores are given without the questions that are in it, too.")
+    unsafe: bool = setting(False, "Run the programs in answers without a sandbox. They can do whatever you can.")
+    workers: int = setting(2, "Programs that run at once.")
+    resamples: int = setting(10_000, "Resamples that the 95 % intervals of scores are taken from.")
+    seed: int = setting(0, "Decides the resamples, and the answers where there are several.")
+    engine: EngineConfig = field(default_factory=EngineConfig, metadata={"help": "How the models are run."})
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "limit", "samples", "max_new_tokens", "workers")
+        if self.shots < 0:
+            raise UserError(f"shots: expected 0 or more, found {self.shots}")
+        if self.samples > 1 and self.temperature <= 0:
+            raise UserError(f"temperature: {self.samples} samples need one above 0, or they are all the same; found {self.temperature}")
+        if self.resamples < 1000:
+            raise UserError(f"resamples: expected 1000 or more, found {self.resamples}: the ends of a 95 % interval need them")
+
+
 def _at_least_one(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)

@@ -91,6 +91,16 @@ def minimum_detectable_difference(n: int, discordant: float, *, level: float = L
     return difference if 0 < difference <= discordant else None
 
 
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Return the unbiased estimate that one of k samples is right, from n of which `correct` are.
+
+    Chen et al. 2021, "Evaluating Large Language Models Trained on Code", arXiv 2107.03374, section 2.1.
+    """
+    if not 0 <= correct <= n or not 1 <= k <= n:
+        raise ValueError(f"expected 0 <= correct <= n and 1 <= k <= n, found {correct} of {n}, k {k}")
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
 def bootstrap_mean(
     values: ArrayLike, *, clusters: Sequence[Hashable] | None = None, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
 ) -> Estimate:

@@ -1,0 +1,215 @@
+"""Put the questions of a task to a model: each answer is generated once for what decides it, and stored apart from all scores."""
+
+import importlib.metadata
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from ..core.engines.base import Request, Sampling, ScoreRequest
+from ..core.engines.registry import choose
+from ..core.errors import UserError
+from ..core.example import Message, Sample
+from ..core.named_models import NamedModel
+from ..core.progress import Progress
+from ..core.store import SampleStore, decisive_settings, sample_key, sample_seed
+from ..core.values import ValueStore, value_key
+from .compare import Answer
+from .config import TasksConfig
+from .tasks.base import Item, Task, cut
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A model and the way in which it is asked: a row of the results."""
+
+    name: str
+    model: NamedModel
+    chat: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """One answer that a task is to have."""
+
+    item: Item
+    index: int
+    key: str = ""
+    ids: tuple[int, ...] = ()
+    messages: tuple[Message, ...] = ()
+    error: str | None = None
+
+
+def ways(models: Sequence[NamedModel], config: TasksConfig) -> list[Asked]:
+    """Return the ways in which models are asked, those of one model beside each other.
+
+    Raises UserError where a model is to be asked as a chat and has no template of its own.
+    """
+    found = []
+    for model in models:
+        own = model.chat is None or model.chat.template_source == "model"
+        if config.ask == "chat" and not own:
+            raise UserError(
+                f"{model.name}={model.reference}: has no chat template of its own; leave --ask chat away, and it is given texts to go on"
+            )
+        if config.ask == "completion" and model.chat is None:
+            raise UserError(f"{model.name}={model.reference}: a server renders chats alone; leave --ask completion away")
+        if config.ask == "both" and own and model.chat is not None:
+            found += [Asked(f"{model.name}:chat", model, True), Asked(f"{model.name}:completion", model, False)]
+        else:
+            found.append(Asked(model.name, model, own if config.ask in ("auto", "both") else config.ask == "chat"))
+        if not own:
+            log.info("%s has no chat template of its own: it is given texts to go on from", model.name)
+    return found
+
+
+def ask(asked: Asked, task: Task, store: SampleStore, config: TasksConfig) -> tuple[list[list[Answer]], int]:
+    """Return each item's answers, and how many were generated now. A completion is cut where it goes on to something else."""
+    sampling = _sampling(task, config)
+    wanted = [_prepare(asked, item, index, sampling, config) for item in task.items for index in range(config.samples)]
+    generated = _generate(asked.model, wanted, sampling, store, task.name)
+    keys = [each.key for each in wanted]
+    stored = {row["key"]: row for row in store.frame().filter(pl.col("key").is_in(keys)).iter_rows(named=True)}
+    failed = dict(store.failures().select("key", "error").iter_rows())
+    answers = []
+    for each in wanted:
+        row = stored.get(each.key)
+        if row is None:
+            answers.append(Answer(key=each.key, error=each.error or failed.get(each.key, "the engine gave no answer")))
+            continue
+        names = ("text", "finish_reason", "num_tokens", "logprob")
+        answer = Answer(key=each.key, **{name: row[name] for name in names})
+        answers.append(answer if asked.chat else _cut(answer, task.stops))
+    return [answers[place : place + config.samples] for place in range(0, len(answers), config.samples)], generated
+
+
+def choose_likeliest(asked: Asked, task: Task, store: ValueStore) -> tuple[list[list[Answer]], int]:
+    """Return for each item the choice that the model finds the most probable, and how many choices were scored now.
+
+    The question is given as a text to go on from, for every model. Raises UserError for a server, which tells no probabilities.
+    """
+    if asked.model.chat is None:
+        raise UserError(
+            f"{task.name}: a server does not tell the probabilities of a given text; take {task.name}_generated, or a model on disk"
+        )
+    wanted = [[_continued(asked.model, item, choice) for choice in item.choices] for item in task.items]
+    missing = {each.key: each for item in wanted for each in item if not each.error and each.key not in store}
+    errors: dict[str, str] = {}
+    if missing:
+        with asked.model.running() as engine, Progress(f"{task.name}: score {asked.name}", total=len(missing), unit="choices") as progress:
+            for scored in engine.logprobs(each.request for each in missing.values() if each.request is not None):
+                if scored.error:
+                    errors[scored.key] = scored.error
+                else:
+                    store.put(scored.key, scored.logprobs)
+                progress.advance()
+    answers = []
+    for item, each in zip(task.items, wanted, strict=True):
+        error = next((one.error or errors.get(one.key) for one in each if one.error or one.key in errors), None)
+        if error:
+            answers.append([Answer(error=error)])
+            continue
+        sums = [float(store[one.key].sum()) for one in each]
+        best = max(range(len(sums)), key=sums.__getitem__)
+        answers.append([Answer(key=each[best].key, text=item.choices[best], finish_reason="stop", logprob=sums[best])])
+    return answers, len(missing) - len(errors)
+
+
+@dataclass(frozen=True, slots=True)
+class _Continued:
+    """A choice put behind its question, to be scored."""
+
+    key: str = ""
+    request: ScoreRequest | None = None
+    error: str | None = None
+
+
+def _continued(model: NamedModel, item: Item, choice: str) -> _Continued:
+    assert model.chat is not None
+    tokenizer = model.chat.tokenizer
+    before = tokenizer(item.completion)["input_ids"]
+    ids = tokenizer(item.completion + choice)["input_ids"]
+    start = len(before) if ids[: len(before)] == before else len(before) - 1  # where the last token swallows what follows
+    if model.context is not None and len(ids) > model.context:
+        return _Continued(error="too_long")
+    key = value_key("choice", _identity(model), ids, start)
+    return _Continued(key, ScoreRequest(key=key, ids=tuple(ids), start=start))
+
+
+def _sampling(task: Task, config: TasksConfig) -> Sampling:
+    longest = config.max_new_tokens or task.max_new_tokens
+    if config.samples == 1:
+        return Sampling(temperature=0.0, top_p=1.0, max_new_tokens=longest, seed=0)
+    return Sampling(temperature=config.temperature, top_p=config.top_p, max_new_tokens=longest, seed=config.seed)
+
+
+def _prepare(asked: Asked, item: Item, index: int, sampling: Sampling, config: TasksConfig) -> _Wanted:
+    model = asked.model
+    ids: tuple[int, ...] = ()
+    if model.chat is not None:
+        try:
+            ids = tuple(model.chat.prompt(item.messages) if asked.chat else model.chat.tokenizer(item.completion)["input_ids"])
+        except UserError as error:
+            log.warning("%s: %s", item.id, error)
+            return _Wanted(item, index, error="refused_by_template")
+        if model.context is not None and len(ids) + sampling.max_new_tokens > model.context:
+            return _Wanted(item, index, error="too_long")
+    key = sample_key(prompt=ids or item.messages, model_identity=_identity(model), sampling=sampling, index=index)
+    return _Wanted(item, index, key, ids, tuple(item.messages))
+
+
+def _identity(model: NamedModel) -> str:
+    """Return what the key of an answer holds of the model: its weights, what renders and stops it, and what runs it."""
+    engine = choose(model.engine)
+    package = {"transformers": "transformers", "vllm": "vllm"}.get(engine)
+    version = importlib.metadata.version(package) if package else ""
+    return "+".join(filter(None, [model.identity, model.template, f"{engine} {version}".strip(), model.engine.dtype]))
+
+
+def _generate(model: NamedModel, wanted: Sequence[_Wanted], sampling: Sampling, store: SampleStore, label: str) -> int:
+    stored = store.keys()
+    missing = {each.key: each for each in wanted if not each.error and each.key not in stored}
+    if not missing:
+        return 0
+    settings: dict[str, Any] = {**decisive_settings(_identity(model), sampling)}
+    sampling_key = store.remember(model.reference, settings)
+
+    def requests() -> Iterator[Request]:
+        for key, each in list(missing.items()):
+            yield Request(key=key, prompt_ids=each.ids, messages=list(each.messages), sampling=sampling, seed=sample_seed(key))
+
+    with model.running() as engine, Progress(f"{label}: ask {model.name}", total=len(missing), unit="answers") as progress:
+
+        def durable(samples: int, tokens: int) -> None:
+            progress.advance(samples, tokens=tokens)
+
+        with store.writer(durable) as writer:
+            for completion in engine.generate(requests()):
+                each = missing[completion.key]
+                if completion.finish_reason == "error":
+                    writer.put_failure(completion.key, each.item.id, each.index, completion.error or "the engine gave no reason")
+                    continue
+                sample = Sample(
+                    example_id=each.item.id,
+                    index=each.index,
+                    text=completion.text,
+                    finish_reason=completion.finish_reason,
+                    num_tokens=completion.num_tokens,
+                    logprob=completion.logprob,
+                    model=model.reference,
+                    sampling_key=sampling_key,
+                )
+                writer.put(completion.key, sample)
+    return progress.done
+
+
+def _cut(answer: Answer, stops: tuple[str, ...]) -> Answer:
+    text = cut(answer.text, stops)
+    if text == answer.text:
+        return answer
+    named: Mapping[str, Any] = {"key": answer.key, "num_tokens": answer.num_tokens, "logprob": answer.logprob}
+    return Answer(text=text, finish_reason="stop", **named)

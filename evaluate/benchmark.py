@@ -1,0 +1,200 @@
+"""Tasks: the same questions to all models, marked by rules, compared question by question."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from ..core.checks.sandbox import available
+from ..core.config import to_mapping
+from ..core.errors import UserError
+from ..core.files import write_atomically
+from ..core.named_models import find_models
+from ..core.progress import Progress
+from ..core.store import SampleStore
+from ..core.values import ValueStore
+from .ask import Asked, ask, choose_likeliest, ways
+from .compare import Answer
+from .config import TasksConfig
+from .contamination import contaminated
+from .health import health
+from .marks import Marks, TaskResult, adjust, compare_marks, measure, without
+from .results import counted, finish_section, left_out, open_section, told
+from .tasks import open_task
+from .tasks.base import Item, Task
+
+log = logging.getLogger(__name__)
+
+ANSWERS: dict[str, Any] = {
+    "task": pl.String,
+    "model": pl.String,
+    "item": pl.String,
+    "sample_index": pl.Int32,
+    "text": pl.String,
+    "finish_reason": pl.String,
+    "num_tokens": pl.Int64,
+    "key": pl.String,
+    "error": pl.String,  # why there is no answer
+}
+SCORES: dict[str, Any] = {
+    "task": pl.String,
+    "model": pl.String,
+    "item": pl.String,
+    "sample_index": pl.Int32,
+    "metric": pl.String,
+    "value": pl.Float64,
+    "found": pl.Boolean,
+    "answer": pl.String,  # what was read out of the text
+    "trained_on": pl.String,  # the training row that holds the question
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasksResult:
+    """What came out of all tasks."""
+
+    folder: Path | None  # evaluate/ of the run, where one was given
+    tasks: list[TaskResult]
+
+    def facts(self) -> dict[str, Any]:
+        """Return it as plain values, for results.json."""
+        return {each.name: asdict(each) for each in self.tasks}
+
+    def summary(self) -> str:
+        """Write it for people."""
+        place = [f"answers: {self.folder / 'task_answers.parquet'}, marks: {self.folder / 'task_scores.parquet'}"] if self.folder else []
+        return "\n\n".join([*(each.summary() for each in self.tasks), *place])
+
+
+def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | None, config: TasksConfig) -> TasksResult:
+    """Ask all models (name: reference) the questions of tasks, mark the answers, and compare with the first model, paired.
+
+    Into the run folder `out` go evaluate/task_answers.parquet, task_scores.parquet and the section `tasks` of results.json.
+    Answers are stored under keys of what decides them and apart from their marks: marking again generates nothing, new weights
+    generate all anew. Without `out` nothing is kept. Raises UserError for a task or a model that is not there, for programs
+    where there is no sandbox, and where no question is left that every model answered.
+    """
+    tasks = [_limited(open_task(name, config), config) for name in names]
+    repeated = [each.name for each in tasks if sum(other.name == each.name for other in tasks) > 1]
+    if not tasks or repeated:
+        raise UserError(f"tasks: {f'{repeated[0]} is given twice' if repeated else 'none was given'}; expected --tasks NAME,NAME")
+    refusal = available() if any(each.code for each in tasks) and not config.unsafe else None
+    if refusal:
+        raise UserError(f"{', '.join(each.name for each in tasks if each.code)}: runs programs that models wrote, and {refusal}")
+    found = find_models(models, config.engine)
+    asked = ways(found, config)
+    settings = {"tasks": list(names), "models": dict(models), **to_mapping(config)}
+    with ExitStack() as stack:
+        folder = stack.enter_context(open_section(out, "tasks", settings))
+        store = stack.enter_context(SampleStore(folder / "answers.sqlite"))
+        choices = stack.enter_context(ValueStore(folder / "choices.sqlite"))
+        answers: dict[str, dict[str, list[list[Answer]]]] = {task.name: {} for task in tasks}
+        new: dict[str, dict[str, int]] = {task.name: {} for task in tasks}
+        for way in asked:
+            for task in tasks:
+                said = choose_likeliest(way, task, choices) if task.likelihood else ask(way, task, store, config)
+                answers[task.name][way.name], new[task.name][way.name] = said
+        results, tables = [], []
+        for task in tasks:
+            result, scores = _result(task, asked, answers[task.name], new[task.name], config)
+            results.append(result)
+            tables.append(scores)
+        outcome = TasksResult(folder=folder if out else None, tasks=adjust(results))
+        with write_atomically(folder / "task_answers.parquet") as temporary:
+            pl.concat([_answer_table(task, answers[task.name]) for task in tasks]).write_parquet(temporary)
+        with write_atomically(folder / "task_scores.parquet") as temporary:
+            pl.concat(tables).write_parquet(temporary)
+        finish_section(folder, "tasks", outcome.facts(), {"models": list(models), "tasks": [each.name for each in tasks]})
+        return outcome
+
+
+def _limited(task: Task, config: TasksConfig) -> Task:
+    return replace(task, items=task.items[: config.limit])
+
+
+def _result(
+    task: Task, asked: Sequence[Asked], answers: Mapping[str, list[list[Answer]]], new: Mapping[str, int], config: TasksConfig
+) -> tuple[TaskResult, pl.DataFrame]:
+    reasons = left_out(
+        {name: next((one.error for one in each[place] if one.error), None) for name, each in answers.items()}
+        for place in range(len(task.items))
+    )
+    counts = counted(reasons)
+    used = [place for place, reason in enumerate(reasons) if reason is None]
+    if not used:
+        raise UserError(f"{task.name}: none of its {len(task.items):,} questions was answered by every model: {told(counts)}")
+    items = [task.items[place] for place in used]
+    marks = {name: _mark(task, name, items, [each[place] for place in used], config) for name, each in answers.items()}
+    groups = [item.group for item in items]
+    drawn = {"resamples": config.resamples, "seed": config.seed}
+    held = contaminated(items, config.train_data) if config.train_data else {}
+    metrics = {}
+    for name, each in marks.items():
+        metrics[name] = [measure(each, metric, groups, drawn) for metric in task.metrics]
+        if config.train_data:
+            clean = [item.id not in held for item in items]
+            metrics[name] = [without(metric, each, clean) for metric in metrics[name]]
+    result = TaskResult(
+        name=task.name,
+        n=len(items),
+        left_out=counts,
+        metrics=metrics,
+        health={way.name: None if task.likelihood else _health(items, [answers[way.name][place] for place in used]) for way in asked},
+        comparisons=compare_marks(task.name, task.metrics[0], marks, groups, drawn),
+        generated=dict(new),
+        contaminated=len(held) if config.train_data else None,
+    )
+    return result, _score_table(task, items, marks, held)
+
+
+def _health(items: Sequence[Item], answers: Sequence[Sequence[Answer]]) -> Any:
+    pairs = [(item.question, answer) for item, several in zip(items, answers, strict=True) for answer in several]
+    return health([question for question, _ in pairs], [answer for _, answer in pairs])
+
+
+def _mark(task: Task, name: str, items: Sequence[Item], answers: Sequence[Sequence[Answer]], config: TasksConfig) -> list[Marks]:
+    jobs = [(item, answer.text) for item, several in zip(items, answers, strict=True) for answer in several]
+    if not task.code:
+        marks = [task.score(*job) for job in jobs]
+    else:
+        with Progress(f"{task.name}: run {name}'s programs", total=len(jobs), unit="programs") as progress:
+            marks = []
+            with ThreadPoolExecutor(config.workers) as pool:
+                for mark in pool.map(lambda job: task.score(*job), jobs):
+                    marks.append(mark)
+                    progress.advance()
+    return [marks[place : place + config.samples] for place in range(0, len(marks), config.samples if not task.likelihood else 1)]
+
+
+def _answer_table(task: Task, answers: Mapping[str, list[list[Answer]]]) -> pl.DataFrame:
+    rows = [
+        {
+            "task": task.name,
+            "model": name,
+            "item": item.id,
+            "sample_index": index,
+            **{column: None if each.error else getattr(each, column) for column in ("text", "finish_reason", "num_tokens")},
+            "key": each.key or None,
+            "error": each.error,
+        }
+        for name, several in answers.items()
+        for item, given in zip(task.items, several, strict=True)
+        for index, each in enumerate(given)
+    ]
+    return pl.DataFrame(rows, schema=ANSWERS)
+
+
+def _score_table(task: Task, items: Sequence[Item], marks: Mapping[str, list[Marks]], held: Mapping[str, str]) -> pl.DataFrame:
+    rows = [
+        (task.name, name, item.id, index, metric, mark.value, mark.found, mark.answer, held.get(item.id))
+        for name, several in marks.items()
+        for item, given in zip(items, several, strict=True)
+        for index, each in enumerate(given)
+        for metric, mark in each.items()
+    ]
+    return pl.DataFrame(rows, schema=SCORES, orient="row")

@@ -1,0 +1,221 @@
+"""From marks to numbers: how good each model is at a task, and whether one is better than the first, with how sure that is."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .health import Health
+from .results import aligned, told
+from .statistics import (
+    Interval,
+    bootstrap_mean,
+    cluster_sums,
+    holm,
+    mcnemar,
+    minimum_detectable_difference,
+    paired_difference,
+    pass_at_k,
+    sign_flip,
+    wilson,
+)
+from .tasks.base import Mark
+
+DETECTABLE = 2.80 / 1.96  # half of a 95 % interval to the difference that is found four times in five
+
+Marks = Sequence[Mapping[str, Mark]]  # of one item's answers, by metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A model's mean over questions, from 0 to 1, and its 95 % interval; None where one cluster tells nothing about others."""
+
+    name: str
+    n: int  # questions
+    clusters: int | None  # subjects or conversations that they share; None where they share none
+    mean: float
+    interval: Interval | None
+    not_found: float  # share of answers in which no answer was found; they count as wrong
+    pass_at: dict[int, float]  # of several samples: that one of k is right
+    majority: float | None  # of several samples: that the answer given most often is right; ties are shared
+    clean: float | None = None  # the mean without the questions that stand in the training data
+    clean_n: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A model minus the first one, over the same questions. 95 % interval, paired."""
+
+    task: str
+    metric: str
+    model: str
+    baseline: str
+    difference: float
+    interval: Interval | None
+    p_value: float  # exact McNemar for right and wrong, sign flips for scores
+    p_adjusted: float  # Holm, over tasks and models
+    detectable: float | None  # the difference that so many questions find four times in five; None: they are too few for any
+
+    def told(self) -> str:
+        """Write it for people."""
+        line = f"{self.model} − {self.baseline}: {self.metric} {100 * self.difference:+.1f} points"
+        if self.interval is not None:
+            line += f" (95 % {100 * self.interval.low:+.1f} to {100 * self.interval.high:+.1f})"
+        line += f", p {self.p_adjusted:.2g}: {'significant' if self.p_adjusted <= 0.05 else 'not significant'}"
+        size = (
+            "too few questions to find any difference" if self.detectable is None else f"{100 * self.detectable:.1f} points would be found"
+        )
+        return (
+            f"{line}; {size} four times in five".replace("-", "−") if self.detectable is not None else f"{line}; {size}".replace("-", "−")
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """What came out of one task, by the name under which a model was asked."""
+
+    name: str
+    n: int
+    left_out: dict[str, int]
+    metrics: dict[str, list[Metric]]
+    health: dict[str, Health | None]  # None where nothing was written
+    comparisons: list[Comparison]
+    generated: dict[str, int]
+    contaminated: int | None
+
+    def summary(self) -> str:
+        """Write it for people."""
+        lines = [f"{self.name}: {self.n:,} question{'s' * (self.n != 1)} answered by every model"]
+        if self.left_out:
+            lines.append(f"left out for all models: {told(self.left_out)}")
+        extra = sorted({k for each in self.metrics.values() for metric in each for k in metric.pass_at})
+        clean = self.contaminated is not None
+        head = ["model", "metric", "score", "95 %", "n", "no answer found", *(f"pass@{k}" for k in extra)]
+        rows: list[Sequence[str]] = [[*head, *(["maj"] if extra else []), *(["without contaminated"] if clean else [])]]
+        for name, metrics in self.metrics.items():
+            for each in metrics:
+                span = "one alone" if each.interval is None else f"{100 * each.interval.low:.1f} to {100 * each.interval.high:.1f} %"
+                row = [name, each.name, _percent(each.mean), span, f"{each.n:,}", _percent(each.not_found)]
+                row += [_percent(each.pass_at.get(k)) for k in extra] + ([_percent(each.majority)] if extra else [])
+                rows.append([*row, *([f"{_percent(each.clean)} of {each.clean_n:,}"] if clean else [])])
+        lines += aligned(rows)
+        if clean:
+            lines.append(f"{self.contaminated:,} of {self.n:,} questions stand in the training data")
+        written = {name: each for name, each in self.health.items() if each is not None}
+        if written:
+            table: list[Sequence[str]] = [("answers", "stopped", "cut", "repetitive", "empty", "mean tokens", "other language", "new")]
+            for name, each_health in written.items():
+                shares = [each_health.stop_rate, each_health.truncated, each_health.repetitive, each_health.empty]
+                told_shares = [_percent(share) for share in shares]
+                tokens, other = f"{each_health.mean_tokens:.1f}", _percent(each_health.other_language)
+                table.append((name, *told_shares, tokens, other, f"{self.generated[name]:,}"))
+            lines += aligned(table)
+        return "\n".join([*lines, *(each.told() for each in self.comparisons)])
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def measure(marks: Sequence[Marks], metric: str, groups: Sequence[str | None], drawn: Mapping[str, Any]) -> Metric:
+    """Return a model's number for a metric, from the marks of each item's answers. There is at least one item."""
+    values = [sum(each[metric].value for each in item) / len(item) for item in marks]
+    every = [each[metric] for item in marks for each in item]
+    samples = len(marks[0])
+    binary = all(each.value in (0.0, 1.0) for each in every)
+    clusters = _clusters(groups)
+    mean = sum(values) / len(values)
+    interval: Interval | None
+    if binary and samples == 1 and clusters is None:
+        interval = wilson(round(sum(values)), len(values))
+    else:
+        interval = bootstrap_mean(values, clusters=clusters, **drawn).interval
+        if interval is not None and binary and interval.low == interval.high and mean in (0.0, 1.0):
+            count = len(set(clusters)) if clusters else len(values)  # all alike: resamples cannot show that others may differ
+            interval = wilson(round(mean * count), count)
+    pass_at, majority = {}, None
+    if samples > 1 and binary:
+        steps = sorted({1, samples, *(2**power for power in range(1, samples.bit_length()) if 2**power < samples)})
+        right = [round(sum(each[metric].value for each in item)) for item in marks]
+        pass_at = {k: sum(pass_at_k(samples, correct, k) for correct in right) / len(right) for k in steps}
+        if any(each.answer for each in every):
+            majority = sum(_majority([each[metric] for each in item]) for item in marks) / len(marks)
+    return Metric(
+        name=metric,
+        n=len(values),
+        clusters=len(set(clusters)) if clusters else None,
+        mean=mean,
+        interval=interval,
+        not_found=sum(not each.found for each in every) / len(every),
+        pass_at=pass_at,
+        majority=majority,
+    )
+
+
+def without(metric: Metric, marks: Sequence[Marks], clean: Sequence[bool]) -> Metric:
+    """Return a metric with its mean over the clean items beside it."""
+    kept = [sum(each[metric.name].value for each in item) / len(item) for item, good in zip(marks, clean, strict=True) if good]
+    return replace(metric, clean=sum(kept) / len(kept) if kept else None, clean_n=len(kept))
+
+
+def _majority(marks: Sequence[Mark]) -> float:
+    counts = Counter(each.answer for each in marks if each.found)
+    if not counts:
+        return 0.0
+    most = max(counts.values())
+    value = {each.answer: each.value for each in marks if each.found}
+    winners = [value[answer] for answer, count in counts.items() if count == most]
+    return sum(winners) / len(winners)
+
+
+def _clusters(groups: Sequence[str | None]) -> list[str] | None:
+    """Return the cluster of each item; None where no two share one."""
+    named = [f"group {group}" if group is not None else f"item {number}" for number, group in enumerate(groups)]
+    return None if len(set(named)) == len(named) else named
+
+
+def compare_marks(
+    task: str, metric: str, marks: Mapping[str, Sequence[Marks]], groups: Sequence[str | None], drawn: Mapping[str, Any]
+) -> list[Comparison]:
+    """Compare the first model's marks with each other's, item by item. p_adjusted is p_value until `adjust` sees all tasks."""
+    means = {name: np.array([sum(each[metric].value for each in item) / len(item) for item in items]) for name, items in marks.items()}
+    (baseline, first), *others = means.items()
+    clusters = _clusters(groups)
+    found = []
+    for name, second in others:
+        change, n = second - first, len(first)
+        binary = clusters is None and all(set(np.unique(each)) <= {0.0, 1.0} for each in (first, second))
+        interval: Interval | None
+        detectable: float | None
+        if binary:
+            only_first, only_second = int((change < 0).sum()), int((change > 0).sum())
+            interval, p_value = paired_difference(only_first, only_second, n), mcnemar(only_first, only_second)
+            # the share of unequal pairs is not known exactly either: one of each kind more than were seen
+            detectable = minimum_detectable_difference(n, (only_first + only_second + 2) / (n + 2))
+        else:
+            interval = bootstrap_mean(change, clusters=clusters, **drawn).interval
+            p_value = sign_flip(cluster_sums([change], clusters)[:, 0], **drawn)
+            width = 0.0 if interval is None else interval.high - interval.low
+            detectable = DETECTABLE * width / 2 if width > 0 and math.isfinite(width) else None
+        comparison = Comparison(
+            task=task,
+            metric=metric,
+            model=name,
+            baseline=baseline,
+            difference=float(change.mean()),
+            interval=interval,
+            p_value=p_value,
+            p_adjusted=p_value,
+            detectable=detectable,
+        )
+        found.append(comparison)
+    return found
+
+
+def adjust(results: Sequence[TaskResult]) -> list[TaskResult]:
+    """Return results whose comparisons are adjusted for there being several, over all tasks and models."""
+    adjusted = iter(holm([each.p_value for result in results for each in result.comparisons]))
+    return [replace(result, comparisons=[replace(each, p_adjusted=next(adjusted)) for each in result.comparisons]) for result in results]

@@ -1,0 +1,61 @@
+"""What a task is: questions with what decides their answers, how they are asked, and a scorer. One file makes one."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...core.example import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One question, asked in two ways: as a conversation, and as the text that a model without a template goes on from."""
+
+    id: str
+    messages: list[Message]
+    completion: str
+    target: Mapping[str, Any] = field(default_factory=dict)  # what the scorer needs
+    group: str | None = None  # questions of one subject or conversation are not independent
+    choices: tuple[str, ...] = ()  # texts to go on with, of which the most probable is the answer
+
+    @property
+    def question(self) -> str:
+        """Return what the last message says."""
+        return str(self.messages[-1]["content"])
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What an answer is worth, from 0 to 1. `found` is False where no answer could be read out of it; then it is worth 0."""
+
+    value: float
+    found: bool = True
+    answer: str = ""  # what was read out of it: equal ones are one answer to a majority
+
+
+Score = Callable[[Item, str], dict[str, Mark]]  # by metric, the headline first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task. `metrics` are the names that `score` gives, the headline first."""
+
+    name: str
+    items: list[Item]
+    metrics: tuple[str, ...]
+    score: Score
+    max_new_tokens: int = 512
+    stops: tuple[str, ...] = ("\nQuestion:",)  # where a completion has gone on to another question
+    likelihood: bool = False  # the choices are compared by their probability, nothing is generated
+    code: bool = False  # answers are run
+
+
+def asked(question: str) -> list[Message]:
+    """Return a question as a conversation."""
+    return [{"role": "user", "content": question}]
+
+
+def cut(text: str, stops: tuple[str, ...]) -> str:
+    """Return a completion up to the first of the stops."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else text

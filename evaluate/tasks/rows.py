@@ -1,0 +1,133 @@
+"""A user's own task: one file of questions, each with what its answer is held against and how."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...core.checks.code import extract_program, run_tests
+from ...core.checks.numbers import canonical, extract_number
+from ...core.checks.schema import check_schema
+from ...core.errors import UserError, unknown_name
+from ...core.example import Example, Message, content_id
+from ...core.formats import FORMATS, detect_format, split_prompt
+from ...core.sources import iterate_rows
+from ..config import TasksConfig
+from .base import Item, Mark, Task
+from .humaneval import told
+
+
+def _exact(target: Mapping[str, Any], answer: str) -> Mark:
+    said = " ".join(answer.split())
+    return Mark(float(any(said == " ".join(str(each).split()) for each in _several(target["answer"]))), bool(said), said[:200])
+
+
+def _numeric(target: Mapping[str, Any], answer: str) -> Mark:
+    found = extract_number(answer)
+    golds = [extract_number(str(each)) for each in _several(target["answer"])]
+    return Mark(0.0, False) if found is None else Mark(float(found in golds), True, canonical(found))
+
+
+def _regex(target: Mapping[str, Any], answer: str) -> Mark:
+    found = re.search(target["pattern"], answer, re.MULTILINE)
+    return Mark(float(found is not None), True, found[0][:200] if found else "")
+
+
+def _contains(target: Mapping[str, Any], answer: str) -> Mark:
+    lower = answer.casefold()
+    return Mark(float(all(str(each).casefold() in lower for each in _several(target["answer"]))))
+
+
+def _schema(target: Mapping[str, Any], answer: str) -> Mark:
+    reason = check_schema(answer, target["schema"])
+    return Mark(float(reason is None), not (reason or "").startswith("not JSON"), reason or "")
+
+
+def _several(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+OWN = ("id", "group", "scoring", "answer", "pattern", "schema", "tests", "entry_point")  # columns that are no part of the question
+SCORING: dict[str, tuple[Callable[[Mapping[str, Any], str], Mark] | None, str]] = {  # the scorer, and the column that it needs
+    "exact": (_exact, "answer"),
+    "numeric": (_numeric, "answer"),
+    "regex": (_regex, "pattern"),
+    "contains": (_contains, "answer"),
+    "json-schema": (_schema, "schema"),
+    "unit-test": (None, "tests"),  # runs programs: see `load`
+}
+
+
+def load(source: str, config: TasksConfig) -> Task:
+    """Return the task of a file: FILE, or FILE:SCORING for rows that name none in a column `scoring`.
+
+    A row has a question in any format, and the column that its scoring needs; `id` and `group` where the user has them.
+    Raises UserError, naming file and row, for a scoring that is unknown, a column that is missing, and an id that is given twice.
+    """
+    path, default = source, ""
+    if not Path(source).expanduser().exists() and ":" in source:
+        path, _, default = source.rpartition(":")
+    places: dict[str, str] = {}
+    items = []
+    for place, row in iterate_rows(path):
+        target = {name: row[name] for name in OWN if row.get(name) is not None}
+        messages, gold = _question({name: value for name, value in row.items() if name not in OWN and value is not None}, place)
+        if gold is not None:
+            target.setdefault("answer", gold)
+        scoring = str(target.setdefault("scoring", default))
+        if scoring == "judge":
+            raise UserError(f"{place}: scoring 'judge' is what `sftkit evaluate judge` does; here are {', '.join(SCORING)}")
+        if not scoring:
+            raise UserError(f"{place}: says no scoring; add a column scoring, or give {path}:SCORING: {', '.join(SCORING)}")
+        if scoring not in SCORING:
+            raise unknown_name("scoring", scoring, SCORING, place)
+        _check(target, scoring, place, list(row))
+        name = str(target.get("id") or _unused(content_id(messages), places))
+        if name in places:
+            raise UserError(f"{place}: the id {name!r} is that of {places[name]} too; give each question its own")
+        places[name] = place
+        question = f"Question: {messages[-1]['content']}\nAnswer:"
+        items.append(Item(name, messages, question, target, str(target["group"]) if "group" in target else None))
+
+    def score(item: Item, answer: str) -> dict[str, Mark]:
+        scorer = SCORING[item.target["scoring"]][0]
+        if scorer is not None:
+            return {"score": scorer(item.target, answer)}
+        program = extract_program(answer, entry_point=item.target.get("entry_point"))
+        verdict = run_tests(program, item.target["tests"], entry_point=item.target.get("entry_point"), unsafe=config.unsafe)
+        found = verdict.ended not in ("no_code", "syntax")
+        return {"score": Mark(float(verdict.passed), found, told(verdict.ended, verdict.message, verdict.attempts))}
+
+    code = any(item.target["scoring"] == "unit-test" for item in items)
+    return Task(name=Path(path).name, items=items, metrics=("score",), score=score, code=code)
+
+
+def _question(rest: dict[str, Any], place: str) -> tuple[list[Message], str | None]:
+    """Return a row's conversation up to its last question, and the answer that stands behind it, if one does."""
+    messages = FORMATS[detect_format(frozenset(rest), place)](rest, place)
+    if not any(each["role"] == "user" for each in messages):
+        raise UserError(f"{place}: has no question; expected a column prompt or question, or messages of a user")
+    return split_prompt(Example("", messages))
+
+
+def _unused(name: str, used: Mapping[str, str]) -> str:
+    number = 2
+    wanted = name
+    while name in used:  # the same question twice, each with its own answer
+        name, number = f"{wanted}~{number}", number + 1
+    return name
+
+
+def _check(target: Mapping[str, Any], scoring: str, place: str, columns: list[str]) -> None:
+    column = SCORING[scoring][1]
+    if target.get(column) is None:
+        raise UserError(f"{place}: scoring {scoring!r} needs a column {column}; found {', '.join(columns)}")
+    if scoring == "numeric" and any(extract_number(str(each)) is None for each in _several(target["answer"])):
+        raise UserError(f"{place}: scoring 'numeric' needs a number as answer; found {str(target['answer'])[:60]!r}")
+    if scoring == "regex":
+        try:
+            re.compile(str(target["pattern"]))
+        except re.error as error:
+            raise UserError(f"{place}: pattern {target['pattern']!r} is not a regular expression: {error}") from None
+    if scoring == "json-schema":
+        check_schema("null", target["schema"])

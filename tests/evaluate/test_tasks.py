@@ -1,0 +1,398 @@
+"""Tasks with answers that rules judge: asked once, marked as often as one likes, compared question by question."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from sftkit.core.checks.sandbox import available
+from sftkit.core.errors import UserError
+from sftkit.evaluate import task_data
+from sftkit.evaluate.benchmark import TasksResult, evaluate_tasks
+from sftkit.evaluate.compare import Answer
+from sftkit.evaluate.config import TasksConfig
+from sftkit.evaluate.contamination import contaminated
+from sftkit.evaluate.health import health, repeats
+from sftkit.evaluate.marks import adjust, compare_marks, measure
+from sftkit.evaluate.statistics import pass_at_k
+from sftkit.evaluate.tasks import open_task
+from sftkit.evaluate.tasks.base import Item, Mark, asked, cut
+
+from .conftest import ANSWER, QUESTIONS, Watch
+
+DRAWN = {"resamples": 1000, "seed": 0}
+needs_sandbox = pytest.mark.skipif(available() is not None, reason=str(available()))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """Questions of all kinds that a model which says ANSWER ("The answer is 1.") gets right, but for the last."""
+    scorings: list[dict[str, Any]] = [
+        {"scoring": "exact", "answer": "The answer  is 1."},
+        {"scoring": "numeric", "answer": "1.0"},
+        {"scoring": "contains", "answer": ["ANSWER", "1"]},
+        {"scoring": "regex", "pattern": r"is \d\.$"},
+    ]
+    rows = [
+        {"id": f"q{number}", "prompt": question, **each} for number, (question, each) in enumerate(zip(QUESTIONS, scorings, strict=True))
+    ]
+    return write_rows(tmp_path / "mine.jsonl", [*rows, {"id": "q4", "prompt": "What is a process?", "scoring": "numeric", "answer": 2}])
+
+
+def settings(**values: Any) -> TasksConfig:
+    return TasksConfig(**{"max_new_tokens": 16, "resamples": 1000, **values})
+
+
+def scores(result: TasksResult) -> dict[str, float]:
+    return {name: metrics[0].mean for name, metrics in result.tasks[0].metrics.items()}
+
+
+def test_answers_are_made_once_and_marked_again_for_nothing(
+    mine: Path, tiny_model: Path, trained_model: Path, tmp_path: Path, watch: Watch
+) -> None:
+    models = {"base": str(tiny_model), "sft": str(trained_model)}
+    result = evaluate_tasks(models, [str(mine)], tmp_path / "run", settings())
+    assert scores(result)["sft"] == pytest.approx(0.8)
+    assert scores(result)["base"] == 0.0
+    (task,) = result.tasks
+    assert (task.generated, watch.asked) == ({"base": 4, "sft": 4}, 8)  # of two equal questions one
+    (comparison,) = task.comparisons
+    assert (comparison.model, comparison.baseline, comparison.difference) == ("sft", "base", pytest.approx(0.8))
+    assert comparison.p_value == pytest.approx(0.125)  # four of four pairs to one side, both sides
+    assert (
+        "p 0.12: not significant; too few questions to find any difference" in comparison.told() or "not significant" in comparison.told()
+    )
+    assert task.health["sft"] is not None
+    assert task.health["sft"].stop_rate == 1.0
+
+    rows = [json.loads(line) for line in mine.read_text().splitlines()]
+    rows[4]["answer"] = 1  # another mark for the same answer
+    write_rows(mine, rows)
+    again = evaluate_tasks(models, [str(mine)], tmp_path / "run", settings())
+    assert watch.asked == 8
+    assert again.tasks[0].generated == {"base": 0, "sft": 0}
+    assert scores(again)["sft"] == 1.0
+    stored = pl.read_parquet(tmp_path / "run" / "evaluate" / "task_scores.parquet")
+    assert stored.filter(pl.col("model") == "sft")["value"].to_list() == [1.0] * 5
+    assert json.loads((tmp_path / "run" / "evaluate" / "results.json").read_text())["tasks"]["mine.jsonl"]["n"] == 5
+
+
+def test_new_weights_under_the_same_path_are_asked_anew(
+    mine: Path, tiny_model: Path, trained_model: Path, tmp_path: Path, watch: Watch
+) -> None:
+    place = tmp_path / "model"
+    shutil.copytree(tiny_model, place)
+    first = evaluate_tasks({"it": str(place)}, [str(mine)], tmp_path / "run", settings())
+    shutil.copyfile(trained_model / "model.safetensors", place / "model.safetensors")
+    second = evaluate_tasks({"it": str(place)}, [str(mine)], tmp_path / "run", settings())
+    assert (scores(first)["it"], scores(second)["it"]) == (0.0, pytest.approx(0.8))
+    assert second.tasks[0].generated == {"it": 4}
+    assert watch.asked == 8
+    longer = evaluate_tasks({"it": str(place)}, [str(mine)], tmp_path / "run", settings(max_new_tokens=17))
+    assert longer.tasks[0].generated == {"it": 4}
+
+
+def test_several_samples_give_pass_at_k_and_the_majority(mine: Path, trained_model: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in mine.read_text().splitlines()]
+    numeric = write_rows(tmp_path / "numbers.jsonl", [row for row in rows if row["scoring"] == "numeric"])
+    result = evaluate_tasks({"sft": str(trained_model)}, [str(numeric)], None, settings(samples=3, temperature=0.2))
+    (metric,) = result.tasks[0].metrics["sft"]
+    assert sorted(metric.pass_at) == [1, 2, 3]
+    assert metric.pass_at[1] == pytest.approx(metric.mean)
+    assert metric.pass_at[1] <= metric.pass_at[3] <= 1.0
+    assert metric.majority == pytest.approx(0.5)
+    assert "pass@3" in result.summary()
+
+
+def test_a_model_without_a_template_is_given_a_text(mine: Path, tiny_base_model: Path, tiny_model: Path) -> None:
+    result = evaluate_tasks({"base": str(tiny_base_model)}, [str(mine)], None, settings(ask="both"))
+    assert list(result.tasks[0].metrics) == ["base"]
+    both = evaluate_tasks({"it": str(tiny_model)}, [str(mine)], None, settings(ask="both"))
+    assert list(both.tasks[0].metrics) == ["it:chat", "it:completion"]
+    with pytest.raises(UserError, match="has no chat template of its own; leave --ask chat away"):
+        evaluate_tasks({"base": str(tiny_base_model)}, [str(mine)], None, settings(ask="chat"))
+
+
+@needs_sandbox
+def test_programs_are_run(trained_model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "Write f", "scoring": "unit-test", "tests": "assert f(1) == 1"}]
+    path = write_rows(tmp_path / "code.jsonl", rows)
+    result = evaluate_tasks({"sft": str(trained_model)}, [str(path)], None, settings())
+    (metric,) = result.tasks[0].metrics["sft"]
+    assert (metric.n, metric.mean, metric.not_found) == (1, 0.0, 1.0)  # "The answer is 1." is no Python
+    assert "nan" not in result.summary().lower()
+
+
+def mmlu_rows() -> list[dict[str, Any]]:
+    return [
+        {
+            "split": split,
+            "subject": subject,
+            "question": f"What is {number}?",
+            "A": "1",
+            "B": "2",
+            "C": "3",
+            "D": "4",
+            "answer": "ABCD"[number % 4],
+        }
+        for split, count in (("dev", 2), ("test", 4))
+        for subject in ("a_subject", "another")
+        for number in range(count)
+    ]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(task_data, "cache_dir", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def test_choices_are_compared_by_their_probability(
+    cache: Path, tiny_model: Path, trained_model: Path, tmp_path: Path, watch: Watch
+) -> None:
+    task_data.fetch_data("mmlu", str(write_rows(tmp_path / "rows.jsonl", mmlu_rows())))
+    models = {"base": str(tiny_model), "sft": str(trained_model)}
+    result = evaluate_tasks(models, ["mmlu"], tmp_path / "run", settings())
+    (metric,) = result.tasks[0].metrics["base"]
+    assert (metric.n, metric.clusters, metric.name) == (8, 2, "likelihood")
+    assert watch.asked == 2 * 8 * 4
+    again = evaluate_tasks(models, ["mmlu"], tmp_path / "run", settings())
+    assert watch.asked == 2 * 8 * 4
+    assert again.tasks[0].metrics == result.tasks[0].metrics
+
+    import torch
+    from sftkit.core.chat import load_chat
+    from sftkit.core.models import load_model, resolve_model
+
+    ref = resolve_model(tiny_model)
+    chat, model = load_chat(ref), load_model(ref, dtype="float32")
+    answers = pl.read_parquet(tmp_path / "run" / "evaluate" / "task_answers.parquet").filter(pl.col("model") == "base")
+    for item, chosen in zip(open_task("mmlu", settings()).items, answers["text"], strict=True):
+        before = chat.tokenizer(item.completion)["input_ids"]
+        with torch.inference_mode():
+            logits = model(torch.tensor([before])).logits[0, -1]
+        letters = [chat.tokenizer(item.completion + choice)["input_ids"][len(before) :] for choice in item.choices]
+        firsts = {ids[0] for ids in letters}
+        if len(firsts) == 4 and all(len(ids) == 1 for ids in letters):
+            best = max(range(4), key=lambda each: float(logits[letters[each][0]]))
+            assert item.choices[best] == chosen
+
+
+def test_data_sets_come_along_or_are_fetched(cache: Path, tmp_path: Path) -> None:
+    assert [len(open_task(name, settings()).items) for name in ("gsm8k", "ifeval", "humaneval")] == [1319, 541, 164]
+    assert len(task_data.read_data("mt_bench")) == 80
+    with pytest.raises(UserError, match="mmlu does not come with sftkit: `sftkit evaluate data get mmlu SOURCE`"):
+        open_task("mmlu", settings())
+    with pytest.raises(UserError, match=r"rows.jsonl:1: found the columns question; expected split, subject, question, A, B, C, D, answer"):
+        task_data.fetch_data("mmlu", str(write_rows(tmp_path / "rows.jsonl", [{"question": "a"}])))
+    hub = {"question": "What?", "subject": "a_subject", "choices": ["1", "2", "3", "4"], "answer": 2}
+    assert task_data.fetch_data("mmlu", str(write_rows(tmp_path / "rows.jsonl", [hub])))[1] == 1
+    assert task_data.read_data("mmlu")[0]["answer"] == "C"
+    with pytest.raises(UserError, match="gsm8k comes with sftkit"):
+        task_data.fetch_data("gsm8k", "x")
+    with pytest.raises(UserError, match="unknown data set 'mlu': did you mean 'mmlu'"):
+        task_data.fetch_data("mlu", "x")
+    assert "mmlu" in task_data.table()
+
+
+def test_gsm8k_is_marked_in_three_ways() -> None:
+    task = open_task("gsm8k", settings())
+    item = task.items[0]  # 18
+    marks = {
+        text: {name: (each.value, each.found) for name, each in task.score(item, text).items()}
+        for text in ("so 18", "#### 18", r"\boxed{18}", "#### 17", "")
+    }
+    right, missing = (1.0, True), (0.0, False)
+    assert marks["so 18"] == {"flexible": right, "strict": missing, "boxed": missing}
+    assert marks["#### 18"] == {"flexible": right, "strict": right, "boxed": missing}
+    assert marks[r"\boxed{18}"] == {"flexible": right, "strict": missing, "boxed": right}
+    assert marks["#### 17"] == {"flexible": (0.0, True), "strict": (0.0, True), "boxed": missing}
+    assert marks[""] == {"flexible": missing, "strict": missing, "boxed": missing}
+    assert item.completion.startswith("Question: Natalia sold clips")
+    assert item.completion.count("Question:") == 6
+    assert item.completion.endswith("\nAnswer:")
+    assert cut(" 18\n\nQuestion: next", task.stops) == " 18\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [("B", "B"), (" (C)", "C"), ("The answer is D.", "D"), ("The correct answer is: (a) because", "A"), ("B. 2", "B"), ("A man walks", ""), ("none", ""), ("**B**", "B")],
+)  # fmt: skip
+def test_the_letter_of_a_written_choice(cache: Path, tmp_path: Path, answer: str, letter: str) -> None:
+    task_data.fetch_data("mmlu", str(write_rows(tmp_path / "rows.jsonl", mmlu_rows())))
+    task = open_task("mmlu_generated", settings())
+    assert task.score(task.items[0], answer)["generated"].answer == letter
+
+
+BAD: list[tuple[list[dict[str, Any]], str]] = [
+    ([{"prompt": "a", "scoring": "numeric"}], r"rows.jsonl:1: scoring 'numeric' needs a column answer; found prompt, scoring"),
+    ([{"prompt": "a", "scoring": "regex", "answer": "b"}], r"rows.jsonl:1: scoring 'regex' needs a column pattern"),
+    ([{"prompt": "a", "scoring": "numeric", "answer": "b"}], r"needs a number as answer; found 'b'"),
+    ([{"prompt": "a", "scoring": "regex", "pattern": "("}], r"pattern '\(' is not a regular expression"),
+    ([{"prompt": "a", "scoring": "json-schema", "schema": {"type": "x"}}], r"json schema: is not valid"),
+    ([{"prompt": "a", "answer": "b"}], r"rows.jsonl:1: says no scoring; add a column scoring, or give .*rows.jsonl:SCORING"),
+    ([{"prompt": "a", "answer": "b", "scoring": "exat"}], r"rows.jsonl:1: unknown scoring 'exat': did you mean 'exact'"),
+    ([{"prompt": "a", "answer": "b", "scoring": "judge"}], r"scoring 'judge' is what `sftkit evaluate judge` does"),
+    (
+        [{"id": "x", "prompt": "a", "answer": "b", "scoring": "exact"}, {"id": "x", "prompt": "c", "answer": "d", "scoring": "exact"}],
+        r"rows.jsonl:2: the id 'x' is that of .*rows.jsonl:1 too",
+    ),
+]
+
+
+@pytest.mark.parametrize(("rows", "message"), BAD, ids=[message[:30] for _, message in BAD])
+def test_bad_rows_are_named(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        open_task(str(write_rows(tmp_path / "rows.jsonl", rows)), settings())
+
+
+def test_bad_settings_are_named(mine: Path, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown task 'gsm8': did you mean 'gsm8k'"):
+        evaluate_tasks({"a": str(tiny_model)}, ["gsm8"], None, settings())
+    with pytest.raises(UserError, match=r"mine.jsonl is given twice"):
+        evaluate_tasks({"a": str(tiny_model)}, [str(mine), str(mine)], None, settings())
+    with pytest.raises(UserError, match="temperature: 2 samples need one above 0"):
+        settings(samples=2, temperature=0)
+    long = write_rows(tmp_path / "long.jsonl", [{"prompt": "a " * 2000, "answer": "1", "scoring": "exact"}])
+    with pytest.raises(UserError, match="none of its 1 questions was answered by every model: 1 too_long"):
+        evaluate_tasks({"a": str(tiny_model)}, [str(long)], None, settings())
+    rows = [json.loads(line) for line in mine.read_text().splitlines()]
+    some = write_rows(tmp_path / "some.jsonl", [*rows, {"prompt": "a " * 2000, "answer": "1", "scoring": "exact"}])
+    result = evaluate_tasks({"a": str(tiny_model)}, [str(some)], None, settings())
+    assert (result.tasks[0].n, result.tasks[0].left_out) == (5, {"too_long": 1})
+
+
+def test_without_a_sandbox_no_model_is_asked(tiny_model: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sftkit.evaluate.benchmark.available", lambda: "bubblewrap is not installed: apt-get install bubblewrap (Linux)")
+    with pytest.raises(UserError, match="humaneval: runs programs that models wrote, and bubblewrap is not installed"):
+        evaluate_tasks({"a": str(tiny_model)}, ["humaneval"], None, settings())
+    assert watch.events == []
+
+
+def test_one_question_and_ties_give_words_and_no_nan(mine: Path, tiny_model: Path) -> None:
+    models = {"a": str(tiny_model), "b": str(tiny_model)}
+    result = evaluate_tasks(models, [str(mine)], None, settings(limit=1))
+    (comparison,) = result.tasks[0].comparisons
+    assert (comparison.difference, comparison.p_value, comparison.detectable) == (0.0, 1.0, None)
+    assert "not significant; too few questions to find any difference" in result.summary()
+    assert "1 question answered" in result.summary()
+    assert "nan" not in result.summary().lower()
+
+
+def marks(*values: float) -> list[list[dict[str, Mark]]]:
+    return [[{"m": Mark(value, answer=str(value))}] for value in values]
+
+
+def test_questions_that_share_a_subject_count_less() -> None:
+    values = [1.0] * 20 + [0.0] * 20
+    alone = measure(marks(*values), "m", [None] * 40, DRAWN)
+    together = measure(marks(*values), "m", [f"subject {number // 10}" for number in range(40)], DRAWN)
+    assert alone.interval is not None
+    assert together.interval is not None
+    assert (alone.mean, together.mean, together.clusters) == (0.5, 0.5, 4)
+    assert together.interval.high - together.interval.low > 1.5 * (alone.interval.high - alone.interval.low)
+    same = measure(marks(*[1.0] * 40), "m", [f"subject {number // 10}" for number in range(40)], DRAWN)
+    assert same.interval is not None
+    assert same.interval.low < 0.6  # of four subjects
+    one = measure(marks(1.0, 0.5), "m", ["subject", "subject"], DRAWN)
+    assert one.interval is None
+
+
+def test_comparisons_are_paired_and_adjusted_over_tasks() -> None:
+    first, second = marks(*[0.0] * 30), marks(*[1.0] * 10, *[0.0] * 20)
+    compared = compare_marks("t", "m", {"a": first, "b": second, "c": first}, [None] * 30, DRAWN)
+    assert compared[0].p_value == pytest.approx(2 / 2**10)
+    assert compared[1].p_value == 1.0
+    scored = compare_marks("t", "m", {"a": marks(0.1, 0.2, 0.3), "b": marks(0.2, 0.3, 0.4)}, [None] * 3, DRAWN)
+    assert scored[0].p_value == pytest.approx(0.25)
+    assert scored[0].difference == pytest.approx(0.1)
+    assert adjust([]) == []
+
+
+@pytest.mark.parametrize(
+    ("n", "correct", "k", "value"), [(4, 0, 2, 0.0), (4, 4, 1, 1.0), (4, 1, 1, 0.25), (4, 1, 2, 0.5), (5, 3, 3, 1.0), (2, 1, 2, 1.0)]
+)
+def test_pass_at_k(n: int, correct: int, k: int, value: float) -> None:
+    assert pass_at_k(n, correct, k) == pytest.approx(value)
+
+
+def test_the_majority_answers_and_ties_are_shared() -> None:
+    item = [{"m": Mark(1.0, True, "1")}, {"m": Mark(0.0, True, "2")}, {"m": Mark(1.0, True, "1")}]
+    tied = [{"m": Mark(1.0, True, "1")}, {"m": Mark(0.0, True, "2")}, {"m": Mark(0.0, False)}]
+    silent = [{"m": Mark(0.0, False)}] * 3
+    assert measure([item], "m", [None], DRAWN).majority == 1.0
+    assert measure([tied], "m", [None], DRAWN).majority == 0.5
+    assert measure([silent, item], "m", [None, None], DRAWN).majority == 0.5
+
+
+def test_health_names_what_is_wrong() -> None:
+    english = "Please tell me, in a few words, what a thread is and how it differs from a process."
+    answers = [
+        Answer(
+            text="A thread is a part of a process that runs by itself and shares its memory with the others.",
+            finish_reason="stop",
+            num_tokens=20,
+        ),
+        Answer(
+            text="Ein Faden ist ein Teil eines Prozesses, der für sich läuft und den Speicher mit den anderen teilt.",
+            finish_reason="stop",
+            num_tokens=20,
+        ),
+        Answer(text="and then " * 40, finish_reason="length", num_tokens=80),
+        Answer(text=" ", finish_reason="stop", num_tokens=0),
+    ]
+    found = health([english] * 4, answers)
+    assert (found.stop_rate, found.truncated, found.repetitive, found.empty, found.mean_tokens) == (0.75, 0.25, 0.25, 0.25, 30.0)
+    assert found.other_language is not None
+    assert 1 / 3 <= found.other_language <= 2 / 3
+    assert repeats("好的" * 50)
+    assert not repeats("short " * 10)
+    assert repeats("x" * 100_000)
+
+
+def test_contamination_is_found_and_scored_apart(tmp_path: Path, tiny_model: Path, trained_model: Path) -> None:
+    long = "A farmer has twelve brown cows and sells three of them at the market on Monday morning for a good price"
+    rows = [
+        {"id": "copied", "prompt": long, "answer": "9", "scoring": "numeric"},
+        {"id": "short", "prompt": "Calculate 1+1-1", "answer": "1", "scoring": "numeric"},
+        {"id": "new", "prompt": "How many legs do the nine cows that are left have in all?", "answer": "1", "scoring": "numeric"},
+    ]
+    path = write_rows(tmp_path / "mine.jsonl", rows)
+    trained_on = [
+        {"messages": [{"role": "user", "content": f"Hi! {long.upper()}, no?"}, {"role": "assistant", "content": "9"}]},
+        {"messages": [{"role": "user", "content": "calculate  1 + 1 - 1"}, {"role": "assistant", "content": "1"}]},
+    ]
+    train = write_rows(tmp_path / "train.jsonl", trained_on)
+    items = open_task(str(path), settings()).items
+    assert contaminated(items, str(train)) == {"copied": f"{train}:1", "short": f"{train}:2"}
+    result = evaluate_tasks({"sft": str(trained_model)}, [str(path)], None, settings(train_data=str(train)))
+    (metric,) = result.tasks[0].metrics["sft"]
+    assert result.tasks[0].contaminated == 2
+    assert (metric.clean_n, metric.clean) == (1, 1.0)
+    assert "2 of 3 questions stand in the training data" in result.summary()
+
+
+def test_the_command(mine: Path, trained_model: Path, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = cli(
+        "evaluate", "tasks", "--model", f"sft={trained_model}", "--tasks", mine, "--max-new-tokens", 16, "-o", tmp_path / "run"
+    )
+    assert code == 0
+    assert "mine.jsonl: 5 questions answered by every model" in out
+    assert "80.0 %" in out
+    code, out, error = cli("evaluate", "tasks", "--model", f"sft={trained_model}", "--tasks", "gsm9k")
+    assert (code, out) == (1, "")
+    assert "did you mean 'gsm8k'" in error
+    assert "Traceback" not in error
+    code, out, _ = cli("evaluate", "data", "list")
+    assert code == 0
+    assert "humaneval" in out
+    assert ANSWER == "The answer is 1."
+    assert Item("a", asked("b"), "c").question == "b"
