@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..core.progress import Progress
 from ..core.run import Run
 from .config import ScoreConfig
 from .model_scores import grape, ifd, ifd_ppl, judge, logprob, perplexity, reward, tags
-from .rows import KEY, keys, load_rows
+from .rows import KEY, load_rows
 from .scorers import Candidate, ColumnScorer, Result, Scorer, exact, failure, num_chars, num_tokens, num_words, numeric, regex
 from .text_scores import cluster, language, neighbour, refusal, repetition, top_ngram, truncated
 from .verifiers import ifeval, json_schema, unit_test
@@ -236,23 +236,6 @@ def check_score_name(run: Run, name: str) -> None:
     if name not in [*have, "random"]:
         near = f"; `sftkit curate score {run.path} --with {name}` adds it" if name in SCORERS else ""
         raise UserError(f"{run.path}: no score {name!r}: there are {', '.join(sorted({*have, 'random'}))}{near}")
-
-
-def sort_columns(run: Run, rows: pl.DataFrame, by: Sequence[str], seed: int = 0) -> list[list[float | None]]:
-    """Return one column per name in `by`, turned so that higher is better: `-NAME` is negated, `random` is drawn by row and seed."""
-    columns: list[list[float | None]] = []
-    for name in by:
-        if name == "random":
-            columns.append([random_number(seed, *key) for key in keys(rows)])
-            continue
-        values = read_score(run, rows, name.removeprefix("-"))["value"].to_list()
-        columns.append([None if value is None else -value for value in values] if name.startswith("-") else values)
-    return columns
-
-
-def best_first(columns: Sequence[Sequence[float | None]], row: int) -> tuple[tuple[bool, float], ...]:
-    """Return what to sort a row by so that the highest come first, lexicographically, and rows without a value last."""
-    return tuple((column[row] is None, -(column[row] or 0.0)) for column in columns)
 
 
 def random_number(seed: int, example_id: str, sample_index: int | None) -> float:

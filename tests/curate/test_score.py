@@ -7,7 +7,8 @@ from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate import score as scoring
 from sftkit.curate.config import ScoreConfig
-from sftkit.curate.score import parse_scorers, read_score, score, sort_columns, summary
+from sftkit.curate.score import parse_scorers, read_score, score, summary
+from sftkit.curate.scored import sort_columns
 from sftkit.curate.scorers import count_words
 
 
@@ -114,9 +115,9 @@ def test_rows_newer_than_a_score_count_as_unscored(toy_run: Callable[..., Run], 
 def test_random_depends_on_seed_and_row_alone(toy_run: Callable[..., Run]) -> None:
     rows = [{"prompt": "p", "response": str(index), "index": index} for index in range(50)]
     run, turned = toy_run(rows), toy_run(rows[::-1], name="turned")
-    one, two = (sort_columns(each, scoring.load_rows(each), ["random"], 1)[0] for each in (run, turned))
+    one, two = (sort_columns(each, scoring.load_rows(each), ["random"], 1)["0"].to_list() for each in (run, turned))
     assert one == two[::-1]
-    assert one != sort_columns(run, scoring.load_rows(run), ["random"], 2)[0]
+    assert one != sort_columns(run, scoring.load_rows(run), ["random"], 2)["0"].to_list()
     assert all(0 <= value < 1 for value in one if value is not None)
 
 
