@@ -26,7 +26,7 @@ from .config import (
 from .data_cli import export, mix
 from .decide_cli import best, decontaminate, dedup, filter_, select, tell
 from .distill_cli import cache, distill
-from .prompts_cli import prompts, teacher_rank
+from .prompts_cli import prompts, teacher_rank, tune
 from .score_cli import score
 
 
@@ -200,6 +200,7 @@ def verify(run: Path) -> None:
 for command in (
     prompts,
     teacher_rank,
+    tune,
     distill,
     cache,
     import_,

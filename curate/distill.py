@@ -16,6 +16,7 @@ from ..core.chat import Chat, load_chat
 from ..core.config import to_mapping
 from ..core.engines.base import Completion, Engine, Request, Sampling
 from ..core.engines.registry import choose, open_engine
+from ..core.engines.tuning import tuned
 from ..core.errors import TooManyFailures, UserError
 from ..core.example import Decision, Sample
 from ..core.formats import iterate_examples
@@ -104,7 +105,7 @@ class Teacher:
     def engine(self) -> Engine:
         """Open the engine, once."""
         if self._engine is None:
-            engine = self.config.engine
+            engine = tuned(self.config.engine, self.identity)
             if engine.replicas is None and choose(engine) == "vllm":
                 engine = replace(engine, replicas=1)  # a night of work is not to end with one engine
             self._engine = open_engine(self.config.teacher, engine, revision=self.config.revision)

@@ -1,16 +1,25 @@
 """What a distillation will take, from a probe of a few prompts. The probe's answers are stored: nothing is wasted."""
 
 import math
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import polars as pl
 
+from ..core.engines.base import EngineConfig, Request
+from ..core.engines.tuning import Trial, tune
+from ..core.errors import UserError
+from ..core.formats import iterate_examples, split_prompt
 from ..core.progress import duration
 from .config import DistillConfig
-from .distill import PROBE, distillation, prompt_tokens
+from .distill import PROBE, Teacher, distillation, prompt_tokens
 from .probe import Probe, tell
 from .rows import message_text
+
+MOST_TO_TUNE = 2000  # prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +67,27 @@ class Estimate:
         if self.probe.answers:
             lines += [self.probe.shares(), *(f"warning: {fault}" for fault in self.probe.faults()), tell(self.probe.examples())]
         return "\n".join(lines)
+
+
+def tune_teacher(source: str | Path, config: DistillConfig, *, seconds: float, tell: Callable[[Trial], None]) -> EngineConfig:
+    """Find the fastest settings for this teacher, these prompts and this machine, and remember them: `distill` then takes them.
+
+    Nothing is stored but the settings. Raises what `core.engines.tuning.tune` raises.
+    """
+    examples = list(islice(iterate_examples(source), config.limit or MOST_TO_TUNE))
+    with closing(Teacher.find(config)) as teacher:
+        if teacher.chat is None:
+            raise UserError("tune: a server has its own settings; tune it where it runs")
+        requests = []
+        for number, example in enumerate(examples):
+            messages, _ = split_prompt(example)
+            system = [{"role": "system", "content": config.system}] if config.system is not None else []
+            ids = tuple(teacher.chat.prompt([*system, *messages], thinking=config.thinking))
+            if teacher.context is None or len(ids) + config.max_new_tokens <= teacher.context:
+                requests.append(Request(key=str(number), prompt_ids=ids, messages=messages, sampling=config.sampling, seed=number))
+    if not requests:
+        raise UserError(f"{source}: holds no prompt that fits this teacher's context with an answer")
+    return tune(config.teacher, config.engine, requests, revision=config.revision, warm_up=seconds / 2, seconds=seconds, tell=tell)
 
 
 def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:

@@ -8,7 +8,7 @@ import click
 from ..core.cli import config_option
 from ..core.config import load_config, read_yaml
 from ..core.engines.base import EngineConfig
-from .config import GrowConfig, RankConfig
+from .config import DistillConfig, GrowConfig, RankConfig
 from .distill_cli import distill_settings
 
 
@@ -90,3 +90,35 @@ def teacher_rank(source: str, out: Path, settings: Path | None, scorers: tuple[s
         found["scorers"] = parse_scorers(list(scorers))
     ranking = rank_teachers(source, out, load_config(RankConfig, found))
     click.echo(f"{tell(ranking)}\n{out / 'ranking.json'}")
+
+
+@click.command()
+@click.argument("source", metavar="PROMPTS")
+@config_option(DistillConfig, "teacher")
+@config_option(DistillConfig, "revision")
+@config_option(DistillConfig, "system")
+@config_option(DistillConfig, "temperature")
+@config_option(DistillConfig, "max_new_tokens")
+@config_option(DistillConfig, "limit")
+@config_option(EngineConfig, "engine")
+@click.option("--seconds", type=float, default=30.0, show_default=True, help="Time of each measurement, after half of it to warm up.")
+@click.option("--config", "settings", type=click.Path(path_type=Path), help="YAML file of settings; options win over it.")
+def tune(source: str, seconds: float, settings: Path | None, **options: Any) -> None:
+    """Measure which engine settings answer the PROMPTS fastest on this machine: sequences and tokens at once, processes on a card.
+
+    What is found is remembered by model, card and version, and taken by `distill` for settings that are not given. It changes
+    how fast answers come, not which: samples stay valid.
+
+    \b
+    sftkit curate tune prompts.jsonl --teacher org/name --max-new-tokens 400
+    """
+    from .estimate import tune_teacher
+
+    config = load_config(DistillConfig, distill_settings(options, read_yaml(settings) if settings else {}))
+
+    def tell(trial: Any) -> None:
+        what = ", ".join(f"{name} {value}" for name, value in trial.settings.items() if value is not None) or "its defaults"
+        found = f"cannot be run: {trial.error}" if trial.error else f"{trial.tokens_per_second:,.0f} tokens/s"
+        click.echo(f"{what}: {found} (start {trial.seconds_to_start:.0f} s)")
+
+    tune_teacher(source, config, seconds=seconds, tell=tell)

@@ -36,6 +36,8 @@ class EngineConfig:
         None, "Engine processes, each with the whole model, spread over the GPUs; auto: one for each GPU. One that dies is started again."
     )
     stall_seconds: float = setting(600.0, "Seconds without a token after which an engine process counts as stalled and is started again.")
+    max_num_batched_tokens: int | None = setting(None, "Tokens vLLM works on in one step; its own default when not given.")
+    tensor_parallel_size: int = setting(1, "GPUs that share one model with vLLM, where it does not fit one.")
     max_model_len: int | None = setting(None, "Context length that vLLM reserves; the model's own when not given.")
     enforce_eager: bool = setting(False, "Start vLLM without compiling graphs: a faster start, slower tokens.")
 

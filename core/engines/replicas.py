@@ -130,13 +130,17 @@ class Replicas:
         self.chat = chat
         self.steps = 0
         count, gpus = replica_count(config), [] if config.device == "cpu" else visible_gpus()
-        share = -(-count // len(gpus)) if gpus else 1
+        size = config.tensor_parallel_size
+        groups = [",".join(gpus[first : first + size]) for first in range(0, len(gpus) - size + 1, size)]
+        if gpus and not groups:
+            raise UserError(f"tensor_parallel_size {size}: this machine has {len(gpus)} GPUs")
+        share = -(-count // len(groups)) if groups else 1
         settings = replace(config, replicas=None, gpu_memory_utilization=config.gpu_memory_utilization / share)
         self._opening = (module, model, settings, revision)
         self._model, self._stall_seconds = model, config.stall_seconds
         self._environments: list[dict[str, str]] = [
-            {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
-            if gpus
+            {"CUDA_VISIBLE_DEVICES": groups[slot % len(groups)]}
+            if groups
             else {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))}
             for slot in range(count)
         ]
@@ -319,7 +323,7 @@ class Replicas:
 def replica_count(config: EngineConfig) -> int:
     """Return how many processes a config asks for; `auto` is one for each GPU."""
     if config.replicas == "auto":
-        return max(1, len(visible_gpus()))
+        return max(1, len(visible_gpus()) // config.tensor_parallel_size)
     try:
         count = int(config.replicas or 1)
     except ValueError:

@@ -262,6 +262,8 @@ def _arguments(ref: ModelRef, config: EngineConfig) -> dict[str, Any]:
         "dtype": config.dtype,
         "max_model_len": -1 if given is None else min(given, own or given),  # -1: the model's own, or what the memory holds
         "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "tensor_parallel_size": config.tensor_parallel_size,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enforce_eager": config.enforce_eager,
         "generation_config": "vllm",  # not the model's: our settings alone decide, its end-of-sequence ids are in the chat's

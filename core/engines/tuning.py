@@ -1,0 +1,161 @@
+"""Which settings run a model fastest on this machine: short measurements of the real work, remembered by model and card."""
+
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..catalogue import cache_dir
+from ..errors import UserError
+from ..files import read_json, write_json
+from ..hardware import pick_device
+from .base import Engine, EngineConfig, Request
+from .registry import choose, open_engine
+
+log = logging.getLogger(__name__)
+
+STEPS: dict[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {  # one after the other, each with the best of those before
+    # several processes on one card: small models are bound by the host
+    "vllm": (("replicas", (1, 2, 3)), ("max_num_seqs", (256, 512, 1024, 2048)), ("max_num_batched_tokens", (8192, 16_384, 32_768))),
+    "transformers": (("batch_tokens", (4096, 16_384, 65_536)),),
+}
+BETTER = 1.02  # another setting has to be so much faster: less is noise
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One measurement."""
+
+    settings: dict[str, Any]
+    tokens_per_second: float  # 0 where it could not be run
+    seconds_to_start: float
+    error: str = ""
+
+
+def tune(
+    model: str,
+    config: EngineConfig,
+    requests: Sequence[Request],
+    *,
+    revision: str | None = None,
+    warm_up: float = 20.0,
+    seconds: float = 30.0,
+    tell: Callable[[Trial], None] = lambda trial: None,
+) -> EngineConfig:
+    """Measure tokens per second with the settings of STEPS, remember the best by model and card, and return them in a config.
+
+    Each trial opens the engine, answers `requests` over and over, with other random numbers each time, and counts the answers
+    that finish within `seconds` after `warm_up`. The first trial is the config as it is. A setting that cannot be run (too
+    little memory) is told and left out. Raises UserError when not even the first can be run.
+    """
+    name = choose(config)
+    if name not in STEPS:
+        raise UserError(f"tune: the engine {name} has no settings of its own to try; tune the server where it runs")
+    best = config
+    trial, identity = _measure(model, config, requests, revision, warm_up, seconds)
+    if trial.error:
+        raise UserError(f"tune: {trial.error}")
+    tell(trial)
+    fastest = trial.tokens_per_second
+    for setting, values in STEPS[name]:
+        for value in values:
+            if value in (getattr(best, setting), getattr(config, setting)) or (setting == "replicas" and value == 1):
+                continue
+            trial, _ = _measure(model, replace(best, **{setting: value}), requests, revision, warm_up, seconds)
+            tell(trial)
+            if trial.tokens_per_second > BETTER * fastest:
+                fastest, best = trial.tokens_per_second, replace(best, **{setting: value})
+    chosen = {name: getattr(best, name) for name, _ in STEPS[name]}
+    write_json(_path(identity, config), {"settings": chosen, "tokens_per_second": round(fastest, 1), **_facts(identity, config)})
+    return best
+
+
+def tuned(config: EngineConfig, identity: str) -> EngineConfig:
+    """Return a config with what `tune` found for this model and card, in the place of settings that have their defaults."""
+    if choose(config) not in STEPS:
+        return config
+    path = _path(identity, config)
+    if not path.exists():
+        return config
+    defaults = {each.name: each.default for each in fields(EngineConfig)}
+    found = {name: value for name, value in read_json(path)["settings"].items() if getattr(config, name, value) == defaults.get(name)}
+    changed = {name: value for name, value in found.items() if value != defaults[name]}
+    if changed:
+        log.info("settings that were the fastest here: %s", ", ".join(f"{name} {value}" for name, value in changed.items()))
+    return replace(config, **found)
+
+
+def _measure(
+    model: str, config: EngineConfig, requests: Sequence[Request], revision: str | None, warm_up: float, seconds: float
+) -> tuple[Trial, str]:
+    settings = {name: getattr(config, name) for name, _ in STEPS[choose(config)]}
+    start = time.perf_counter()
+    try:
+        engine = open_engine(model, config, revision=revision)
+    except UserError as error:
+        return Trial(settings, 0.0, time.perf_counter() - start, str(error)), ""
+    with closing(engine):
+        started = time.perf_counter() - start
+        try:
+            return Trial(settings, rate(engine, requests, warm_up, seconds), started), engine.identity
+        except UserError as error:
+            return Trial(settings, 0.0, started, str(error)), engine.identity
+
+
+def rate(engine: Engine, requests: Sequence[Request], warm_up: float, seconds: float) -> float:
+    """Return the tokens per second of the answers that finish within `seconds`, after a warm-up in which none are counted."""
+    begin = time.perf_counter() + warm_up
+    end = begin + seconds
+    tokens, first, last = 0, None, begin
+
+    def feed() -> Iterator[Request]:
+        for number in itertools.count():
+            for request in requests:
+                if time.perf_counter() > end:
+                    return
+                yield replace(request, key=f"{number}/{request.key}", seed=(request.seed + number) % 2**63)
+
+    stream = engine.generate(feed())
+    for completion in stream:
+        now = time.perf_counter()
+        if now > end and first is not None:
+            break
+        if now > begin:
+            if first is not None:
+                tokens += completion.num_tokens
+                last = now
+            first = now if first is None else first  # the time is counted from an answer to an answer
+    stream.close()  # type: ignore[attr-defined]
+    if first is None or last <= first:
+        raise UserError(f"no two answers came within {seconds:g} s: give shorter answers, or more seconds")
+    return tokens / (last - first)
+
+
+def _facts(identity: str, config: EngineConfig) -> dict[str, Any]:
+    """Return what a measurement holds for."""
+    engine, device = choose(config), pick_device(config.device)
+    card = platform.processor() or platform.machine()
+    if device.startswith("cuda"):
+        import torch
+
+        card = torch.cuda.get_device_name(device)
+    kept = ("dtype", "gpu_memory_utilization", "max_model_len", "enforce_eager")
+    same = {name: value for name, value in asdict(config).items() if name in kept}
+    try:
+        version = importlib.metadata.version(engine)
+    except importlib.metadata.PackageNotFoundError:  # built from source, or for a CPU under another name
+        version = None
+    return {"identity": identity, "engine": engine, "version": version, "card": card, **same}
+
+
+def _path(identity: str, config: EngineConfig) -> Path:
+    digest = hashlib.sha256(json.dumps(_facts(identity, config), sort_keys=True).encode()).hexdigest()[:16]
+    return cache_dir() / "tuning" / f"{digest}.json"

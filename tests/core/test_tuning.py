@@ -1,0 +1,109 @@
+"""Tuning: what is tried, what is remembered for which model and card, and what it leaves alone."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from sftkit.cli import sftkit
+from sftkit.core.engines import tuning
+from sftkit.core.engines.base import Completion, EngineConfig, Request, Sampling
+from sftkit.core.engines.tuning import Trial, tune, tuned
+from sftkit.core.errors import UserError
+
+CONFIG = EngineConfig(engine="transformers", device="cpu", dtype="float32")
+WORK = [Request(key=str(number), prompt_ids=(5, 6), messages=[], sampling=Sampling(max_new_tokens=4), seed=number) for number in range(8)]
+
+
+class Clock:
+    """Time that passes only as the engine works."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(tuning.time, "perf_counter", lambda: self.now)
+
+
+class Paced:
+    """An engine that takes as long as its settings say: the seconds of an answer by batch_tokens."""
+
+    identity, chat, context_length, steps = "sha256:m", None, None, 0
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self.clock, self.seconds, self.closed = clock, seconds, False
+        self.seeds: list[int] = []
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        for request in requests:
+            self.clock.now += self.seconds
+            self.seeds.append(request.seed)
+            yield Completion(key=request.key, num_tokens=10)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[dict[int, float]], list[Paced]]:
+    monkeypatch.setenv("SFTKIT_CACHE", str(tmp_path / "cache"))
+
+    def make(pace: dict[int, float]) -> list[Paced]:
+        clock, opened = Clock(monkeypatch), []
+
+        def open_engine(model: str, config: EngineConfig, *, revision: str | None = None) -> Any:
+            clock.now += 3.0
+            if config.batch_tokens not in pace:
+                raise UserError("out of memory")
+            opened.append(Paced(clock, pace[config.batch_tokens]))
+            return opened[-1]
+
+        monkeypatch.setattr(tuning, "open_engine", open_engine)
+        return opened
+
+    return make
+
+
+def test_the_fastest_is_remembered_for_this_model_and_card(engines: Callable[[dict[int, float]], list[Paced]]) -> None:
+    opened = engines({16_384: 0.1, 4096: 0.2})  # 65536 cannot be run
+    trials: list[Trial] = []
+    best = tune("model", CONFIG, WORK, warm_up=5, seconds=10, tell=trials.append)
+    assert best == CONFIG
+    assert [(each.settings["batch_tokens"], each.error) for each in trials] == [(16_384, ""), (4096, ""), (65_536, "out of memory")]
+    assert [round(each.tokens_per_second) for each in trials] == [100, 50, 0]
+    assert trials[0].seconds_to_start == 3.0
+    assert all(each.closed for each in opened)
+    assert len(set(opened[0].seeds)) > len(WORK)  # the work again, with other random numbers
+
+    engines({16_384: 0.1, 4096: 0.05, 65_536: 0.0499})
+    assert tune("model", CONFIG, WORK, warm_up=5, seconds=10).batch_tokens == 4096  # 65536 is faster by less than the noise
+    assert tuned(CONFIG, "sha256:m").batch_tokens == 4096
+    assert tuned(replace(CONFIG, batch_tokens=999), "sha256:m").batch_tokens == 999  # what is given is meant
+    assert tuned(CONFIG, "sha256:other") == CONFIG
+    assert tuned(replace(CONFIG, dtype="bfloat16"), "sha256:m").batch_tokens == CONFIG.batch_tokens
+    server = EngineConfig(engine="openai", base_url="http://localhost:1")
+    assert tuned(server, "openai:x") == server
+
+
+def test_what_cannot_be_tuned(engines: Callable[[dict[int, float]], list[Paced]]) -> None:
+    engines({})
+    with pytest.raises(UserError, match="tune: out of memory"):
+        tune("model", CONFIG, WORK)
+    with pytest.raises(UserError, match="the engine openai has no settings of its own to try"):
+        tune("model", EngineConfig(base_url="http://localhost:1"), WORK)
+    engines({16_384: 100.0})
+    with pytest.raises(UserError, match="no two answers came within 10 s"):
+        tune("model", CONFIG, WORK, warm_up=5, seconds=10)
+
+
+def test_the_command_with_a_real_model(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFTKIT_CACHE", str(tmp_path / "cache"))
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"What is {number}?"}) + "\n" for number in range(20)))
+    arguments = ["curate", "tune", str(prompts), "--teacher", str(tiny_model), "--engine", "transformers", "--max-new-tokens", "8"]
+    result = CliRunner().invoke(sftkit, [*arguments, "--seconds", "2"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("tokens/s") == 3
+    (found,) = (tmp_path / "cache" / "tuning").iterdir()
+    assert json.loads(found.read_text())["tokens_per_second"] > 0
