@@ -303,8 +303,9 @@ def _sums(model: NamedModel, rows: Sequence[Candidate], run: Run, kinds: Sequenc
             if progress:
                 progress.advance(len(keys))
             for place, names in enumerate(keys):
-                error = errors.get(place) or next((failed[name] for name in names if name in failed), None)
-                yield start + place, error or [_stored_sums(store, name) for name in names]
+                error = errors.get(place) or next((failed.get(name, "not scored") for name in names if name not in store), None)
+                sums = [] if error else [_stored_sums(store, name) for name in names]
+                yield start + place, error or (sums if all(each.num_text for each in sums) else "empty answer")
 
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]
