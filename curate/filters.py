@@ -107,13 +107,16 @@ def filter_rows(run: Run, config: FilterConfig) -> Outcome:
     named = [name for condition in conditions for name in condition.names]
     kinds = condition_kinds(run)
     scores = list(dict.fromkeys([*scores, *(name for name in named if kinds.get(name) == "number" and name != "sample_index")]))
-    wanted = [*KEY, "prompt", "response", "finish_reason", *columns_for(run, scores), *(n for n in named if n in TEXT_COLUMNS)]
+    wanted = [*KEY, "response", "finish_reason", *columns_for(run, scores), *(n for n in named if n in TEXT_COLUMNS)]
     wanted += ["meta"] if any(name.startswith("meta.") for name in named) else []
     rows = input_rows(run, "filter", list(dict.fromkeys(wanted)))
+    if "prompt" not in rows.columns and rows["response"].null_count():  # a row without an answer is judged by its prompt
+        rows = input_rows(run, "filter", list(dict.fromkeys([*wanted, "prompt"])))
     rules = text_rules(config)
     run.configure("filter", to_mapping(config), free=("*",))
 
-    sieve = _Sieve(rows.with_columns(*_values(run, rows, scores, named)).with_columns(text=pl.coalesce("response", "prompt")))
+    text = pl.coalesce("response", "prompt") if "prompt" in rows.columns else pl.col("response")
+    sieve = _Sieve(rows.with_columns(*_values(run, rows, scores, named)).with_columns(text=text))
     notes = []
     with Progress("filter", total=len(rules) + len(bounds) + len(conditions) + 2, unit="rules") as progress:
         if config.truncated:

@@ -1,5 +1,6 @@
 """The candidate rows of a run: read them, decide on them, write those that are left as the run's data set."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -96,8 +97,10 @@ def _imported(path: Path, columns: Sequence[str]) -> pl.LazyFrame:
     )
     if not {"prompt", "response"} & set(columns):
         return rows
-    texts = pl.col("messages").map_batches(text_columns, return_dtype=TEXTS, is_elementwise=True)
-    return rows.with_columns(texts.alias("texts")).unnest("texts").select(*(name for name in own if name in columns or name in KEY), *TEXT)
+    names = [name for name in TEXT if name in columns]
+    kind = pl.Struct(dict.fromkeys(names, pl.String))
+    texts = pl.col("messages").map_batches(functools.partial(text_columns, names=names), return_dtype=kind, is_elementwise=True)
+    return rows.with_columns(texts.alias("texts")).unnest("texts").select(*(name for name in own if name in columns or name in KEY), *names)
 
 
 def _distilled(curate: Path, columns: Sequence[str]) -> pl.LazyFrame:
@@ -123,21 +126,23 @@ def _distilled(curate: Path, columns: Sequence[str]) -> pl.LazyFrame:
 
 
 TEXT = ("prompt", "response")
-TEXTS = pl.Struct(dict.fromkeys(TEXT, pl.String))
 
 
-def text_columns(messages: pl.Series) -> pl.Series:
-    """Return what `split_texts` says of each conversation, given as JSON text, as a column of prompt and response."""
+def text_columns(messages: pl.Series, names: Sequence[str] = TEXT) -> pl.Series:
+    """Return what `split_texts` says of each conversation, given as JSON text, as a column of prompt and response, or one of them."""
     turns, contents = pl.col("turns"), pl.col("turns").list.eval(pl.element().struct.field("content"))
     answered = turns.list.last().struct.field("role") == "assistant"
-    prompt = contents.list.head(turns.list.len() - answered.cast(pl.UInt32)).list.join("\n")
-    response = pl.when(answered).then(contents.list.last())
-    return _by_turns(
-        messages,
-        TEXTS,
-        pl.struct(prompt=prompt, response=response),
-        lambda text: dict(zip(TEXT, split_texts(json.loads(text)), strict=True)),
-    )
+    plain = {
+        "prompt": contents.list.head(turns.list.len() - answered.cast(pl.UInt32)).list.join("\n"),
+        "response": pl.when(answered).then(contents.list.last()),
+    }
+
+    def other(text: str) -> dict[str, str | None]:
+        both = dict(zip(TEXT, split_texts(json.loads(text)), strict=True))
+        return {name: both[name] for name in names}
+
+    kind = pl.Struct(dict.fromkeys(names, pl.String))
+    return _by_turns(messages, kind, pl.struct(plain[name].alias(name) for name in names), other)
 
 
 def all_text(messages: pl.Series) -> pl.Series:
