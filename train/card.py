@@ -11,7 +11,7 @@ from ..core.catalogue import CATALOGUE
 from ..core.config import to_mapping
 from ..core.files import read_json, read_json_lines, write_text
 from ..core.models import ModelRef
-from .config import TrainConfig
+from .config import PreferenceConfig, TrainConfig
 from .data import DataReport
 
 POINTS = 12  # lines of the table of losses
@@ -30,7 +30,7 @@ def write_card(room: Path, ref: ModelRef, data: str, report: DataReport, config:
         "datasets": [data.partition(":")[0]] if hub_data else None,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["sft", "sftkit", *(["lora"] if config.adapter else [])],
+        "tags": ["dpo" if isinstance(config, PreferenceConfig) else "sft", "sftkit", *(["lora"] if config.adapter else [])],
     }
     results = read_json(room / "results.json")
     base = ref.name if ref.hub_id or entry else Path(ref.name).name
@@ -40,7 +40,7 @@ def write_card(room: Path, ref: ModelRef, data: str, report: DataReport, config:
 
 # {_cell(base)}, fine-tuned
 
-{_cell(base)}{f" ({config.init})" if config.init else ""}, fine-tuned on the answers of {report.train_rows:,} conversations \
+{_cell(base)}{f" ({config.init})" if config.init else ""}, fine-tuned on {_learned(config)} {report.train_rows:,} conversations \
 with sftkit {__version__}{_method(config)}. {report.trained_tokens:,} of {report.tokens:,} tokens an epoch were trained on: those of \
 the assistant, each answer up to its `{report.end_of_turn}`.
 
@@ -60,8 +60,8 @@ the assistant, each answer up to its `{report.end_of_turn}`.
 
 ## How to make it again
 
-`sftkit train sft {"DATA" if not hub_data else data} --model {base} -o RUN --config settings.yaml`, with the versions in the run's
-`versions.json` and these settings:
+`sftkit train {_command(config)} {data if hub_data else "DATA"} --model {base} -o RUN --config settings.yaml`, with the versions in the
+run's `versions.json` and these settings:
 
 ```yaml
 {yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True).strip()}
@@ -77,6 +77,14 @@ What was made of them is bound by the licences of the model and of the data; sft
     write_text(room / "final" / "README.md", text)
 
 
+def _learned(config: TrainConfig) -> str:
+    return "the better of two answers in" if isinstance(config, PreferenceConfig) else "the answers of"
+
+
+def _command(config: TrainConfig) -> str:
+    return "preference" if isinstance(config, PreferenceConfig) else "sft"
+
+
 def _method(config: TrainConfig) -> str:
     if not config.adapter:
         return ""
@@ -90,14 +98,20 @@ def _left_out(report: DataReport) -> str:
 
 def _results(results: dict[str, Any]) -> str:
     lines = [f"- {results['steps']:,} steps over {results['tokens']:,} tokens, prompts included"]
-    lines.append(f"- training loss {results['first_loss']:.4f} at first, {results['last_loss']:.4f} at last (nats a token of the answers)")
+    lines.append(f"- training loss {results['first_loss']:.4f} at first, {results['last_loss']:.4f} at last {_unit(results)}")
     if results["validation"]:
         lines.append(f"- validation loss {results['validation'][0]:.4f} before, {results['validation'][1]:.4f} after")
+    if (right := results.get("preferred")) is not None:
+        lines.append(f"- validation pairs: the better answer gained on the worse in {right:.1%}")
     if check := results.get("stop_check"):
         whose = "held-out" if check["held_out"] else "training"
         ended = f"{check['stopped']} of {check['prompts']} greedy answers to {whose} prompts ended"
         lines.append(f"- {ended} within {check['max_new_tokens']} tokens")
     return "\n".join(lines)
+
+
+def _unit(results: dict[str, Any]) -> str:
+    return "(of a pair)" if results.get("preferred") is not None else "(nats a token of the answers)"
 
 
 def _curve(metrics: Path) -> str:

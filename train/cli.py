@@ -7,7 +7,7 @@ import click
 
 from ..core.cli import Commands, config_option, given
 from ..core.config import load_config, read_yaml
-from .config import RECIPES, TrainConfig, recipe_settings
+from .config import RECIPES, PreferenceConfig, TrainConfig, recipe_settings
 
 
 @click.group(cls=Commands)
@@ -52,6 +52,37 @@ def sft(data: str, model: str, out: Path, recipe: str | None, settings: Path | N
     config = load_config(TrainConfig, {**chosen, **given(options)}, str(settings or ""))
     if recipe and config.limit is not None and "limit" not in given(options):
         click.echo(f"recipe {recipe}: only the first {config.limit} rows, as this machine has no GPU; --limit says otherwise", err=True)
+    click.echo(run_training(data, model, out, config, revision=revision).summary())
+
+
+@train.command()
+@click.argument("data")
+@click.option("--model", required=True, help="The model to begin with, best one that was fine-tuned: a folder, a run, a Hub id, …")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Run folder, made if needed; the same one goes on.")
+@config_option(PreferenceConfig, "beta")
+@config_option(PreferenceConfig, "objective")
+@config_option(PreferenceConfig, "lora")
+@config_option(PreferenceConfig, "epochs")
+@config_option(PreferenceConfig, "learning_rate")
+@config_option(PreferenceConfig, "batch_size")
+@config_option(PreferenceConfig, "batch_tokens")
+@config_option(PreferenceConfig, "max_length")
+@config_option(PreferenceConfig, "limit")
+@config_option(PreferenceConfig, "max_hours")
+@click.option("--config", "settings", type=click.Path(path_type=Path), help="YAML file with all settings; options win over it.")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+def preference(data: str, model: str, out: Path, settings: Path | None, revision: str | None, **options: Any) -> None:
+    """Teach MODEL which of two answers is the better one (DPO). DATA has the columns prompt, chosen and rejected.
+
+    Rendered, masked, reported, resumed, saved and checked as by `train sft`. The final model is in RUN/train/final.
+
+    \b
+    sftkit train preference pairs.jsonl --model runs/b -o runs/p
+    sftkit train preference pairs.jsonl --model org/name -o runs/p --lora --beta 0.05
+    """
+    from .sft import train as run_training
+
+    config = load_config(PreferenceConfig, {**(read_yaml(settings) if settings else {}), **given(options)}, str(settings or ""))
     click.echo(run_training(data, model, out, config, revision=revision).summary())
 
 

@@ -12,7 +12,7 @@ class TrainConfig:
     """How a model is fine-tuned. The loss is -log P(answer | prompt), averaged over the assistant's tokens of a step."""
 
     epochs: float = setting(1.0, "Passes over the data.")
-    learning_rate: float | None = setting(None, "Highest learning rate; 2e-5, with LoRA 2e-4, when not given.")
+    learning_rate: float | None = setting(None, "Highest learning rate; 2e-5, with LoRA 2e-4, when not given; of pairs 1e-6 and 1e-5.")
     batch_size: int = setting(8, "Rows in one step of the optimizer, however many forward passes they take.")
     batch_tokens: int | None = setting(None, "Most tokens in one forward pass; by the memory plan, and halved when memory runs out.")
     schedule: str = setting("cosine", "How the learning rate falls.", choices=("cosine", "linear", "constant"))
@@ -96,6 +96,30 @@ class TrainConfig:
     def rate(self) -> float:
         """Return the highest learning rate."""
         return self.learning_rate if self.learning_rate is not None else (2e-4 if self.adapter else 2e-5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig(TrainConfig):
+    """How a model learns which of two answers is the better one, by DPO (Rafailov et al. 2023, arXiv 2305.18290)."""
+
+    beta: float = setting(0.1, "How strongly the model is held to what it was: the larger, the closer it stays.")
+    objective: str = setting(
+        "sigmoid",
+        "The loss of a pair: DPO's own, IPO (arXiv 2310.12036) or a hinge (arXiv 2305.10425).",
+        choices=("sigmoid", "ipo", "hinge"),
+    )
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        if not self.beta > 0:
+            raise UserError(f"beta: expected more than 0, found {self.beta:g}")
+        if self.train_on != "all" or self.overlong == "split" or self.compile:
+            raise UserError("train_on, overlong: split and compile are not for pairs: of each, the last answer is compared, whole")
+
+    @property
+    def rate(self) -> float:
+        """Return the highest learning rate: far below that of fine-tuning, as TRL's default."""
+        return self.learning_rate if self.learning_rate is not None else (1e-5 if self.adapter else 1e-6)
 
 
 CLASSIC: dict[str, Any] = {  # the recipe of the course notebook that sftkit began as

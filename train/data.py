@@ -5,7 +5,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.chat import Chat, Rendered
+from ..core.config import part
 from ..core.errors import UserError
 from ..core.example import Decision, Example, Message
 from ..core.ledger import Ledger, RowKey
-from .config import TrainConfig
+from .config import PreferenceConfig, TrainConfig
 from .rendering import Pieces, in_chunks, render_many
 
 Ids = npt.NDArray[np.int32]
@@ -33,6 +34,9 @@ CURES = {
     "calls_left_out": "the chat template writes no tool calls: give a model whose template does",
     "refused_by_template": "change the rows as the template wants them, or give a model with another template",
     "over_max_length": "raise max_length, or give overlong: split, which cuts a conversation between its turns",
+    "no_pair": "give rows with a prompt, a chosen and a rejected answer (sftkit curate export --format preference)",
+    "same_answers": "nothing can be learned from a pair of like answers: take them out",
+    "prompts_differ": "the chat template writes another prompt before the one answer than before the other: leave thoughts out",
     "no_end_of_turn": "check the chat template, or train on last answers only (train_on: last)",
 }
 
@@ -40,12 +44,13 @@ CURES = {
 class Row:
     """One row, rendered. `source` is where it stands, as file:row; `tokens` and `trained` are its ids and mask as arrays."""
 
-    __slots__ = ("key", "messages", "source", "tokens", "trained")
+    __slots__ = ("key", "messages", "rejected", "source", "tokens", "trained")
 
     def __init__(
         self, key: RowKey, ids: Sequence[int] | Ids, mask: Sequence[bool] | Mask, source: str = "", messages: Sequence[Message] = ()
     ) -> None:
         self.key, self.source, self.messages = key, source, messages
+        self.rejected: Row | None = None  # of a pair, the row with the worse answer to the same prompt
         self.tokens: Ids = np.asarray(ids, dtype=np.int32)
         self.trained: Mask = np.asarray(mask, dtype=bool)
 
@@ -83,6 +88,14 @@ class Row:
         end = int(np.flatnonzero(self.trained)[-1])
         before = np.flatnonzero(~self.trained[:end])
         return int(before[-1]) + 1 if len(before) else 0
+
+    def answer(self) -> Ids:
+        """Return the ids of the last answer, up to its end of turn."""
+        return self.tokens[self.answer_start : int(np.flatnonzero(self.trained)[-1]) + 1]
+
+    def sides(self) -> "list[Row]":
+        """Return the row, and of a pair the one with the worse answer too."""
+        return [self, self.rejected] if self.rejected else [self]
 
     def prompt(self) -> bytes:
         """Return the ids before the last answer, to be compared."""
@@ -157,7 +170,8 @@ def prepare(
 ) -> TrainingData:
     """Render all rows, decide which are trained on, and record a decision for each in `ledger`, a file.
 
-    Rules: `no_assistant_turn`, `empty_answer`, `refused_by_template`, `calls_left_out`, `over_max_length`, `no_end_of_turn`, `over_limit`.
+    Rules: `no_assistant_turn`, `empty_answer`, `refused_by_template`, `calls_left_out`, `over_max_length`, `no_end_of_turn`, `over_limit`;
+    of pairs also `no_pair`, `same_answers`, `prompts_differ`.
     Raises UserError when nothing is left, too few answers end with a token that ends them, or a token is beyond the `vocabulary`.
     What is no error and yet seldom meant stands in the report's warnings, and is said aloud.
     """
@@ -208,9 +222,9 @@ def prepare(
         train_rows=len(train),
         validation_rows=len(validation),
         rejected=dict(rejected.most_common()),
-        tokens=sum(map(len, train)),
-        trained_tokens=sum(int(row.trained.sum()) for row in train),
-        longest=max(map(len, rows)),
+        tokens=sum(len(each) for row in train for each in row.sides()),
+        trained_tokens=sum(int(each.trained.sum()) for row in train for each in row.sides()),
+        longest=max(len(each) for row in rows for each in row.sides()),
         max_length=None if limit == 1 << 62 else limit,
         end_of_turn=str(chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn)),
         split=num_split,
@@ -285,7 +299,7 @@ def _special_tokens(chat: Chat) -> re.Pattern[str]:
 
 
 def _check_vocabulary(rows: Sequence[Row], chat: Chat, size: int) -> None:
-    for row in rows:
+    for row in (each for pair in rows for each in pair.sides()):
         if (token := int(row.tokens.max())) >= size:
             raise UserError(
                 f"{row.source}: its token {chat.tokenizer.convert_ids_to_tokens(token)!r} is number {token:,}, and {chat.name} has room for"
@@ -302,9 +316,10 @@ def _shortest_span(row: Row) -> int:
 def _outcomes(examples: Sequence[Example], chat: Chat, config: TrainConfig, limit: int) -> list[_Outcome]:
     """Render examples in order, until as many are kept as are wanted."""
     pieces = Pieces(chat)
+    render = _render_pairs if isinstance(config, PreferenceConfig) else _render
 
     def work(first: int, last: int) -> list[_Outcome]:
-        return _render(examples[first:last], chat, config, limit, pieces)
+        return render(examples[first:last], chat, config, limit, pieces)
 
     def enough(found: list[_Outcome]) -> bool:
         if config.overlong == "raise" and found[-1].rule == "over_max_length":
@@ -325,6 +340,35 @@ def _render(examples: Sequence[Example], chat: Chat, config: TrainConfig, limit:
     for place, each in zip(asked, rendered, strict=True):
         found[place] = _outcome(examples[place], each, chat, config, limit)
     return [each for each in found if each is not None]
+
+
+def _render_pairs(examples: Sequence[Example], chat: Chat, config: TrainConfig, limit: int, pieces: Pieces) -> list[_Outcome]:
+    """Render the better and the worse answer to each prompt; a pair is left out for what is wrong with either."""
+    last = replace(part(config, TrainConfig), train_on="last")
+    worse = [_worse(each) for each in examples]
+    sides = [each for pair in zip(examples, worse, strict=True) if pair[1] for each in pair if each]
+    rendered = iter(_render(sides, chat, last, limit, pieces))
+    return [_pair(next(rendered), next(rendered)) if each else _Outcome(rule="no_pair") for each in worse]
+
+
+def _worse(example: Example) -> Example | None:
+    """Return the example with its worse answer, meta["rejected"]; None without one."""
+    rejected = example.meta.get("rejected")
+    if not isinstance(rejected, list) or len(rejected) != 1 or example.messages[-1]["role"] != "assistant":
+        return None
+    return replace(example, messages=[*example.messages[:-1], rejected[0]])
+
+
+def _pair(better: _Outcome, worse: _Outcome) -> _Outcome:
+    if not better.rows or not worse.rows:
+        return worse if better.rows else better
+    one, other = better.rows[0], worse.rows[0]
+    if one.prompt() != other.prompt():
+        return _Outcome(rule="prompts_differ")
+    if np.array_equal(one.answer(), other.answer()):
+        return _Outcome(rule="same_answers")
+    one.rejected = other
+    return better
 
 
 def _unfit(example: Example, config: TrainConfig) -> _Outcome | None:
@@ -427,7 +471,7 @@ def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list
 def fingerprint(rows: Sequence[Row]) -> str:
     """Return a hash of the ids and masks of rows, in order: 16 hex digits."""
     digest = hashlib.sha256()
-    for row in rows:
+    for row in (each for pair in rows for each in pair.sides()):
         digest.update(len(row).to_bytes(8, "little"))
         digest.update(row.tokens.tobytes())
         digest.update(row.trained.tobytes())

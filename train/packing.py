@@ -88,7 +88,7 @@ class Packs(Dataset[dict[str, Any]]):
 
     def _updates(self, epoch: int) -> list[list[int]]:
         """Draw the rows of each update: shuffled, then dealt by length within a group of updates, so that these are nearly of one size."""
-        shuffled = sorted(range(len(self._lengths)), key=lambda row: _draw(self._seed, epoch, row))
+        shuffled = sorted(range(len(self._lengths)), key=lambda row: draw(self._seed, epoch, row))
         whole = len(shuffled) - len(shuffled) % self._size
         updates: list[list[int]] = []
         for start in range(0, whole, GROUP * self._size):
@@ -97,7 +97,7 @@ class Packs(Dataset[dict[str, Any]]):
             for place, row in enumerate(group):
                 turn, seat = divmod(place, len(dealt))
                 dealt[seat if turn % 2 == 0 else -1 - seat].append(row)
-            updates += sorted(dealt, key=lambda update: _draw(self._seed, epoch, update[0]))
+            updates += sorted(dealt, key=lambda update: draw(self._seed, epoch, update[0]))
         if updates:
             largest = max(range(len(updates)), key=lambda place: self._tokens(updates[place]))
             updates.insert(0, updates.pop(largest))
@@ -162,5 +162,6 @@ def _up(number: int) -> int:
     return -(-number // ROUND) * ROUND
 
 
-def _draw(seed: int, epoch: int, row: int) -> bytes:
+def draw(seed: int, epoch: int, row: int) -> bytes:
+    """Return what rows are sorted by to shuffle them: the same on every machine."""
     return hashlib.sha256(f"{seed}/{epoch}/{row}".encode()).digest()[:8]

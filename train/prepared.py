@@ -19,7 +19,7 @@ from ..core.files import read_json, write_json
 from ..core.formats import read_examples
 from ..core.run import is_done, mark_done
 from ..core.sources import kind_of
-from .config import TrainConfig
+from .config import PreferenceConfig, TrainConfig
 from .data import DataReport, Row, TrainingData, prepare, say
 from .parity import checked
 
@@ -46,7 +46,8 @@ class Preparation:
     ) -> None:
         """Look into the cache; read the rows where they are not in it. Raises UserError as `read_examples` does."""
         self.chat, self.config, self.context, self.vocabulary = chat, config, context, vocabulary
-        key = _key(data, chat, config, context, vocabulary)
+        pairs = isinstance(config, PreferenceConfig)  # few enough to be rendered each time
+        key = None if pairs else _key(data, chat, config, context, vocabulary)
         self.place = (cache or cache_dir() / "prepared") / key if key else None
         self._examples: list[Example] | None = None if self.place and is_done(self.place) else read_examples(data)
 

@@ -5,7 +5,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..core.models import ModelRef, context_length, load_model, load_settings, m
 from ..core.progress import duration
 from ..core.run import Run, is_done, mark_done
 from .card import write_card
-from .config import TrainConfig
+from .config import PreferenceConfig, TrainConfig
 from .data import DataReport, TrainingData, fingerprint
 from .init import make_start
 from .parity import check_parity
@@ -52,6 +52,7 @@ class TrainResult:
     first_loss: float
     last_loss: float
     validation: tuple[float, ...] | None  # loss on the validation rows before and after
+    preferred: float | None = None  # share of the validation pairs whose better answer the model moved towards, held against the worse
     stop_check: dict[str, Any] | None = None  # how many answers of the final model ended: sampling.StopCheck, with its text
 
     @property
@@ -66,6 +67,8 @@ class TrainResult:
         lines.append(f"training loss: {self.first_loss:.3f} at the first logged step, {self.last_loss:.3f} at the last")
         if self.validation:
             lines.append(f"validation loss: {self.validation[0]:.3f} before, {self.validation[1]:.3f} after")
+        if self.preferred is not None:
+            lines.append(f"validation pairs: the better answer gained on the worse in {self.preferred:.0%}")
         if self.stop_check:
             lines.append(self.stop_check["text"])
         return "\n".join([*lines, f"model: {self.model}"])
@@ -186,7 +189,8 @@ def _train(
 
 def _choose(settings: Any, report: DataReport, config: TrainConfig, device: str, own: Any) -> Choice:
     """Return the forward pass to begin with: what is given, else by the memory plan, else a usual one."""
-    card = this_card(config.memory_gb) if config.auto else None
+    pairs = isinstance(config, PreferenceConfig)  # which the plan does not know
+    card = this_card(config.memory_gb) if config.auto and not pairs else None
     most = GPU_TOKENS if device != "cpu" else CPU_TOKENS
     if card is None:
         return Choice(batch_tokens=config.batch_tokens or most, checkpointing=bool(config.gradient_checkpointing))
@@ -235,17 +239,19 @@ def _run(
     deadline: float | None,
 ) -> Any:  # fmt: skip
     """Train, from the last checkpoint if there is one; return the trainer."""
+    from .preference import make_preference_trainer
     from .sampling import Sampler
     from .trainer import Watch, last_checkpoint, make_trainer
 
+    make: Callable[..., Any] = make_preference_trainer if isinstance(config, PreferenceConfig) else make_trainer
     weights, half = _formats(config, own, device)
     model = _load_quantised(start, half) if config.qlora else load_model(start, dtype=str(weights).removeprefix("torch."))
     watch = Watch(room / "metrics.jsonl", chat, save_minutes=config.save_minutes, peak=measured_peak(device), deadline=deadline)
-    trainer = make_trainer(
+    trainer = make(
         model, chat, data.train, data.validation, config, checkpoints=room / "checkpoints", device=device, half=half,
         batch_tokens=tokens, watch=watch, peft_config=adapter_config(config) if config.adapter else None,
     )  # fmt: skip
-    watch.rows_of = lambda step: [data.train[row].source for row in trainer.packs.update(step - 1)]
+    watch.rows_of = lambda step: [data.train[row].source for row in trainer.update(step - 1)]
     if config.samples and data.validation:
         trainer.add_callback(Sampler(room / "samples.jsonl", chat, data.validation, config.samples))
     checkpoint = last_checkpoint(room / "checkpoints")
@@ -311,6 +317,8 @@ def _results(metrics: Path, data: TrainingData) -> dict[str, Any]:
     lines = read_json_lines(metrics)
     steps = [line for line in lines if "loss" in line]
     validation = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    right = [line["eval_rewards/accuracies"] for line in lines if "eval_rewards/accuracies" in line]
+    preferred = {"preferred": right[-1]} if right else {}
     return {
         "rows": data.report.train_rows,
         "steps": steps[-1]["step"],
@@ -319,6 +327,7 @@ def _results(metrics: Path, data: TrainingData) -> dict[str, Any]:
         "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
         "validation": [validation[0], validation[-1]] if validation else None,
+        **preferred,
     }
 
 

@@ -46,6 +46,13 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     validation: Packs | None
     num_tokens = 0  # that went through the model in this process, pads not counted
 
+    def _send_telemetry(self) -> None:
+        """Send nothing."""
+
+    def update(self, number: int) -> list[int]:
+        """Return the places of the rows of an update, counted from 0 over all epochs."""
+        return self.packs.update(number)
+
     def get_train_dataloader(self) -> Any:
         """Return the packs of an epoch, in order."""
         ahead: dict[str, Any] = {"num_workers": 1, "prefetch_factor": 4, "pin_memory": True} if self.args.device.type == "cuda" else {}
@@ -234,7 +241,8 @@ def make_trainer(
     packs = Packs(train, batch_size=config.batch_size, seed=config.seed, epochs=epochs, workers=workers, **told)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers 5.24 renames gradient_checkpointing, 5.17 knows no other name
-        arguments = _arguments(config, checkpoints, device, half, packs.parts // workers, steps, bool(validation))
+        pack: dict[str, Any] = {"per_device_train_batch_size": 1, "shuffle_dataset": False}
+        arguments = arguments_of(config, checkpoints, device, half, packs.parts // workers, steps, bool(validation), **pack)
         _ = arguments.n_gpu  # looks for cards
         arguments._n_gpu = 1  # one process, one card: replicas inside a process would each get a part of a pack
     trainer = Trainer(
@@ -264,10 +272,15 @@ def make_trainer(
     learn_from_packs(base)
     if compiled:
         compile_layers(base)
-    for name in ("PrinterCallback", "ProgressCallback"):  # Watch talks
+    quieten(trainer)
+    return trainer
+
+
+def quieten(trainer: Any) -> None:
+    """Take from a trainer the callbacks that talk: Watch does."""
+    for name in ("PrinterCallback", "ProgressCallback"):
         for callback in [each for each in trainer.callback_handler.callbacks if type(each).__name__ == name]:
             trainer.remove_callback(callback)
-    return trainer
 
 
 @torch.no_grad()
@@ -348,14 +361,14 @@ def undress(base: Any) -> Callable[[], None]:
     return put_back
 
 
-def _arguments(
-    config: TrainConfig, checkpoints: Path, device: str, half: torch.dtype | None, accumulation: int, steps: float, validate: bool
-) -> SFTConfig:
-    return SFTConfig(
+def arguments_of(
+    config: TrainConfig, checkpoints: Path, device: str, half: torch.dtype | None, accumulation: int, steps: float, validate: bool,
+    kind: Any = SFTConfig, **more: Any,
+) -> Any:  # fmt: skip
+    """Return TRL's arguments for a run's settings, as a `kind` of TRL's with what `more` it takes."""
+    return kind(
         output_dir=str(checkpoints),
         max_length=None,  # rows come rendered and measured: nothing is cut here
-        shuffle_dataset=False,
-        per_device_train_batch_size=1,  # pack
         gradient_accumulation_steps=accumulation,
         num_train_epochs=config.epochs,
         learning_rate=config.rate,
@@ -380,6 +393,7 @@ def _arguments(
         accelerator_config={"non_blocking": True},
         disable_tqdm=True,
         report_to="none",
+        **more,
     )
 
 
