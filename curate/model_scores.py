@@ -1,4 +1,4 @@
-"""Scores that a model gives: how probable it finds an answer (GRAPE, perplexity, IFD), a reward model's, a judge's grade.
+"""Scores that a model gives: how probable it finds an answer (GRAPE, perplexity, IFD), and the reward of a reward model.
 
 What is computed is kept in curate/values.sqlite under the hash of the model's weights and template, the number format and the
 conversation, row by row as it comes: a killed run goes on where it was, and rows that did not change cost nothing when they are
@@ -10,7 +10,6 @@ it is its prompt and is masked.
 import hashlib
 import json
 import logging
-import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,18 +26,12 @@ from ..core.likelihood import Reading, read_conversation
 from ..core.named_models import NamedModel, find_models
 from ..core.progress import Progress
 from ..core.run import Run
-from ..core.text import shortened
 from ..core.values import ValueStore, value_key
 from .scorers import Candidate, ColumnScorer, Result, Scorer, failure
 
 log = logging.getLogger(__name__)
 
 VALUES = "values.sqlite"
-TAGGING = (
-    "Name the intentions of the request below, each as a tag of one to three words, as fine as they can be told apart: what is to be"
-    ' done, in which field, under which conditions. Write one JSON list of texts, as ["poem", "rhyme scheme", "about autumn"], and'
-    " nothing else.\n\n[Request]\n{prompt}\n[End of request]"
-)
 CHUNK = 1 << 12  # rows that are rendered, and sorted by length, together
 BATCH_TOKENS = EngineConfig.batch_tokens
 
@@ -51,7 +44,7 @@ def grape(
     GRAPE: Zhang, Dai and Peng 2025, arXiv 2502.04194, with the base student. The end of turn counts as a token of the answer, as
     in training; not where the answer was cut, for its end was never written.
     """
-    return _of_answers(lambda mean: mean, _engine_config(engine, device, dtype, batch_tokens), model)
+    return _of_answers(lambda mean: mean, engine_config(engine, device, dtype, batch_tokens), model)
 
 
 def logprob(
@@ -67,7 +60,7 @@ def perplexity(
     *, model: str, engine: str = "auto", device: str | None = None, dtype: str = "auto", batch_tokens: int = BATCH_TOKENS
 ) -> ColumnScorer:
     """Give the perplexity of the answer after its prompt: exp of minus the mean that `grape` gives, over the same tokens."""
-    return _of_answers(lambda mean: float(np.exp(-mean)), _engine_config(engine, device, dtype, batch_tokens), model)
+    return _of_answers(lambda mean: float(np.exp(-mean)), engine_config(engine, device, dtype, batch_tokens), model)
 
 
 def ifd(
@@ -79,7 +72,7 @@ def ifd(
     prompt does not help to find the answer. The tokens of the answer are the same in both losses and leave the end of turn out;
     alone, the answer stands after the token that begins a text.
     """
-    return _ifd(lambda given, alone: -given / -alone, _engine_config(engine, device, dtype, batch_tokens), model)
+    return _ifd(lambda given, alone: -given / -alone, engine_config(engine, device, dtype, batch_tokens), model)
 
 
 def ifd_ppl(
@@ -89,12 +82,12 @@ def ifd_ppl(
 
     Li et al. 2024, arXiv 2402.00530 (Superfiltering).
     """
-    return _ifd(lambda given, alone: float(np.exp(alone - given)), _engine_config(engine, device, dtype, batch_tokens), model)
+    return _ifd(lambda given, alone: float(np.exp(alone - given)), engine_config(engine, device, dtype, batch_tokens), model)
 
 
 def reward(*, model: str, device: str | None = None, dtype: str = "auto", batch_tokens: int = BATCH_TOKENS) -> ColumnScorer:
     """Give the score of the whole conversation by a reward model: sequence classification with one output and a chat template."""
-    config = _engine_config("transformers", device, dtype, batch_tokens)
+    config = engine_config("transformers", device, dtype, batch_tokens)
 
     def score(rows: Sequence[Candidate], run: Run) -> Iterator[tuple[int, Result]]:
         from ..core.models import resolve_model
@@ -122,93 +115,6 @@ def reward(*, model: str, device: str | None = None, dtype: str = "auto", batch_
                 yield number, (None, error) if error else (float(store[each.key][0]), "")
 
     return ColumnScorer(score)
-
-
-def judge(
-    *,
-    model: str,
-    rubric: str = "helpfulness",
-    scale: int = 6,
-    engine: str = "auto",
-    base_url: str | None = None,
-    device: str | None = None,
-    dtype: str = "auto",
-    batch_tokens: int = BATCH_TOKENS,
-    parse: bool = False,
-) -> ColumnScorer:
-    """Give the grade of the answer by a judge, from 1 to `scale`: the expected grade, or the one it writes. See core.judge.
-
-    A row's reference is shown to the judge. `rubric` is helpfulness, correctness, instructions, quality, complexity, a text file
-    or the text itself. With `parse`, and from a server, what the judge writes is read.
-    """
-    config = _engine_config(engine, device, dtype, batch_tokens, base_url)
-    if not str(scale).isdecimal():
-        raise UserError(f"scale: expected a whole number from 2 to 9, found {scale!r}")
-
-    def score(rows: Sequence[Candidate], run: Run) -> Iterator[tuple[int, Result]]:
-        from ..core.judge import OF_QUESTIONS, Item, Judge
-
-        alone = rubric in OF_QUESTIONS
-
-        (found,) = find_models({model: model}, config)
-        with (
-            ValueStore(run.room("curate") / VALUES) as store,
-            Judge(found, store, rubric=rubric, scale=int(scale), parse=parse) as judging,
-        ):
-            for start in range(0, len(rows), CHUNK):
-                places = range(start, min(start + CHUNK, len(rows)))
-                answered = [number for number in places if alone or rows[number].response is not None]
-                items = [
-                    Item(rows[number].prompt, None) if alone else Item(rows[number].prompt, rows[number].response, rows[number].reference)
-                    for number in answered
-                ]
-                grades = dict(zip(answered, judging.grade(items), strict=True))
-                for number in places:
-                    yield number, (grades[number].value, grades[number].error) if number in grades else (None, "no response")
-
-    return ColumnScorer(score)
-
-
-def tags(
-    *,
-    model: str,
-    engine: str = "auto",
-    base_url: str | None = None,
-    device: str | None = None,
-    dtype: str = "auto",
-    batch_tokens: int = BATCH_TOKENS,
-) -> ColumnScorer:
-    """Give the number of different intentions that a model finds in the prompt, a measure of its complexity; the detail names them.
-
-    As #InsTag does with a model of its own (Lu et al. 2023, arXiv 2308.07074); here any model is asked. What it writes that is no
-    list is a row without a value.
-    """
-    config = _engine_config(engine, device, dtype, batch_tokens, base_url)
-
-    def score(rows: Sequence[Candidate], run: Run) -> Iterator[tuple[int, Result]]:
-        from ..core.asked import Asked
-
-        (found,) = find_models({model: model}, config)
-        with ValueStore(run.room("curate") / VALUES) as store, Asked(found, store, work="tag") as asked:
-            for start in range(0, len(rows), CHUNK):
-                questions = [[{"role": "user", "content": TAGGING.replace("{prompt}", row.prompt)}] for row in rows[start : start + CHUNK]]
-                for number, (written, error) in enumerate(asked.written(questions), start):
-                    yield number, (None, error) if written is None else read_tags(written)
-
-    return ColumnScorer(score)
-
-
-def read_tags(written: str) -> Result:
-    """Read a list of tags that a model wrote, the last JSON list of texts in it: how many different ones, and which."""
-    for text in reversed(re.findall(r"\[[^\[\]]*\]", written)):
-        try:
-            found = json.loads(text)
-        except ValueError:
-            continue
-        if found and all(isinstance(each, str) and each.strip() for each in found):
-            names = dict.fromkeys(" ".join(each.lower().split()) for each in found)
-            return float(len(names)), "; ".join(names)
-    return None, f"not a list of tags: {shortened(written)!r}"
 
 
 def read_reward(model: NamedModel, row: Candidate) -> Reading:
@@ -365,7 +271,8 @@ def _read(model: NamedModel, row: Candidate, read: Callable[[NamedModel, Candida
         return Reading(error=failure(error)[1])
 
 
-def _engine_config(engine: str, device: str | None, dtype: str, batch_tokens: int | str, base_url: str | None = None) -> EngineConfig:
+def engine_config(engine: str, device: str | None, dtype: str, batch_tokens: int | str, base_url: str | None = None) -> EngineConfig:
+    """Return how a scorer's model is run, from the scorer's options. Raises UserError for what none of them may be."""
     if not str(batch_tokens).isdecimal() or int(batch_tokens) < 1:
         raise UserError(f"batch_tokens: expected a whole number above 0, found {batch_tokens!r}")
     settings = {"engine": engine, "device": device, "dtype": dtype, "batch_tokens": int(batch_tokens), "base_url": base_url}

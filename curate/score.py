@@ -19,7 +19,8 @@ from ..core.files import write_atomically
 from ..core.progress import Progress
 from ..core.run import Run
 from .config import ScoreConfig
-from .model_scores import grape, ifd, ifd_ppl, judge, logprob, perplexity, reward, tags
+from .judge_scores import judge, tags
+from .model_scores import grape, ifd, ifd_ppl, logprob, perplexity, reward
 from .rows import KEY, load_rows
 from .scorers import Candidate, ColumnScorer, Result, Scorer, exact, failure, num_chars, num_tokens, num_words, numeric, regex
 from .text_scores import cluster, language, neighbour, refusal, repetition, top_ngram, truncated
