@@ -76,7 +76,9 @@ def best(run: str, out: Path | None, settings: Path | None, **options: Any) -> N
 def filter_(run: str, out: Path | None, settings: Path | None, **options: Any) -> None:
     """Reject rows of a RUN that break a rule; the first rule broken is named.
 
-    Cut, empty, refusing and repeating answers are rejected unless told otherwise.
+    Cut, empty, refusing and repeating answers are rejected unless told otherwise. A condition of --where is over scores,
+    source, prompt, response, reference, finish_reason, sample_index and meta.KEY, with and, or, not, < <= == != >= >, in,
+    is None, len(…) and arithmetic. A row of which it says nothing, as a value is missing, is rejected as unscored.
 
     \b
     sftkit curate filter runs/a
