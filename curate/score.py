@@ -18,6 +18,7 @@ from ..core.example import row_id
 from ..core.files import write_atomically
 from ..core.progress import Progress
 from ..core.run import Run
+from ..core.text import shortened
 from .config import ScoreConfig
 from .judge_scores import judge, tags
 from .model_scores import grape, ifd, ifd_ppl, logprob, perplexity, reward
@@ -59,6 +60,7 @@ SCORERS: dict[str, Callable[..., Scorer | ColumnScorer]] = {
     "cluster": cluster,
 }
 COLUMNS = ("num_chars", "num_words", "num_tokens", "logprob")  # read off a row at once: they need not be stored
+FEW = 8  # different details that a summary names
 GROUPS = {  # what `--with NAME` stands for, where it is several scores; computed once, the second costs nothing
     "length": ("num_chars", "num_words", "num_tokens"),
     "ifd": ("ifd", "ifd_ppl"),
@@ -186,7 +188,10 @@ def _score_column(rows: pl.DataFrame, scorer: ColumnScorer, run: Run) -> tuple[l
 
 
 def summary(name: str, scores: pl.DataFrame) -> str:
-    """Write a score for people: how many rows have a value, the mean; for several samples a prompt also each sample's, and any's."""
+    """Write a score for people: how many rows have a value, and the mean.
+
+    For several samples a prompt also each sample's, and any's; where few different things were found (languages, reasons), these.
+    """
     values = scores.drop_nulls("value")
     if values.is_empty():
         reason = scores["detail"].drop_nulls().filter(scores["detail"] != "").head(1).to_list()
@@ -202,6 +207,9 @@ def summary(name: str, scores: pl.DataFrame) -> str:
         lines.append("  by sample: " + ", ".join(f"{index}: {told(mean)}" for index, mean in samples.iter_rows()))
         if verdicts:
             lines.append(f"  any of a prompt's samples: {told(values.group_by('example_id').agg(pl.col('value').max())['value'].mean())}")
+    details = scores.filter(pl.col("detail") != "")["detail"].value_counts().sort("count", "detail", descending=[True, False])
+    if len(details) <= FEW and details["count"].sum() > 2 * len(details):
+        lines.append("  " + ", ".join(f"{count:,} {shortened(detail, 80)}" for detail, count in details.iter_rows()))
     return "\n".join(lines)
 
 

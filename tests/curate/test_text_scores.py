@@ -10,7 +10,7 @@ from sftkit.core.run import Run
 from sftkit.curate import embed
 from sftkit.curate.config import FilterConfig, ScoreConfig
 from sftkit.curate.filters import filter_rows
-from sftkit.curate.score import parse_scorers, score
+from sftkit.curate.score import parse_scorers, score, summary
 from sftkit.curate.similarity import exact_cosines, unit_vectors
 
 ToyRun = Callable[..., Run]
@@ -32,6 +32,13 @@ def test_language_is_a_number_and_its_name(toy_run: ToyRun) -> None:
     assert [detail for _, detail in found["language"]] == ["zh-Hant", "zh-Hans", "en", "too few words to tell", "no response"]
     assert [value for value, _ in found["traditional"]] == [1, 0, 0, None, None]
     assert [value for value, _ in found["chinese"]] == [1, 1, 0, None, None]
+
+
+def test_a_summary_names_the_few_things_that_were_found(toy_run: ToyRun) -> None:
+    texts = ["請用繁體中文說明", "The cat sat on the mat.", "42"] * 2 + ["The dog lay on the mat."] * 3
+    run = toy_run([{"prompt": str(n), "response": text} for n, text in enumerate(texts)])
+    (frame,) = score(run, ScoreConfig(scorers={"language": {}})).values()
+    assert summary("language", frame).splitlines()[1] == "  5 en, 2 too few words to tell, 2 zh-Hant"
 
 
 def test_repetition_refusal_and_truncation_are_what_the_filter_measures(
