@@ -33,7 +33,7 @@ def _items() -> list[Item]:
         if row["split"] == "dev":
             shots.setdefault(row["subject"], []).append(row)
     counts: dict[str, int] = {}
-    items = []
+    items: list[tuple[int, Item]] = []
     for row in rows:
         if row["split"] != "test":
             continue
@@ -45,8 +45,8 @@ def _items() -> list[Item]:
         bare = _shown(row).removesuffix("\nAnswer:")
         target = {"answer": row["answer"], "bare": bare}
         name = f"mmlu/{subject}/{counts[subject]}"
-        items.append(Item(name, asked(bare + ASKING), head + worked + _shown(row), target, subject, choices))
-    return items
+        items.append((counts[subject], Item(name, asked(bare + ASKING), head + worked + _shown(row), target, subject, choices)))
+    return [item for _, item in sorted(items, key=lambda each: each[0])]  # the first of all subjects first: a limit takes from each
 
 
 def _shown(row: Row) -> str:

@@ -1,0 +1,182 @@
+"""Whether sftkit's tasks say what lm-eval says: IFEval's checks, GSM8K and MMLU, on the same answers or the same model, prompts and data.
+
+    python benchmarks/tasks_agreement.py ifeval ANSWERS.parquet --lm-eval SITE_PACKAGES --nltk-data FOLDER
+    python benchmarks/tasks_agreement.py model MODEL --lm-eval SITE_PACKAGES --limit 24 --max-new-tokens 160
+
+SITE_PACKAGES is a folder in which lm-eval 0.4.13 is installed (`pip install --target FOLDER --no-deps lm-eval==0.4.13`, and what it
+imports); it is added to this Python's own packages in a process of its own. FOLDER has NLTK's `tokenizers/punkt_tab`, which IFEval's
+reference downloads otherwise. ANSWERS.parquet is `evaluate/answers.parquet` of `sftkit evaluate compare` on IFEval's prompts. Of a
+model both harnesses get the same token limit, the same texts to go on from (five-shot), float32, greedy. Every disagreement is listed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from sftkit.core.checks.instructions import check_instructions
+from sftkit.core.engines.base import EngineConfig
+from sftkit.core.models import resolve_model
+from sftkit.evaluate.benchmark import evaluate_tasks
+from sftkit.evaluate.config import TasksConfig
+from sftkit.evaluate.statistics import wilson
+from sftkit.evaluate.task_data import read_data
+from sftkit.evaluate.tasks import open_task
+
+IFEVAL = """
+import json, sys
+import langdetect
+from lm_eval.tasks.ifeval import utils
+langdetect.DetectorFactory.seed = 0
+for line in sys.stdin:
+    row = json.loads(line)
+    given = utils.InputExample(row["key"], row["instruction_id_list"], row["prompt"], row["kwargs"])
+    strict = utils.test_instruction_following_strict(given, row["answer"]).follow_instruction_list
+    loose = utils.test_instruction_following_loose(given, row["answer"]).follow_instruction_list
+    print(json.dumps([strict, loose]))
+"""
+HARNESS = """
+import json, sys
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+folder, model = sys.argv[1:3]
+lm = HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=4)
+found = simple_evaluate(lm, tasks=["here_gsm8k", "here_mmlu"], task_manager=TaskManager(include_path=folder, include_defaults=False),
+                        bootstrap_iters=0, log_samples=True)
+kept = {name: [(each["doc"]["id"], each.get("filter"), each.get("exact_match", each.get("acc")), each["filtered_resps"])
+               for each in rows] for name, rows in found["samples"].items()}
+print("FOUND" + json.dumps(kept, default=str))
+"""
+GSM8K = """task: here_gsm8k
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{completion}}}}"
+doc_to_target: "{{{{answer.split('####')[-1].strip()}}}}"
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true, ignore_punctuation: false,
+     regexes_to_ignore: [",", "\\\\$", "(?s).*#### ", "\\\\.$"]}}
+generation_kwargs: {{until: ["\\nQuestion:"], do_sample: false, temperature: 0.0, max_gen_toks: {tokens}}}
+filter_list:
+  - name: strict
+    filter: [{{function: regex, regex_pattern: "#### (\\\\-?[0-9\\\\.\\\\,]+)"}}, {{function: take_first}}]
+  - name: flexible
+    filter: [{{function: regex, group_select: -1, regex_pattern: "(-?[$0-9.,]{{2,}})|(-?[0-9]+)"}}, {{function: take_first}}]
+num_fewshot: 0
+"""
+MMLU = """task: here_mmlu
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{completion}}}}"
+doc_to_choice: [A, B, C, D]
+doc_to_target: answer
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+num_fewshot: 0
+"""
+
+
+def child(code: str, site_packages: Path, *arguments: str, given: str = "", **environment: str) -> str:
+    """Run code with lm-eval on the path, and never this repository's folder, whose evaluate/ it would take for a library."""
+    known = {**os.environ, "PYTHONPATH": str(site_packages), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", **environment}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], input=given, capture_output=True, text=True, env=known, cwd="/")
+    if done.returncode:
+        sys.exit(done.stderr[-3_000:])
+    return done.stdout
+
+
+def ifeval(answers: Path, site_packages: Path, nltk_data: Path) -> None:
+    """Hold each check of each answer against the reference's."""
+    said = {}
+    for question, text in pl.read_parquet(answers).select("question", "text").iter_rows():
+        said[json.loads(question)[-1]["content"]] = text or ""
+    rows = [{**row, "answer": said[row["prompt"]]} for row in read_data("ifeval") if row["prompt"] in said]
+    start = time.monotonic()
+    ours = [check_instructions(row["answer"], row["instruction_id_list"], row["kwargs"]) for row in rows]
+    took = time.monotonic() - start
+    start = time.monotonic()
+    out = child(IFEVAL, site_packages, given="".join(json.dumps(row) + "\n" for row in rows), NLTK_DATA=str(nltk_data))
+    theirs = [json.loads(line) for line in out.splitlines() if line.startswith("[[")]
+    checks, other_took = sum(len(each.strict) for each in ours), time.monotonic() - start
+    print(f"{len(rows)} answers, {checks} checks: {took:.1f} s here, {other_took:.1f} s the reference, its start included")
+    for name, place in (("strict", 0), ("loose", 1)):
+        pairs = [
+            (row, instruction, mine, other)
+            for row, own, reference in zip(rows, ours, theirs, strict=True)
+            for instruction, mine, other in zip(row["instruction_id_list"], getattr(own, name), reference[place], strict=True)
+        ]
+        agree = sum(mine == other for *_, mine, other in pairs)
+        span = wilson(agree, len(pairs))
+        share = f"{100 * agree / len(pairs):.2f} % (95 % {100 * span.low:.2f} to {100 * span.high:.2f})"
+        print(f"{name}: {agree} of {len(pairs)} checks agree, {share}")
+        for row, instruction, mine, other in pairs:
+            if mine != other:
+                print(f"  {row['key']} {instruction}: {mine} here, {other} there: {row['answer'][:80]!r}")
+
+
+def of_model(model: str, site_packages: Path, limit: int, tokens: int, mmlu: str | None) -> None:
+    """Run GSM8K and MMLU in both harnesses on the same texts; print both scores and each item on which they differ."""
+    config = TasksConfig(
+        limit=limit, ask="completion", max_new_tokens=tokens, engine=EngineConfig(engine="transformers", dtype="float32", device="cpu")
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        names = ["gsm8k", *(["mmlu"] if mmlu else [])]
+        start = time.monotonic()
+        result = evaluate_tasks({"it": model}, names, Path(folder) / "run", config)
+        print(f"here: {time.monotonic() - start:.0f} s")
+        scores = pl.read_parquet(Path(folder) / "run" / "evaluate" / "task_scores.parquet")
+        for name, form in (("gsm8k", GSM8K), ("mmlu", MMLU)):
+            items = open_task(name, config).items[:limit] if name in names else []
+            data = Path(folder) / f"{name}.jsonl"
+            lines = [{"id": item.id, "completion": item.completion, "answer": item.target["answer"]} for item in items]
+            data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            if items:
+                (Path(folder) / f"{name}.yaml").write_text(form.format(data=data, tokens=tokens))
+        code = HARNESS if mmlu else HARNESS.replace(', "here_mmlu"', "")
+        start = time.monotonic()
+        out = child(code, site_packages, folder, str(resolve_model(model).path))
+        print(f"lm-eval: {time.monotonic() - start:.0f} s")
+        theirs: dict[str, list[Any]] = json.loads(out.partition("FOUND")[2])
+    print(result.summary())
+    for name, metric, kept in (("gsm8k", "strict", "strict"), ("gsm8k", "flexible", "flexible"), ("mmlu", "likelihood", "none")):
+        if name not in names:
+            continue
+        mine = dict(scores.filter((pl.col("task") == name) & (pl.col("metric") == metric)).select("item", "value").iter_rows())
+        read = dict(scores.filter((pl.col("task") == name) & (pl.col("metric") == metric)).select("item", "answer").iter_rows())
+        other = {item: (float(value), answers) for item, kind, value, answers in theirs[f"here_{name}"] if kind in (kept, None)}
+        a, b = sum(mine.values()) / len(mine), sum(value for value, _ in other.values()) / len(other)
+        error = max((b * (1 - b) / len(other)) ** 0.5, 1e-9)
+        print(f"{name} {metric}: {100 * a:.1f} % here, {100 * b:.1f} % lm-eval, n {len(mine)}, {(a - b) / error:+.2f} standard errors")
+        for item, value in mine.items():
+            if value != other[item][0]:
+                print(f"  {item}: {value:g} here ({read[item]!r}), {other[item][0]:g} there ({str(other[item][1])[:80]})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("ifeval", "model"))
+    parser.add_argument("source", help="ANSWERS.parquet, or a model")
+    parser.add_argument("--lm-eval", type=Path, required=True)
+    parser.add_argument("--nltk-data", type=Path)
+    parser.add_argument("--limit", type=int, default=24)
+    parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument("--mmlu", action="store_true", help="MMLU too, which `sftkit evaluate data get mmlu FILE` has fetched")
+    given = parser.parse_args()
+    if given.what == "ifeval":
+        ifeval(Path(given.source), given.lm_eval, given.nltk_data)
+    else:
+        of_model(given.source, given.lm_eval, given.limit, given.max_new_tokens, "mmlu" if given.mmlu else None)
+
+
+if __name__ == "__main__":
+    main()
