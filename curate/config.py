@@ -310,7 +310,7 @@ class FilterConfig:
     max_score: dict[str, float] = field(default_factory=dict, metadata={"help": "Highest value of a score."})
     where: tuple[str, ...] = setting((), "Condition that a row must meet, as 'num_tokens < 800 and ifd < 1', or 'NAME: CONDITION'.")
     presets: tuple[str, ...] = setting(
-        (), "Named condition: correct, whole, prompt-helps (ifd < 1), alpagasus (judge >= 4.5), short-tokens."
+        (), "Named condition: correct, whole, prompt-helps (ifd < 1), alpagasus (judge >= 4.5 of 5), short-tokens."
     )
     keep_unscored: bool = setting(False, "Keep rows of which a condition says nothing, as a value is missing; else they are rejected so.")
     controls: bool = setting(False, "Also write random rows, and random rows of the same lengths, to curate/controls/.")

@@ -220,7 +220,7 @@ PRESETS = {
     "correct": "numeric >= 1",
     "whole": "finish_reason is None or finish_reason == 'stop'",
     "prompt-helps": "ifd < 1",  # Li et al. 2023 (From Quantity to Quality): from 1 on the prompt makes the answer no likelier
-    "alpagasus": "judge >= 4.5",  # Chen et al. 2023: a grade of 4.5 or more out of 5
+    "alpagasus": "judge >= 4.5",  # Chen et al. 2023: a grade of 4.5 or more out of 5, of a judge with scale=5
     "short-tokens": "num_tokens <= 2048",
 }
 

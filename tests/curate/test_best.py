@@ -1,14 +1,17 @@
 """Best of k: who is kept, who loses, and by which rule."""
 
+import random
+import statistics
 from collections.abc import Callable
 
+import polars as pl
 import pytest
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate.best import best
 from sftkit.curate.config import BestConfig, ScoreConfig, parse_gate
 from sftkit.curate.rows import load_rows, row_ids
-from sftkit.curate.score import score
+from sftkit.curate.score import read_score, score
 
 
 def samples(prompt: str, *answers: str, **more: list) -> list[dict]:
@@ -212,3 +215,111 @@ def test_settings_that_say_nothing(settings: dict, told: str) -> None:
     with pytest.raises(UserError) as error:
         BestConfig(**settings)
     assert told in str(error.value)
+
+
+def by_the_rules(
+    rows: list[dict], config: BestConfig, scores: dict[str, list[float | None]], answers: list[str | None]
+) -> dict[str, tuple]:
+    """Decide row by row as the docstring of `best` says: (rule, score, threshold, witness) by row id, rule "" for those kept."""
+    found: dict[str, tuple] = {}
+    names = [f"{row['id']}/{row['index']}" for row in rows]
+    sign = [-1 if name.startswith("-") else 1 for name in config.by]
+    columns = [scores[name.removeprefix("-")] for name in config.by]
+
+    def order(row: int) -> tuple:
+        values = [(column[row] is None, -turn * (column[row] or 0)) for column, turn in zip(columns, sign, strict=True)]
+        return (*values, len(rows[row]["response"] or ""), rows[row]["index"], row)
+
+    for prompt in dict.fromkeys(row["id"] for row in rows):
+        members = [place for place, row in enumerate(rows) if row["id"] == prompt]
+        eligible = []
+        for row in members:
+            gate = scores["numeric"][row]
+            if rows[row]["finish_reason"] == "length":
+                found[names[row]] = ("truncated", None, None, None)
+            elif rows[row]["response"] is None:
+                found[names[row]] = ("no_response", None, None, None)
+            elif config.gate and gate is None:
+                found[names[row]] = ("unscored", None, 1, None)
+            elif config.gate and gate is not None and gate < 1:
+                found[names[row]] = ("gate:numeric", gate, 1, None)
+            else:
+                eligible.append(row)
+        rate = len(eligible) / len(members)
+        for rule, bound, outside in (("min_pass_rate", config.min_pass_rate, -1), ("max_pass_rate", config.max_pass_rate, 1)):
+            if bound is not None and (rate - bound) * outside > 0:
+                found |= {names[row]: (rule, rate, bound, None) for row in eligible}
+                eligible = []
+        eligible.sort(key=order)
+        if config.majority:
+            found |= {names[row]: ("no_answer", None, None, None) for row in eligible if not answers[row]}
+            voters = [row for row in eligible if answers[row]]
+            counts = {answer: sum(answers[row] == answer for row in voters) for answer in dict.fromkeys(answers[row] for row in voters)}
+            winner = max(counts, key=lambda answer: counts[answer], default=None)
+            eligible = [row for row in voters if answers[row] == winner]
+            for row in voters:
+                share, most = counts[answers[row]] / len(voters), counts[winner] / len(voters)
+                if most < config.min_share:
+                    found[names[row]] = ("low_agreement", most, config.min_share, None)
+                    eligible = []
+                elif answers[row] != winner:
+                    found[names[row]] = ("not_majority", share, most, names[eligible[0]])
+        better = sorted(columns[0][row] * sign[0] for row in eligible if columns[0][row] is not None) if columns else []
+        if config.min_margin is not None and eligible:
+            margin = better[-1] - statistics.median(better) if better else None
+            if (margin or 0) < config.min_margin:
+                found |= {names[row]: ("low_margin", margin, config.min_margin, None) for row in eligible}
+                eligible = []
+        for rank, row in enumerate(eligible):
+            first = eligible[0]
+            own, best_own = (columns[0][row], columns[0][first]) if columns else (None, None)
+            kept_too = config.keep_all or rank < config.keep
+            found[names[row]] = ("", None, None, None) if kept_too else ("not_best", own, best_own, names[first])
+    return found
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_it_decides_as_the_rules_say_row_by_row(seed: int, toy_run: Callable[..., Run]) -> None:
+    rng = random.Random(seed)
+    rows = [
+        {
+            "id": f"p{prompt}",
+            "index": index,
+            "prompt": "q",
+            "response": rng.choice([None, "no", *(f"{'so ' * rng.randrange(3)}it is {number}" for number in (7, 8, 7, 9))]),
+            "reference": rng.choice(["7", "7", None]),
+            "logprob": rng.choice([None, -1.0, -2.0, -0.5]),
+            "num_tokens": rng.randrange(5),
+            "finish_reason": rng.choice(["stop", "stop", "stop", "length", None]),
+        }
+        for prompt in range(40)
+        for index in range(rng.randrange(1, 7))
+    ]
+    rng.shuffle(rows)
+    run = numeric(toy_run(rows))
+    loaded = load_rows(run, all=True)
+    table = read_score(run, loaded, "numeric")
+    scores = {
+        "numeric": table["value"].to_list(),
+        "logprob": loaded["logprob"].to_list(),
+        "num_tokens": [float(n) for n in loaded["num_tokens"]],
+    }
+    for config in (
+        BestConfig(by=("logprob", "-num_tokens"), keep=rng.randrange(1, 4)),
+        BestConfig(by=("-num_tokens",), gate=("numeric",), min_pass_rate=0.3, max_pass_rate=0.8),
+        BestConfig(majority=True, by=("logprob",), min_share=rng.choice([0.0, 0.5])),
+        BestConfig(majority=True, keep=2),
+        BestConfig(gate=("numeric",), keep_all=True),
+        BestConfig(by=("logprob",), min_margin=0.5),
+    ):
+        best(run, config)
+        ledger = run.ledger.read().filter(pl.col("stage") == "best")
+        decided = {
+            f"{row[0]}/{row[1]}": row[2:]
+            for row in ledger.select("example_id", "sample_index", "rule", "score", "threshold", "witness_id").rows()
+        }
+        wanted = by_the_rules(rows, config, scores, table["detail"].to_list())
+        assert decided.keys() == wanted.keys()
+        for name, each in wanted.items():
+            told = decided[name] if each[0] != "truncated" else ("truncated", None, None, None)
+            assert told == pytest.approx(each), (name, config)
