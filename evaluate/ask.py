@@ -2,13 +2,14 @@
 
 import importlib.metadata
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 
-from ..core.engines.base import Request, Sampling, ScoreRequest
+from ..core.engines.base import Engine, Request, Sampling, ScoreRequest
 from ..core.engines.registry import choose
 from ..core.errors import UserError
 from ..core.example import Message, Sample
@@ -67,11 +68,25 @@ def ways(models: Sequence[NamedModel], config: TasksConfig) -> list[Asked]:
     return found
 
 
-def ask(asked: Asked, task: Task, store: SampleStore, config: TasksConfig) -> tuple[list[list[Answer]], int]:
+@contextmanager
+def loaded_when_needed(model: NamedModel) -> Iterator[Callable[[], Engine]]:
+    """Yield what opens a model in its engine, at its first call: once for all tasks, and never where every answer is stored."""
+    with ExitStack() as stack:
+        opened: list[Engine] = []
+
+        def engine() -> Engine:
+            if not opened:
+                opened.append(stack.enter_context(model.running()))
+            return opened[0]
+
+        yield engine
+
+
+def ask(asked: Asked, task: Task, store: SampleStore, config: TasksConfig, engine: Callable[[], Engine]) -> tuple[list[list[Answer]], int]:
     """Return each item's answers, and how many were generated now. A completion is cut where it goes on to something else."""
     sampling = _sampling(task, config)
     wanted = [_prepare(asked, item, index, sampling, config) for item in task.items for index in range(config.samples)]
-    generated = _generate(asked.model, wanted, sampling, store, task.name)
+    generated = _generate(asked, wanted, sampling, store, task.name, engine)
     keys = [each.key for each in wanted]
     stored = {row["key"]: row for row in store.frame().filter(pl.col("key").is_in(keys)).iter_rows(named=True)}
     failed = dict(store.failures().select("key", "error").iter_rows())
@@ -87,7 +102,7 @@ def ask(asked: Asked, task: Task, store: SampleStore, config: TasksConfig) -> tu
     return [answers[place : place + config.samples] for place in range(0, len(answers), config.samples)], generated
 
 
-def choose_likeliest(asked: Asked, task: Task, store: ValueStore) -> tuple[list[list[Answer]], int]:
+def choose_likeliest(asked: Asked, task: Task, store: ValueStore, engine: Callable[[], Engine]) -> tuple[list[list[Answer]], int]:
     """Return for each item the choice that the model finds the most probable, and how many choices were scored now.
 
     The question is given as a text to go on from, for every model. Raises UserError for a server, which tells no probabilities.
@@ -100,8 +115,8 @@ def choose_likeliest(asked: Asked, task: Task, store: ValueStore) -> tuple[list[
     missing = {each.key: each for item in wanted for each in item if not each.error and each.key not in store}
     errors: dict[str, str] = {}
     if missing:
-        with asked.model.running() as engine, Progress(f"{task.name}: score {asked.name}", total=len(missing), unit="choices") as progress:
-            for scored in engine.logprobs(each.request for each in missing.values() if each.request is not None):
+        with Progress(f"{task.name}: score {asked.name}", total=len(missing), unit="choices") as progress:
+            for scored in engine().logprobs(each.request for each in missing.values() if each.request is not None):
                 if scored.error:
                     errors[scored.key] = scored.error
                 else:
@@ -170,7 +185,10 @@ def _identity(model: NamedModel) -> str:
     return "+".join(filter(None, [model.identity, model.template, f"{engine} {version}".strip(), model.engine.dtype]))
 
 
-def _generate(model: NamedModel, wanted: Sequence[_Wanted], sampling: Sampling, store: SampleStore, label: str) -> int:
+def _generate(
+    asked: Asked, wanted: Sequence[_Wanted], sampling: Sampling, store: SampleStore, label: str, engine: Callable[[], Engine]
+) -> int:
+    model = asked.model
     stored = store.keys()
     missing = {each.key: each for each in wanted if not each.error and each.key not in stored}
     if not missing:
@@ -182,13 +200,13 @@ def _generate(model: NamedModel, wanted: Sequence[_Wanted], sampling: Sampling, 
         for key, each in list(missing.items()):
             yield Request(key=key, prompt_ids=each.ids, messages=list(each.messages), sampling=sampling, seed=sample_seed(key))
 
-    with model.running() as engine, Progress(f"{label}: ask {model.name}", total=len(missing), unit="answers") as progress:
+    with Progress(f"{label}: ask {asked.name}", total=len(missing), unit="answers") as progress:
 
         def durable(samples: int, tokens: int) -> None:
             progress.advance(samples, tokens=tokens)
 
         with store.writer(durable) as writer:
-            for completion in engine.generate(requests()):
+            for completion in engine().generate(requests()):
                 each = missing[completion.key]
                 if completion.finish_reason == "error":
                     writer.put_failure(completion.key, each.item.id, each.index, completion.error or "the engine gave no reason")

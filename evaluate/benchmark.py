@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..core.named_models import find_models
 from ..core.progress import Progress
 from ..core.store import SampleStore
 from ..core.values import ValueStore
-from .ask import Asked, ask, choose_likeliest, ways
+from .ask import Asked, ask, choose_likeliest, loaded_when_needed, ways
 from .compare import Answer
 from .config import TasksConfig
 from .contamination import contaminated
@@ -95,10 +96,11 @@ def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | 
         choices = stack.enter_context(ValueStore(folder / "choices.sqlite"))
         answers: dict[str, dict[str, list[list[Answer]]]] = {task.name: {} for task in tasks}
         new: dict[str, dict[str, int]] = {task.name: {} for task in tasks}
-        for way in asked:
-            for task in tasks:
-                said = choose_likeliest(way, task, choices) if task.likelihood else ask(way, task, store, config)
-                answers[task.name][way.name], new[task.name][way.name] = said
+        for model in found:
+            with loaded_when_needed(model) as engine:
+                for way, task in product([way for way in asked if way.model is model], tasks):
+                    said = choose_likeliest(way, task, choices, engine) if task.likelihood else ask(way, task, store, config, engine)
+                    answers[task.name][way.name], new[task.name][way.name] = said
         results, tables = [], []
         for task in tasks:
             result, scores = _result(task, asked, answers[task.name], new[task.name], config)

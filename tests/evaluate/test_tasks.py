@@ -85,6 +85,17 @@ def test_answers_are_made_once_and_marked_again_for_nothing(
     assert json.loads((tmp_path / "run" / "evaluate" / "results.json").read_text())["tasks"]["mine.jsonl"]["n"] == 5
 
 
+def test_a_model_is_opened_once_for_all_tasks_and_closed_before_the_next(
+    mine: Path, tiny_model: Path, trained_model: Path, tmp_path: Path, watch: Watch
+) -> None:
+    more = write_rows(tmp_path / "more.jsonl", [{"prompt": "Calculate 2+2", "answer": "4", "scoring": "numeric"}])
+    models = {"base": str(tiny_model), "sft": str(trained_model)}
+    evaluate_tasks(models, [str(mine), str(more)], tmp_path / "run", settings(ask="both"))
+    assert watch.events == ["open tiny-chat", "close tiny-chat", "open trained", "close trained"]
+    evaluate_tasks(models, [str(mine), str(more)], tmp_path / "run", settings(ask="both"))
+    assert len(watch.events) == 4
+
+
 def test_new_weights_under_the_same_path_are_asked_anew(
     mine: Path, tiny_model: Path, trained_model: Path, tmp_path: Path, watch: Watch
 ) -> None:
