@@ -16,7 +16,7 @@ def train() -> None:
 
 
 @train.command()
-@click.argument("data")
+@click.argument("data", nargs=-1, required=True)
 @click.option("--model", required=True, help="The model to begin with: a folder, a Hub id, a .gguf file, a run, a catalogue name.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Run folder, made if needed; the same one goes on.")
 @click.option("--recipe", type=click.Choice(list(RECIPES)), help="A named set of settings; options and --config win over it.")
@@ -29,13 +29,19 @@ def train() -> None:
 @config_option(TrainConfig, "max_length")
 @config_option(TrainConfig, "limit")
 @config_option(TrainConfig, "init")
+@config_option(TrainConfig, "loss")
+@config_option(TrainConfig, "neftune")
+@config_option(TrainConfig, "weight_by")
+@config_option(TrainConfig, "curriculum")
 @config_option(TrainConfig, "max_hours")
 @config_option(TrainConfig, "auto")
 @config_option(TrainConfig, "memory_gb")
 @click.option("--config", "settings", type=click.Path(path_type=Path), help="YAML file with all settings; options win over it.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
-def sft(data: str, model: str, out: Path, recipe: str | None, settings: Path | None, revision: str | None, **options: Any) -> None:
-    """Fine-tune MODEL on DATA, a run or a data file: the loss is on the assistant's tokens only.
+def sft(
+    data: tuple[str, ...], model: str, out: Path, recipe: str | None, settings: Path | None, revision: str | None, **options: Any
+) -> None:
+    """Fine-tune MODEL on DATA, a run or a data file: the loss is on the assistant's tokens only. Several, each with its share: a mixture.
 
     Stopped at any time, the same command goes on from the last checkpoint. The final model is in RUN/train/final.
 
@@ -43,6 +49,7 @@ def sft(data: str, model: str, out: Path, recipe: str | None, settings: Path | N
     sftkit train sft runs/a --model smollm2-135m-instruct -o runs/b
     sftkit train sft chats.jsonl --model org/name -o runs/c --lora --epochs 3
     sftkit train sft chats.jsonl --model org/name -o runs/d --recipe classic       lr 8e-5, 1 epoch, 8 rows a step
+    sftkit train sft a.jsonl:0.7 b.jsonl:0.3 --model org/name -o runs/f              seven rows of a to three of b
     sftkit train sft chats.jsonl --model org/name -o runs/e --max-hours 11.5       for notebooks that end after 12
     """
     from ..core.hardware import pick_device
@@ -52,7 +59,8 @@ def sft(data: str, model: str, out: Path, recipe: str | None, settings: Path | N
     config = load_config(TrainConfig, {**chosen, **given(options)}, str(settings or ""))
     if recipe and config.limit is not None and "limit" not in given(options):
         click.echo(f"recipe {recipe}: only the first {config.limit} rows, as this machine has no GPU; --limit says otherwise", err=True)
-    click.echo(run_training(data, model, out, config, revision=revision).summary())
+    rows = data[0] if len(data) == 1 else list(data)
+    click.echo(run_training(rows, model, out, config, revision=revision).summary())
 
 
 @train.command()

@@ -39,6 +39,12 @@ class TrainConfig:
     compile: bool | None = setting(
         None, "Compile the layers: a minute at the start, then up to twice as fast; on a GPU for long runs by itself."
     )
+    loss: str = setting(
+        "nll", "The loss of a token: nll is -log p; dft weighs it by p, which learns less from unlikely tokens.", choices=("nll", "dft")
+    )
+    neftune: float = setting(0.0, "Noise on the embeddings in training (NEFTune's alpha; 5 is usual); 0 for none.")
+    weight_by: str | None = setting(None, "Column of the data with each row's weight in the loss, 0 or more.")
+    curriculum: str | None = setting(None, "Column by which rows come in order, the smallest first; -NAME: the largest first.")
     lora: bool = setting(False, "Train a low-rank adapter; the final model has it merged in.")
     qlora: bool = setting(False, "LoRA on a base in 4 bits; needs a GPU and bitsandbytes.")
     lora_rank: int = setting(16, "Rank of the adapter.")
@@ -68,6 +74,7 @@ class TrainConfig:
             "max_length": 2,
             "stop_check": 0,
             "samples": 0,
+            "neftune": 0,
         }
         for name, lowest in least.items():
             value = getattr(self, name)
@@ -115,6 +122,8 @@ class PreferenceConfig(TrainConfig):
             raise UserError(f"beta: expected more than 0, found {self.beta:g}")
         if self.train_on != "all" or self.overlong == "split" or self.compile:
             raise UserError("train_on, overlong: split and compile are not for pairs: of each, the last answer is compared, whole")
+        if self.loss != "nll" or self.neftune or self.weight_by or self.curriculum:
+            raise UserError("loss, neftune, weight_by and curriculum are not for pairs; objective and beta say how they are learned from")
 
     @property
     def rate(self) -> float:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -44,13 +45,14 @@ CURES = {
 class Row:
     """One row, rendered. `source` is where it stands, as file:row; `tokens` and `trained` are its ids and mask as arrays."""
 
-    __slots__ = ("key", "messages", "rejected", "source", "tokens", "trained")
+    __slots__ = ("key", "messages", "rejected", "score", "source", "tokens", "trained", "weight")
 
     def __init__(
         self, key: RowKey, ids: Sequence[int] | Ids, mask: Sequence[bool] | Mask, source: str = "", messages: Sequence[Message] = ()
     ) -> None:
         self.key, self.source, self.messages = key, source, messages
         self.rejected: Row | None = None  # of a pair, the row with the worse answer to the same prompt
+        self.weight, self.score = 1.0, 0.0  # in the loss, and by which rows come in order
         self.tokens: Ids = np.asarray(ids, dtype=np.int32)
         self.trained: Mask = np.asarray(mask, dtype=bool)
 
@@ -167,10 +169,12 @@ def prepare(
     context: int | None,
     vocabulary: int | None = None,
     ledger: Path | None = None,
+    beyond: frozenset[int] = frozenset(),
 ) -> TrainingData:
     """Render all rows, decide which are trained on, and record a decision for each in `ledger`, a file.
 
-    Rules: `no_assistant_turn`, `empty_answer`, `refused_by_template`, `calls_left_out`, `over_max_length`, `no_end_of_turn`, `over_limit`;
+    Rules: `no_assistant_turn`, `empty_answer`, `refused_by_template`, `calls_left_out`, `over_max_length`, `no_end_of_turn`, `over_limit`,
+    `over_share` (the places in `beyond`: what a mixture has too much of);
     of pairs also `no_pair`, `same_answers`, `prompts_differ`.
     Raises UserError when nothing is left, too few answers end with a token that ends them, or a token is beyond the `vocabulary`.
     What is no error and yet seldom meant stands in the report's warnings, and is said aloud.
@@ -186,7 +190,7 @@ def prepare(
     for place, example in enumerate(examples):
         key = key_of(example)
         full = len(kept) >= (config.limit or 1 << 62)
-        outcome = _Outcome(rule="over_limit") if full else outcomes[place]
+        outcome = _Outcome(rule="over_share") if place in beyond else _Outcome(rule="over_limit") if full else outcomes[place]
         if outcome.rows:
             rows += outcome.rows
             kept.append(example)
@@ -214,6 +218,8 @@ def prepare(
             f"{rejected['no_end_of_turn']:,} answers do not end with {chat.name}'s end-of-turn token"
             f" ({_named(left_out['no_end_of_turn'])}); {CURES['no_end_of_turn']}"
         )
+    if config.weight_by and not any(row.weight for row in rows):
+        raise UserError(f"weight_by: all rows have the weight 0 in {config.weight_by!r}; nothing would be learned")
     if vocabulary is not None:
         _check_vocabulary(rows, chat, vocabulary)
     train, validation = split(rows, config.validation, config.seed)
@@ -330,7 +336,22 @@ def _outcomes(examples: Sequence[Example], chat: Chat, config: TrainConfig, limi
     for example, outcome in zip(examples, found, strict=False):
         for row in outcome.rows:
             row.messages = row.messages or example.messages  # whole rows come without
+            row.weight = _number(example, config.weight_by) if config.weight_by else 1.0
+            if config.curriculum:
+                name = config.curriculum.removeprefix("-")
+                row.score = _number(example, name) * (1 if name == config.curriculum else -1)
+            if row.weight < 0:
+                raise UserError(f"{example.source}: {config.weight_by} is {row.weight:g}; a row's weight is 0 or more")
     return found
+
+
+def _number(example: Example, column: str) -> float:
+    """Return a number of a row's other columns. Raises UserError where it is none."""
+    value = example.meta.get(column)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    known = ", ".join(sorted(name for name, each in example.meta.items() if isinstance(each, (int, float)))) or "none"
+    raise UserError(f"{example.source}: expected a number in the column {column!r}, found {value!r}; columns with numbers: {known}")
 
 
 def _render(examples: Sequence[Example], chat: Chat, config: TrainConfig, limit: int, pieces: Pieces) -> list[_Outcome]:
@@ -475,4 +496,6 @@ def fingerprint(rows: Sequence[Row]) -> str:
         digest.update(len(row).to_bytes(8, "little"))
         digest.update(row.tokens.tobytes())
         digest.update(row.trained.tobytes())
+        if (row.weight, row.score) != (1.0, 0.0):
+            digest.update(repr((row.weight, row.score)).encode())
     return digest.hexdigest()[:16]

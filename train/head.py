@@ -26,8 +26,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         softcap: float,
         scale: float,
         compiled: bool = False,
+        shares: torch.Tensor | None = None,
+        dft: bool = False,
     ) -> torch.Tensor:
-        """hidden [N, H], weight [V, H], bias [V], targets [N] → a float32 scalar. softcap 0 is none; scale multiplies the logits."""
+        """hidden [N, H], weight [V, H], bias [V], targets [N] → a float32 scalar. softcap 0 is none; scale multiplies the logits.
+
+        `shares` [N] weigh the positions. With `dft` each is also weighed by its own probability, taken as a constant: dynamic
+        fine-tuning (Wu et al. 2025, arXiv 2508.05629, equation 8).
+        """
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         size = -(-len(hidden) // -(-len(hidden) * weight.shape[0] // ELEMENTS))  # pieces of one size: their code is compiled once or twice
         matrix = weight.to(hidden.dtype)
@@ -42,7 +48,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 logits = part @ matrix.T
                 if bias is not None:
                     logits = logits + bias.to(logits.dtype)
-                loss, grad = losses(logits, wanted, softcap, scale)
+                part_of = None if shares is None else shares[start : start + size]
+                loss, grad = losses(logits, wanted, softcap, scale, part_of, dft)
                 total += loss
                 if grad_hidden is not None:
                     grad_hidden[start : start + size] = grad @ matrix
@@ -61,10 +68,12 @@ class LinearCrossEntropy(torch.autograd.Function):
             None if grad is None else (grad * outer[0].to(grad.dtype)).to(kind)
             for grad, kind in zip(ctx.saved_tensors, ctx.formats, strict=True)
         ]
-        return *grads, None, None, None, None
+        return *grads, *[None] * 6
 
 
-def _losses(logits: torch.Tensor, targets: torch.Tensor, softcap: float, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _losses(
+    logits: torch.Tensor, targets: torch.Tensor, softcap: float, scale: float, shares: torch.Tensor | None = None, dft: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sum of the losses and the gradient by the raw logits."""
     scores = logits.float() * scale
     bent = torch.tanh(scores / softcap) if softcap else None
@@ -73,9 +82,13 @@ def _losses(logits: torch.Tensor, targets: torch.Tensor, softcap: float, scale: 
     valid = targets >= 0
     wanted = targets.clamp(min=0)[:, None]
     norm = scores.logsumexp(-1, keepdim=True)
-    loss = ((norm - scores.gather(1, wanted))[:, 0] * valid).sum()
+    likelihood = (scores.gather(1, wanted) - norm)[:, 0]
+    factor = valid.float() if shares is None else valid * shares
+    if dft:
+        factor = factor * likelihood.exp()
+    loss = -(likelihood * factor).sum()
     places = torch.arange(scores.shape[-1], device=scores.device)
-    grad = ((scores - norm).exp() - (places == wanted).float()) * valid[:, None]
+    grad = ((scores - norm).exp() - (places == wanted).float()) * factor[:, None]
     if bent is not None:
         grad = grad * (1 - bent * bent)
     return loss, (grad * scale).to(logits.dtype)
@@ -87,19 +100,40 @@ _compiled_losses = torch.compile(_losses, dynamic=False)
 def loss_sum(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """Return the sum of -log p over a pack's targets, from the model's backbone and head, or from its logits where the row is alone.
 
-    `batch` is what `packing.collate` makes.
+    `batch` is what `packing.collate` makes; `weights` in it weigh the targets, `dft` and `neftune` say how a token is learned.
     """
+    given = _embedded(model, batch) if batch.get("neftune") and model.training else {"input_ids": batch["input_ids"]}
+    found = None if batch["alone"] else head_of(model)
     if batch["alone"]:
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[0, batch["score_at"]]
-        return torch.nn.functional.cross_entropy(logits.float(), batch["targets"], ignore_index=-100, reduction="sum")
-    inner = {name: batch[name] for name in ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
-    hidden = model.base_model(**inner, attention_mask=None, use_cache=False).last_hidden_state[0]
-    found = head_of(model)
+        logits = model(**given, use_cache=False).logits[0, batch["score_at"]]
+    else:
+        inner = {name: batch[name] for name in ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
+        hidden = model.base_model(**given, **inner, attention_mask=None, use_cache=False).last_hidden_state[0]
+        if found is None:
+            logits = model.get_output_embeddings()(hidden[batch["score_at"]])
+    shares, dft = batch.get("weights"), bool(batch.get("dft"))
     if found is None:
-        logits = model.get_output_embeddings()(hidden[batch["score_at"]])
-        return torch.nn.functional.cross_entropy(logits.float(), batch["targets"], ignore_index=-100, reduction="sum")
+        losses = torch.nn.functional.cross_entropy(logits.float(), batch["targets"], ignore_index=-100, reduction="none")
+        losses = losses * (-losses).exp().detach() if dft else losses
+        return (losses if shares is None else losses * shares).sum()
     head, softcap, scale = found
     scored = hidden[batch["score_at"]]
     if torch.is_autocast_enabled(hidden.device.type):
         scored = scored.to(torch.get_autocast_dtype(hidden.device.type))
-    return LinearCrossEntropy.apply(scored, head.weight, head.bias, batch["targets"], softcap, scale, batch["static"])
+    total: torch.Tensor = LinearCrossEntropy.apply(
+        scored, head.weight, head.bias, batch["targets"], softcap, scale, batch["static"], shares, dft
+    )
+    return total
+
+
+def _embedded(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the embeddings with noise: each number ± alpha / √(length · width) at most, by the row's own length, not the pack's.
+
+    NEFTune (Jain et al. 2023, arXiv 2310.05914).
+    """
+    embedded = model.get_input_embeddings()(batch["input_ids"])
+    lengths = batch["cu_seq_lens_q"].diff()
+    of_token = torch.repeat_interleave(lengths, lengths, output_size=embedded.shape[1])
+    reach = batch["neftune"] / (of_token * embedded.shape[-1]).float().sqrt()
+    noise = torch.empty_like(embedded).uniform_(-1, 1)
+    return {"inputs_embeds": embedded + noise * reach[None, :, None].to(embedded.dtype)}

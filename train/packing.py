@@ -22,8 +22,8 @@ class Packs(Dataset[dict[str, Any]]):
 
     An update of the optimizer has `batch_size` rows, drawn by seed and epoch alone, short and long ones in like shares. They are spread
     over `parts` packs of at most `batch_tokens` tokens (a longer row is a pack of its own), so what an update learns from does not
-    depend on the memory. With `alone` each row is a pack of its own. The pack that comes first is as large as any: what does not fit
-    fails at once, not in the night.
+    depend on the memory. Rows with a score come in its order, one group of updates after another. With `alone` each row is a pack of
+    its own. The pack that comes first is as large as any: what does not fit fails at once, not in the night.
     """
 
     def __init__(
@@ -42,6 +42,8 @@ class Packs(Dataset[dict[str, Any]]):
         # position t is scored on token t + 1: the first token of a row is never learned
         self._scored: list[Ids] = [np.flatnonzero(row.trained[1:]).astype(np.int32) for row in rows]
         self._lengths = [len(row) for row in rows]
+        self._scores = [row.score for row in rows]
+        self._weights = [row.weight for row in rows] if any(row.weight != 1.0 for row in rows) else None
         self._seed, self._pad, self._size, self._epochs = seed, pad, batch_size, epochs
         self.longest = max(self._lengths)
         self._capacity = max(batch_tokens, self.longest)
@@ -75,6 +77,11 @@ class Packs(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         batch = collate([self._ids[row] for row in self._packs[index]], [self._scored[row] for row in self._packs[index]],
                        pad=self._pad, longest=self.longest, static=self._shape)  # fmt: skip
+        if self._weights is not None:
+            each = [np.full(len(self._scored[row]), self._weights[row], dtype=np.float32) for row in self._packs[index]]
+            weights = np.zeros(len(batch["targets"]), dtype=np.float32)
+            weights[: batch["num_targets"]] = np.concatenate([*each, np.zeros(0, dtype=np.float32)])
+            batch |= {"weights": torch.from_numpy(weights), "weight": float(weights.sum(dtype=np.float64))}
         return {**batch, "alone": self._alone}
 
     def rows(self) -> list[list[int]]:
@@ -88,7 +95,7 @@ class Packs(Dataset[dict[str, Any]]):
 
     def _updates(self, epoch: int) -> list[list[int]]:
         """Draw the rows of each update: shuffled, then dealt by length within a group of updates, so that these are nearly of one size."""
-        shuffled = sorted(range(len(self._lengths)), key=lambda row: draw(self._seed, epoch, row))
+        shuffled = sorted(range(len(self._lengths)), key=lambda row: (self._scores[row], draw(self._seed, epoch, row)))
         whole = len(shuffled) - len(shuffled) % self._size
         updates: list[list[int]] = []
         for start in range(0, whole, GROUP * self._size):

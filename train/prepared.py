@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +21,15 @@ from ..core.run import is_done, mark_done
 from ..core.sources import kind_of
 from .config import PreferenceConfig, TrainConfig
 from .data import DataReport, Row, TrainingData, prepare, say
+from .mixture import read_mixture
 from .parity import checked
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1  # counts up when the same rows would be rendered otherwise, or stored otherwise
+SCHEMA = 2  # counts up when the same rows would be rendered otherwise, or stored otherwise
 LEAST_ROWS = 5_000  # fewer are rendered in seconds
 KEPT = 8  # preparations
-DECISIVE = ("max_length", "overlong", "train_on", "validation", "limit", "seed")  # settings
+DECISIVE = ("max_length", "overlong", "train_on", "validation", "limit", "seed", "weight_by", "curriculum")  # settings
 
 
 class Preparation:
@@ -36,7 +37,7 @@ class Preparation:
 
     def __init__(
         self,
-        data: str | Path,
+        data: str | Path | Sequence[str],
         chat: Chat,
         config: TrainConfig,
         *,
@@ -47,9 +48,15 @@ class Preparation:
         """Look into the cache; read the rows where they are not in it. Raises UserError as `read_examples` does."""
         self.chat, self.config, self.context, self.vocabulary = chat, config, context, vocabulary
         pairs = isinstance(config, PreferenceConfig)  # few enough to be rendered each time
-        key = None if pairs else _key(data, chat, config, context, vocabulary)
+        mixed = not isinstance(data, (str, Path))
+        key = None if pairs or mixed else _key(str(data), chat, config, context, vocabulary)
         self.place = (cache or cache_dir() / "prepared") / key if key else None
-        self._examples: list[Example] | None = None if self.place and is_done(self.place) else read_examples(data)
+        self._beyond: frozenset[int] = frozenset()
+        self._examples: list[Example] | None = None
+        if isinstance(data, (str, Path)):
+            self._examples = None if self.place and is_done(self.place) else read_examples(data)
+        else:
+            self._examples, self._beyond = read_mixture(data, config.seed)
 
     def rows(self, ledger: Path | None = None) -> TrainingData:
         """Return them, with a decision for each in `ledger`, a file. Raises UserError as `prepare` does."""
@@ -69,7 +76,9 @@ class Preparation:
         scratch = self.place.with_name(f".{self.place.name}.{os.getpid()}.tmp") if self.place and keeps else None
         where = scratch / "ledger.parquet" if scratch else ledger
         try:
-            made = prepare(self._examples, self.chat, self.config, context=self.context, vocabulary=self.vocabulary, ledger=where)
+            made = prepare(
+                self._examples, self.chat, self.config, context=self.context, vocabulary=self.vocabulary, ledger=where, beyond=self._beyond
+            )
             if scratch:
                 if ledger:
                     ledger.parent.mkdir(parents=True, exist_ok=True)
@@ -95,13 +104,19 @@ class Preparation:
 
 
 def load_rows(
-    data: str | Path, chat: Chat, config: TrainConfig, *, context: int | None, vocabulary: int | None = None, cache: Path | None = None
+    data: str | Path | Sequence[str],
+    chat: Chat,
+    config: TrainConfig,
+    *,
+    context: int | None,
+    vocabulary: int | None = None,
+    cache: Path | None = None,
 ) -> TrainingData:
     """Return the rows of a data source as they are trained on; see `Preparation`."""
     return Preparation(data, chat, config, context=context, vocabulary=vocabulary, cache=cache).rows()
 
 
-def _key(data: str | Path, chat: Chat, config: TrainConfig, context: int | None, vocabulary: int | None) -> str | None:
+def _key(data: str, chat: Chat, config: TrainConfig, context: int | None, vocabulary: int | None) -> str | None:
     """Return a hash of all that decides what the rows become; None for data that is not in files here, or a tokenizer without one."""
     files = list(_files(Path(data).expanduser()))
     if not files or not chat.tokenizer.is_fast:
@@ -144,9 +159,14 @@ def _save(folder: Path, made: TrainingData) -> None:
             "sample_index": [row.key[1] for row in rows],
             "source": [row.source for row in rows],
             "length": [len(row) for row in rows],
+            "weight": [row.weight for row in rows],
+            "score": [row.score for row in rows],
             "messages": [json.dumps(list(row.messages)) if id(row) in asked else None for row in rows],
         },
-        schema={"example_id": pl.String, "sample_index": pl.Int64, "source": pl.String, "length": pl.Int64, "messages": pl.String},
+        schema={
+            **{"example_id": pl.String, "sample_index": pl.Int64, "source": pl.String, "length": pl.Int64},
+            **{"weight": pl.Float64, "score": pl.Float64, "messages": pl.String},
+        },
     )
     table.write_parquet(folder / "rows.parquet")
     write_json(folder / "report.json", made.report.facts())
@@ -160,8 +180,9 @@ def _load(folder: Path) -> TrainingData:
     facts = read_json(folder / "report.json")
     facts.pop("trained_share")
     report = DataReport(**{**facts, "warnings": tuple(facts["warnings"])})
-    rows = [
-        Row((name, index), tokens[end - length : end], trained[end - length : end], source, json.loads(messages) if messages else ())
-        for (name, index, source, length, messages), end in zip(table.iter_rows(), ends, strict=True)
-    ]
+    rows = []
+    for (name, index, source, length, weight, score, messages), end in zip(table.iter_rows(), ends, strict=True):
+        row = Row((name, index), tokens[end - length : end], trained[end - length : end], source, json.loads(messages) if messages else ())
+        row.weight, row.score = weight, score
+        rows.append(row)
     return TrainingData(rows[: report.train_rows], rows[report.train_rows :], report)

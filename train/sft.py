@@ -5,7 +5,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -74,8 +74,10 @@ class TrainResult:
         return "\n".join([*lines, f"model: {self.model}"])
 
 
-def train(data: str | Path, model: str, out: Path, config: TrainConfig, *, revision: str | None = None) -> TrainResult:
+def train(data: str | Path | Sequence[str], model: str, out: Path, config: TrainConfig, *, revision: str | None = None) -> TrainResult:
     """Fine-tune `model` on the rows of `data` into the run folder `out`; a run that was stopped goes on from its last checkpoint.
+
+    `data` may be several sources, as mixture.parse_mixture reads them; pairs are learned from where `config` is a PreferenceConfig.
 
     Writes train/plan.json and preview.html before the first step, metrics.jsonl and checkpoints during it, and final/,
     results.json and done.json at the end. Raises UserError for rows or models that cannot be trained, and for a folder that
@@ -100,7 +102,17 @@ def train(data: str | Path, model: str, out: Path, config: TrainConfig, *, revis
         marks = {"identity": model_identity(ref), "template": chat.fingerprint(), "rows": fingerprint(prepared.train + prepared.validation)}
         before = run.config().get("train", {})
         free = FREE if before.get("identity") == marks["identity"] else tuple(each for each in FREE if each != "model")
-        run.configure("train", {"data": str(data), "model": model, "revision": revision, **to_mapping(config), **marks}, free=free)
+        run.configure(
+            "train",
+            {
+                "data": str(data) if isinstance(data, (str, Path)) else list(data),
+                "model": model,
+                "revision": revision,
+                **to_mapping(config),
+                **marks,
+            },
+            free=free,
+        )
         if is_done(room):
             log.info("%s: is trained already", out)
             return _result(run)
@@ -181,7 +193,7 @@ def _train(
     stops = check_stops(final, data, config.stop_check, device)
     found = {"stop_check": {**asdict(stops), "rate": stops.rate, "text": stops.text()} if stops else None}
     write_json(room / "results.json", {**_results(room / "metrics.jsonl", data), **found})
-    write_card(room, ref, str(run.config()["train"]["data"]), data.report, config)
+    write_card(room, ref, _told(run.config()["train"]["data"]), data.report, config)
     mark_done(room, model="final")
     shutil.rmtree(room / "checkpoints", ignore_errors=True)  # the final model stands: what they were for is done
     return _result(run)
@@ -329,6 +341,10 @@ def _results(metrics: Path, data: TrainingData) -> dict[str, Any]:
         "validation": [validation[0], validation[-1]] if validation else None,
         **preferred,
     }
+
+
+def _told(data: str | list[str]) -> str:
+    return data if isinstance(data, str) else " ".join(data)
 
 
 def _result(run: Run) -> TrainResult:

@@ -44,6 +44,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     packs: Packs
     validation: Packs | None
+    learning: dict[str, Any]  # how a token's loss is made in training: dft, neftune
     num_tokens = 0  # that went through the model in this process, pads not counted
 
     def _send_telemetry(self) -> None:
@@ -59,7 +60,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return self.accelerator.prepare(DataLoader(self.packs, batch_size=1, collate_fn=_only, **ahead))
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> torch.Tensor:
-        count = torch.tensor(sum(batch["num_targets"] for batch in batch_samples), device=device)
+        count = torch.tensor(sum(batch.get("weight", batch["num_targets"]) for batch in batch_samples), device=device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def compute_loss(
@@ -67,7 +68,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     ) -> torch.Tensor:
         """Return this pack's part of the update's loss."""
         self.num_tokens += inputs["num_tokens"]
-        loss: torch.Tensor = model(packed=inputs) / num_items_in_batch.clamp(min=1)
+        least = 1e-6 if "weight" in inputs else 1
+        loss: torch.Tensor = model(packed={**inputs, **self.learning}) / num_items_in_batch.clamp(min=least)
         return loss * self.args.world_size  # gradients are averaged over the processes
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -84,7 +86,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         for place in range(len(self.validation)):
             batch = self._prepare_inputs(self.validation[place])
             with self.compute_loss_context_manager():
-                total += self.model(packed=batch)
+                total += self.model(packed={**batch, "weights": None})  # all answers count alike, whatever their rows' weights
             count += batch["num_targets"]
         self.model.train(training)
         metrics = {f"{metric_key_prefix}_loss": float(total) / count, f"{metric_key_prefix}_tokens": float(count)}
@@ -259,6 +261,7 @@ def make_trainer(
             weight.data = weight.data.float() if weight.requires_grad else weight.data
     trainer.model_accepts_loss_kwargs = True  # the loss is divided by the update's tokens already
     trainer.packs = packs
+    trainer.learning = {"dft": config.loss == "dft", "neftune": config.neftune}
     watch.token_flops = token_flops(trainer.model, sum(map(len, train)) / len(train))
     trainer.validation = Packs(validation, batch_size=len(validation), seed=0, **told) if validation else None
     if compiled:
