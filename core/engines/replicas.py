@@ -130,12 +130,17 @@ class Replicas:
         self.chat = chat
         self.steps = 0
         count, gpus = replica_count(config), [] if config.device == "cpu" else visible_gpus()
+        device = config.device
+        if gpus and device is not None and device.startswith("cuda:"):
+            if not device[5:].isdigit() or int(device[5:]) >= len(gpus):
+                raise UserError(f"device {device}: this machine has {len(gpus)} GPUs, from cuda:0")
+            gpus, device = [gpus[int(device[5:])]], "cuda"  # the only one that the process sees
         size = config.tensor_parallel_size
         groups = [",".join(gpus[first : first + size]) for first in range(0, len(gpus) - size + 1, size)]
         if gpus and not groups:
             raise UserError(f"tensor_parallel_size {size}: this machine has {len(gpus)} GPUs")
         share = -(-count // len(groups)) if groups else 1
-        settings = replace(config, replicas=None, gpu_memory_utilization=config.gpu_memory_utilization / share)
+        settings = replace(config, replicas=None, device=device, gpu_memory_utilization=config.gpu_memory_utilization / share)
         self._opening = (module, model, settings, revision)
         self._model, self._stall_seconds = model, config.stall_seconds
         self._environments: list[dict[str, str]] = [

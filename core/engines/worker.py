@@ -35,6 +35,7 @@ class Worker:
         self._sending = threading.Lock()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._engine: Engine | None = None
+        self._closing = threading.Event()
         self._waits = True  # for a request: then no step is to be expected
 
     def send(self, *message: Any) -> None:
@@ -47,6 +48,7 @@ class Worker:
         with contextlib.suppress(EOFError, OSError):
             while (message := self._connection.recv()) != CLOSE:
                 self._inbox.put(message)
+        self._closing.set()
         threading.Timer(SECONDS_TO_CLOSE, os._exit, args=(0,)).start()
         if self._engine is not None:
             self._engine.close()
@@ -67,6 +69,13 @@ class Worker:
             self._waits = True
             message = self._inbox.get()
         self._waits = False
+
+    def leave(self) -> None:
+        """End the process, or leave that to who is closing the engine just now: that is what made it fail."""
+        sys.stderr.flush()
+        if self._closing.is_set():
+            threading.Event().wait()
+        os._exit(0)
 
     def run(self, module: str, model: str, config: Any, revision: str | None) -> None:
         """Open the engine and answer until the other end closes."""
@@ -97,6 +106,6 @@ def main() -> None:
     os.set_inheritable(descriptor, False)
     connection = multiprocessing.connection.Connection(descriptor)
     start_talking()
-    Worker(connection).run(*connection.recv())
-    sys.stderr.flush()
-    os._exit(0)
+    worker = Worker(connection)
+    worker.run(*connection.recv())
+    worker.leave()

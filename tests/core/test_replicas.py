@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -164,6 +166,31 @@ def test_an_engine_that_cannot_start_is_said_at_once(poison: Path, poisoned: Ope
     with pytest.raises(UserError, match=r"device cuda: this machine has no usable GPU"):
         open_engine(str(tiny_model), config(device="cuda"))  # said by the process, raised here
     assert_no_process_left()
+
+
+def test_processes_end_with_the_one_that_feeds_them(poison: Path) -> None:
+    """Killed in the middle of its work: nobody is left to hold a GPU's memory."""
+    script = """
+import os, sys
+from itertools import count
+from sftkit.core.engines.base import EngineConfig, Request, Sampling
+from sftkit.core.engines.replicas import Replicas
+engine = Replicas("poisoned_engine", "model", EngineConfig(device="cpu", replicas=2), revision=None, chat=None)
+print(*[each._popen.pid for each in engine._processes], flush=True)
+wanted = (Request(key=str(n), prompt_ids=(n % 99,), messages=[], sampling=Sampling(), seed=n) for n in count())
+for number, _ in enumerate(engine.generate(wanted)):
+    if number == 100:
+        print("at work", flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd="/")
+    assert process.stdout
+    workers = [psutil.Process(int(each)) for each in process.stdout.readline().split()]
+    assert process.stdout.readline() == "at work\n"
+    process.kill()
+    process.wait()
+    assert len(workers) == 2
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert alive == []
 
 
 def test_left_early_it_forgets_what_it_was_asked(poisoned: Open) -> None:
