@@ -20,7 +20,7 @@ from ..core.progress import Progress
 from ..core.run import Run
 from ..core.text import shortened
 from .config import ScoreConfig
-from .judge_scores import judge, tags
+from .judge_scores import judge, pairwise, tags
 from .model_scores import grape, ifd, ifd_ppl, logprob, perplexity, reward
 from .rows import KEY, load_rows
 from .scorers import Candidate, ColumnScorer, Result, Scorer, exact, failure, num_chars, num_tokens, num_words, numeric, regex
@@ -46,6 +46,7 @@ SCORERS: dict[str, Callable[..., Scorer | ColumnScorer]] = {
     "perplexity": perplexity,
     "reward": reward,
     "judge": judge,
+    "pairwise": pairwise,
     "tags": tags,
     "math": math_equal,
     "json_schema": json_schema,

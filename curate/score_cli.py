@@ -34,6 +34,7 @@ def score(run: str, out: Path | None, settings: Path | None, scorers: tuple[str,
     repetition  repetition and top_ngram: the shares that the filter's rules measure
     refusal     begins with a refusal: 1 or 0;  truncated  cut at the longest length: 1 or 0
     neighbour   the cosine with the most similar other row (on=prompt);  cluster  its number (clusters=…, seed=…)
+    pairwise    the share of comparisons with other answers to its prompt that it wins, by a judge (model=…, opponents=3)
     tags        how many intentions a model finds in the prompt, by name (model=…)
     judge       a grade by any model (model=…, rubric=helpfulness|correctness|FILE|words, scale=6, engine=…, base_url=…)
 
