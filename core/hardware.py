@@ -1,6 +1,7 @@
 """What this machine computes with: which device, and which number format is fast there."""
 
 import os
+import subprocess
 from typing import Any
 
 from .errors import UserError
@@ -27,6 +28,17 @@ def visible_gpus() -> list[str]:
     named = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
     count = torch.cuda.device_count()
     return named[:count] if named else [str(number) for number in range(count)]
+
+
+def gpu_memory(name: str) -> tuple[float, float] | None:
+    """Return (free, total) GiB of a GPU, as `visible_gpus` names it, without taking any of it; None where nvidia-smi does not tell."""
+    query = ["nvidia-smi", "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits", f"--id={name}"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
+        free, total = (float(each) / 1024 for each in told.split(","))
+    except (OSError, subprocess.SubprocessError, ValueError):  # no such program, an old driver, a card that keeps it to itself
+        return None
+    return free, total
 
 
 def half_precision(device: str) -> Any:

@@ -7,12 +7,13 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from ..chat import Chat, load_chat
 from ..errors import UserError, missing_package
+from ..hardware import gpu_memory, visible_gpus
 from ..models import ModelRef, context_length, load_settings, model_identity, resolve_model
 from .base import Completion, EngineConfig, EngineDied, Request, Sampling, ScoreRequest, TokenLogprobs
 from .vllm_processes import Processes
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 CPU_SHARE = 0.3  # on a CPU the "GPU memory" is the machine's: room must be left for everything else
 CPU_CACHE_BYTES = 2 << 30
 SECONDS_TO_END = 30.0
+SHARE_OF_WEIGHTS = 0.85  # of the free memory: the rest is for the cache and the step's own tensors
+GIB_TO_SPARE = 0.5  # a context of CUDA, and what the driver rounds up
 
 T = TypeVar("T", Request, ScoreRequest)
 
@@ -222,6 +225,7 @@ def open(model: str, config: EngineConfig, *, revision: str | None = None) -> Vl
     ref = resolve_model(model, revision=revision)
     if ref.path is not None and ref.path.is_file():
         raise UserError(f"{model}: vLLM runs model folders, not .gguf files; give a folder, or the engine transformers")
+    config = fit_memory(ref, config)
     chat, identity = load_chat(ref), model_identity(ref)
     _prepare_environment()
     arguments = _arguments(ref, config)
@@ -233,6 +237,34 @@ def open(model: str, config: EngineConfig, *, revision: str | None = None) -> Vl
         processes.close()
         raise
     return VllmEngine(engine, processes, chat, identity=identity)
+
+
+def fit_memory(ref: ModelRef, config: EngineConfig) -> EngineConfig:
+    """Return a config that takes no more of the GPU's memory than is free; vLLM would stop a minute later without a number.
+
+    Raises UserError for weights that do not fit, with what is missing.
+    """
+    cards = visible_gpus()
+    memory = [each for each in map(gpu_memory, cards[: config.tensor_parallel_size]) if each]
+    if not memory:
+        return config
+    free, total = min(memory)
+    if ref.path is not None:
+        files = [*ref.path.glob("*.safetensors")] or [*ref.path.glob("*.bin")]
+        weights = sum(path.stat().st_size for path in files) / 2**30 / config.tensor_parallel_size
+        if weights > SHARE_OF_WEIGHTS * free:
+            raise UserError(
+                f"{ref.name}: its weights take {weights:.1f} GiB, and {free:.1f} of the card's {total:.1f} GiB are free; with room to work"
+                f" {weights / SHARE_OF_WEIGHTS - free:.1f} GiB are missing. Free the card, take a model of up to"
+                f" {SHARE_OF_WEIGHTS * free:.1f} GiB, or several GPUs (tensor_parallel_size, {len(cards)} here)"
+            )
+    room = math.floor(100 * (free - GIB_TO_SPARE) / total) / 100
+    if config.gpu_memory_utilization <= room:
+        return config
+    log.warning(
+        "%.1f of the card's %.1f GiB are free: vLLM takes %.2f of it instead of %.2f", free, total, room, config.gpu_memory_utilization
+    )
+    return replace(config, gpu_memory_utilization=room)
 
 
 def _prepare_environment() -> None:
