@@ -23,6 +23,7 @@ from .ask import Asked, ask, choose_likeliest, loaded_when_needed, ways
 from .compare import Answer
 from .config import TasksConfig
 from .contamination import contaminated
+from .harness import PREFIX, hand_over
 from .health import health
 from .marks import Marks, TaskResult, adjust, compare_marks, measure, without
 from .results import counted, finish_section, left_out, open_section, told
@@ -80,9 +81,11 @@ def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | 
     generate all anew. Without `out` nothing is kept. Raises UserError for a task or a model that is not there, for programs
     where there is no sandbox, and where no question is left that every model answered.
     """
-    tasks = [_limited(open_task(name, config), config) for name in names]
-    repeated = [each.name for each in tasks if sum(other.name == each.name for other in tasks) > 1]
-    if not tasks or repeated:
+    handed = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
+    tasks = [_limited(open_task(name, config), config) for name in names if not name.startswith(PREFIX)]
+    known = [*(each.name for each in tasks), *handed]
+    repeated = [each for each in known if known.count(each) > 1]
+    if not known or repeated:
         raise UserError(f"tasks: {f'{repeated[0]} is given twice' if repeated else 'none was given'}; expected --tasks NAME,NAME")
     refusal = available() if any(each.code for each in tasks) and not config.unsafe else None
     if refusal:
@@ -101,17 +104,19 @@ def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | 
                 for way, task in product([way for way in asked if way.model is model], tasks):
                     said = choose_likeliest(way, task, choices, engine) if task.likelihood else ask(way, task, store, config, engine)
                     answers[task.name][way.name], new[task.name][way.name] = said
-        results, tables = [], []
+        results, tables = [], [pl.DataFrame(schema=SCORES)]
         for task in tasks:
             result, scores = _result(task, asked, answers[task.name], new[task.name], config)
             results.append(result)
             tables.append(scores)
+        results += [hand_over(name, asked, folder, config) for name in handed]
         outcome = TasksResult(folder=folder if out else None, tasks=adjust(results))
         with write_atomically(folder / "task_answers.parquet") as temporary:
-            pl.concat([_answer_table(task, answers[task.name]) for task in tasks]).write_parquet(temporary)
+            tables_of_answers = [_answer_table(task, answers[task.name]) for task in tasks]
+            pl.concat([pl.DataFrame(schema=ANSWERS), *tables_of_answers]).write_parquet(temporary)
         with write_atomically(folder / "task_scores.parquet") as temporary:
             pl.concat(tables).write_parquet(temporary)
-        finish_section(folder, "tasks", outcome.facts(), {"models": list(models), "tasks": [each.name for each in tasks]})
+        finish_section(folder, "tasks", outcome.facts(), {"models": list(models), "tasks": [each.name for each in results]})
         return outcome
 
 

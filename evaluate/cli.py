@@ -11,6 +11,7 @@ from ..core.config import load_config, read_yaml
 from ..core.engines.base import EngineConfig
 from .config import CompareConfig, JudgeConfig, LossConfig, TasksConfig, parse_models
 
+NAMES = "gsm8k, ifeval, humaneval, mmlu, mmlu_generated, FILE, lm-eval:NAME."
 OF_ENGINE = ("engine", "base_url", "device", "dtype", "batch_tokens")
 
 
@@ -137,7 +138,9 @@ def judge(answers: tuple[str, ...], out: Path | None, verdicts: str | None, sett
 
 @evaluate.command()
 @model_options("engine", "base_url", "device", "dtype")
-@click.option("--tasks", "names", metavar="NAME,NAME", required=True, help="gsm8k, ifeval, humaneval, mmlu, mmlu_generated, FILE.")
+@click.option(
+    "--tasks", "names", metavar="NAME,NAME", required=True, help="gsm8k, ifeval, humaneval, mmlu, mmlu_generated, FILE, lm-eval:NAME."
+)
 @config_option(TasksConfig, "limit")
 @config_option(TasksConfig, "ask")
 @config_option(TasksConfig, "samples")
@@ -150,7 +153,7 @@ def tasks(models: tuple[str, ...], out: Path | None, settings: Path | None, name
     A model with a chat template is asked in a chat, another is given a text to go on from. A FILE (or FILE:SCORING) has a
     question in each row, and a column scoring: exact, numeric or contains (with a column answer), regex (pattern), json-schema
     (schema), unit-test (tests). Programs run in a sandbox (bubblewrap). In a run folder answers are stored, apart from their
-    marks: the same command generates only for what changed.
+    marks: the same command generates only for what changed. lm-eval:NAME runs a task of lm-eval (extra lm-eval), compared here.
 
     \b
     sftkit evaluate tasks --model base=MODEL --model sft=runs/b --tasks gsm8k,ifeval,humaneval -o runs/b

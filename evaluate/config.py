@@ -79,6 +79,7 @@ class TasksConfig:
     train_data: str | None = setting(None, "What a model was trained on: scores are given without the questions that are in it, too.")
     unsafe: bool = setting(False, "Run the programs in answers without a sandbox. They can do whatever you can.")
     workers: int = setting(2, "Programs that run at once.")
+    lm_eval_tasks: str | None = setting(None, "Folder of your own tasks for lm-eval, beside those that it has.")
     resamples: int = setting(10_000, "Resamples that the 95 % intervals of scores are taken from.")
     seed: int = setting(0, "Decides the resamples, and the answers where there are several.")
     engine: EngineConfig = field(default_factory=EngineConfig, metadata={"help": "How the models are run."})

@@ -1,0 +1,126 @@
+"""Hand tasks over to lm-eval, which has hundreds: in a process of its own, with the model's own template, and compared here in pairs."""
+
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..core.engines.registry import choose
+from ..core.errors import UserError, missing_package
+from ..core.files import read_json, write_json
+from ..core.hardware import pick_device
+from ..core.models import resolve_model
+from ..core.values import value_key
+from .ask import Asked
+from .config import TasksConfig
+from .marks import Marks, TaskResult, compare_marks, measure
+from .tasks.base import Mark
+
+log = logging.getLogger(__name__)
+
+PREFIX = "lm-eval:"
+MARK = "sftkit-found:"
+CODE = """
+import json, sys
+import lm_eval
+from lm_eval.tasks import TaskManager
+asked = json.loads(sys.stdin.read())
+manager = TaskManager(include_path=asked["include"])
+found = lm_eval.simple_evaluate(model=asked["model"], model_args=asked["arguments"], tasks=[asked["task"]], limit=asked["limit"],
+    apply_chat_template=asked["chat"], batch_size=asked["batch_size"], task_manager=manager, bootstrap_iters=0, log_samples=True)
+rows = []
+for task, samples in found["samples"].items():
+    for each in samples:
+        kept = {name: each.get(name) for name in each["metrics"]}
+        numbers = {name: float(value) for name, value in kept.items() if isinstance(value, (bool, int, float))}
+        rows.append([task, each["doc_id"], each.get("filter", "none"), numbers])
+print(asked["mark"] + json.dumps(rows))
+"""
+
+
+def hand_over(name: str, asked: Sequence[Asked], folder: Path, config: TasksConfig) -> TaskResult:
+    """Run the task NAME of lm-eval on every model; return what came out. Results are kept by model, task and version in `folder`.
+
+    Raises UserError where lm-eval is not installed, for a server, and with lm-eval's own last words where it fails.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise missing_package("lm-eval", "lm-eval")
+    rows: dict[str, list[list[Any]]] = {}
+    new: dict[str, int] = {}
+    for way in asked:
+        rows[way.name], new[way.name] = _run(name, way, folder, config)
+    marks = {way: _marks(each) for way, each in rows.items()}
+    items = list(next(iter(marks.values())))
+    for label, each in marks.items():
+        if list(each) != items:
+            raise UserError(f"lm-eval:{name}: gave {label} other questions than {asked[0].name}; it cannot be compared")
+    ordered = {label: [each[item] for item in items] for label, each in marks.items()}
+    metrics = list(ordered[asked[0].name][0][0]) if items else []
+    if not metrics:
+        raise UserError(f"lm-eval:{name}: gave no number for single questions; give a task that does")
+    groups = [item[0] for item in items] if len({item[0] for item in items}) > 1 else [None] * len(items)  # the tasks of a group
+    drawn = {"resamples": config.resamples, "seed": config.seed}
+    return TaskResult(
+        name=PREFIX + name,
+        n=len(items),
+        left_out={},
+        metrics={label: [measure(each, metric, groups, drawn) for metric in metrics] for label, each in ordered.items()},
+        health=dict.fromkeys(ordered),
+        comparisons=compare_marks(PREFIX + name, metrics[0], ordered, groups, drawn),
+        generated=new,
+        contaminated=None,
+    )
+
+
+def _marks(rows: Sequence[Sequence[Any]]) -> dict[tuple[str, int], Marks]:
+    """Return the marks of each question, by its task and number; a metric is named with its filter where there are several."""
+    filters = {kept for _, _, kept, _ in rows}
+    found: dict[tuple[str, int], dict[str, Mark]] = {}
+    for task, number, kept, numbers in rows:
+        named = {f"{metric},{kept}" if len(filters) > 1 else metric: Mark(value) for metric, value in numbers.items()}
+        found.setdefault((task, number), {}).update(named)
+    return {item: [marks] for item, marks in sorted(found.items())}
+
+
+def _run(name: str, way: Asked, folder: Path, config: TasksConfig) -> tuple[list[list[Any]], int]:
+    engine = choose(way.model.engine)
+    if engine == "openai":
+        raise UserError(f"lm-eval:{name}: a server is not handed over; give a model on disk")
+    version = importlib.metadata.version("lm-eval")
+    ref = resolve_model(way.model.reference)
+    place, arguments = ref.pretrained()
+    dtype = way.model.engine.dtype
+    arguments = {"pretrained": place, **arguments, "dtype": dtype}
+    if engine != "vllm":
+        arguments["device"] = pick_device(way.model.engine.device)
+    told: Mapping[str, Any] = {
+        "model": "vllm" if engine == "vllm" else "hf",
+        "arguments": arguments,
+        "task": name,
+        "limit": config.limit,
+        "chat": way.chat,
+        "include": None if config.lm_eval_tasks is None else str(Path(config.lm_eval_tasks).absolute()),
+        "batch_size": "auto" if engine == "vllm" else 8,
+        "mark": MARK,
+    }
+    key = value_key("lm-eval", version, way.model.identity, way.model.template, engine, dtype, name, config.limit, way.chat)
+    kept = folder / "lm_eval" / f"{key[:32]}.json"
+    if kept.exists():
+        return read_json(kept), 0
+    log.info("lm-eval %s: %s on %s", version, name, way.name)
+    # a folder called evaluate beside the working directory would be taken for the library of that name
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([sys.executable, "-c", CODE], input=json.dumps(told), capture_output=True, text=True, env=environment, cwd=folder)
+    found = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode or not found:
+        last = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()][-1:] or ["no word"]
+        raise UserError(f"lm-eval:{name}: lm-eval failed on {way.name}: {last[0].strip()[:300]}")
+    rows: list[list[Any]] = json.loads(found[-1].removeprefix(MARK))
+    write_json(kept, rows)
+    return rows, len(rows)
