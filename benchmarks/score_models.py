@@ -5,7 +5,7 @@
 Without --model the weights are random, in the shape of Qwen2.5-0.5B (24 layers, 896 wide, 151,936 tokens; --small: 4 layers, 256 wide)
 with a tokenizer trained on the data: the time does not depend on what the weights are. Without --data it is the 18,669 Alpaca rows
 of ../shared/data. Both compute in 16 bits on a GPU, in float32 on a CPU, and from the same token ids. The plain loop takes rows as they
-come, 32 a batch (its logits would not fit into 80 GB with many more), pads them to the longest and takes the loss from the logits.
+come, 32 a batch, pads them to the longest and takes the loss from the whole logits in float32.
 The bar: on one H200 at most 60 s with a 0.5B model, loading and rendering included.
 """
 
