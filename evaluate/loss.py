@@ -16,6 +16,7 @@ from ..core.config import to_mapping
 from ..core.engines.base import EngineConfig
 from ..core.engines.registry import choose
 from ..core.errors import UserError
+from ..core.example import Example
 from ..core.files import write_atomically
 from ..core.formats import iterate_examples
 from ..core.likelihood import HeldOut, Likelihood, likelihoods, read_row
@@ -42,6 +43,7 @@ LOSSES: dict[str, Any] = {
     "left_out": pl.String,  # why the row counts for no model
 }
 
+MOST_SOURCES = 20
 FEW = 20  # prompts below which a bootstrap interval covers clearly less often than it says
 
 Columns = Mapping[str, NDArray[np.float64]]  # the numbers of Likelihood, one for each row that counts
@@ -68,6 +70,7 @@ class ModelLoss:
     text_loss: float  # the loss without the ends of turn
     end_loss: float | None  # of the ends of turn alone; None where the template writes none
     scored: int  # rows in this call; the others were stored
+    by_source: dict[str, Estimate]  # the loss of each source's rows; empty where there is one source alone, or more than MOST_SOURCES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +123,12 @@ class LossResult:
             numbers = [*_numbers(each.loss), f"{each.macro_loss:.3f}", f"{each.text_loss:.3f}", end, *_numbers(each.bits_per_byte)]
             table.append((each.name, *numbers, f"{each.tokens:,}", f"{each.scored:,}"))
         lines += aligned(table)
+        sources = list(self.models[0].by_source)
+        if sources:
+            parts: list[tuple[str, ...]] = [("loss by source (95 %)", *sources)]
+            for each in self.models:
+                parts.append((each.name, *("{} ({})".format(*_numbers(each.by_source[source])) for source in sources)))
+            lines += aligned(parts)
         lines += [_told_difference(each, self.used) for each in self.differences]
         if 1 < self.prompts < FEW:
             lines.append(f"{self.prompts} prompts are few: the intervals are rough, and narrower than they should be if anything")
@@ -231,6 +240,7 @@ def _result(
         for name, each in scored.items()
     }
     drawn = {"clusters": prompts, "resamples": config.resamples, "seed": config.seed}
+    sources = [source_name(rows[place].example) for place in used]
     return LossResult(
         folder=folder,
         heldout=heldout,
@@ -239,12 +249,32 @@ def _result(
         prompts=len(set(prompts)),
         num_bytes=int(sizes.sum()),
         left_out=counts,
-        models=[_model_loss(model, columns[model.name], sizes, new[model.name], drawn) for model in found],
+        models=[_model_loss(model, columns[model.name], sizes, sources, new[model.name], drawn) for model in found],
         differences=_differences(columns, sizes, drawn),
     )
 
 
-def _model_loss(model: NamedModel, columns: Columns, sizes: NDArray[np.float64], new: int, drawn: Mapping[str, Any]) -> ModelLoss:
+def source_name(example: Example) -> str:
+    """Return where a row comes from: what its column source or dataset says, else the file that it stands in."""
+    named = next((example.meta[column] for column in ("source", "dataset") if isinstance(example.meta.get(column), str)), None)
+    return str(named or Path(example.source.rpartition(":")[0]).name)
+
+
+def _by_source(columns: Columns, sources: Sequence[str], drawn: Mapping[str, Any]) -> dict[str, Estimate]:
+    names = sorted(set(sources))
+    if not 1 < len(names) <= MOST_SOURCES:
+        return {}
+    found = {}
+    for name in names:
+        places = [place for place, source in enumerate(sources) if source == name]
+        own = {**drawn, "clusters": [drawn["clusters"][place] for place in places]}
+        found[name] = bootstrap_ratio(-columns["sum_logprob"][places], columns["num_tokens"][places], **own)
+    return found
+
+
+def _model_loss(
+    model: NamedModel, columns: Columns, sizes: NDArray[np.float64], sources: Sequence[str], new: int, drawn: Mapping[str, Any]
+) -> ModelLoss:
     nats, tokens = -columns["sum_logprob"], columns["num_tokens"]
     end_nats, ends = -columns["end_logprob"].sum(), columns["num_ends"].sum()
     if not ends:
@@ -261,6 +291,7 @@ def _model_loss(model: NamedModel, columns: Columns, sizes: NDArray[np.float64],
         text_loss=float((nats.sum() - end_nats) / (tokens.sum() - ends)),
         end_loss=float(end_nats / ends) if ends else None,
         scored=new,
+        by_source=_by_source(columns, sources, drawn),
     )
 
 

@@ -213,6 +213,18 @@ def test_samples_of_one_prompt_are_drawn_together(tmp_path: Path, tiny_model: Pa
     assert "one prompt" in one.summary()
 
 
+def test_each_source_has_its_loss(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [{**row, "source": "long" if len(row["messages"]) > 2 or number == 0 else "short"} for number, row in enumerate(ROWS)]
+    result = loss(write_rows(tmp_path / "rows.jsonl", rows), {"base": str(tiny_model)}, None, settings())
+    long = loss(write_rows(tmp_path / "long.jsonl", [ROWS[0], ROWS[2]]), {"base": str(tiny_model)}, None, settings())
+    (model,) = result.models
+    assert sorted(model.by_source) == ["long", "short"]
+    assert model.by_source["long"].value == pytest.approx(long.models[0].loss.value, abs=1e-4)
+    assert long.models[0].by_source == {}
+    assert "loss by source" in result.summary()
+    assert "loss by source" not in long.summary()
+
+
 def test_nothing_is_computed_twice(tmp_path: Path, tiny_model: Path, trained_model: Path, heldout: Path, watch: Any) -> None:
     place = shutil.copytree(tiny_model, tmp_path / "model")
     run, models = tmp_path / "run", {"base": str(place), "sft": str(trained_model)}
