@@ -40,6 +40,7 @@ JUDGEMENTS: dict[str, Any] = {
     "error": pl.String,  # why there is no verdict
 }
 
+MANY_FLIPS = 0.3  # of the pairs; in MT-bench's published judgements 12.9 % flip
 HEADER = ("model", "against", "win rate", "95 %", "at equal length", "95 %", "won", "tied", "lost", "flips", "longer wins", "p")
 
 
@@ -146,7 +147,7 @@ def judge(sources: Sequence[str | Path], out: Path | None, config: JudgeConfig) 
                 for (name, numbers, removed), p_value in zip(compared, adjusted, strict=True)
             ],
             agreements=agreements,
-            warnings=_warnings(model, answers, run, bool(agreements)),
+            warnings=_warnings(model, answers, run, [numbers for _, numbers, _ in compared], bool(agreements)),
         )
         with write_atomically(folder / "judgements.parquet") as temporary:
             pl.concat(tables).write_parquet(temporary)
@@ -271,9 +272,12 @@ def _row(model: str, baseline: str, key: str, pair: Pair, verdict: Verdict) -> d
     }
 
 
-def _warnings(judge: NamedModel, answers: Sequence[Answers], run: Path | None, calibrated: bool) -> list[str]:
+def _warnings(judge: NamedModel, answers: Sequence[Answers], run: Path | None, numbers: Sequence[WinRate], calibrated: bool) -> list[str]:
     """Return what a reader should know before believing the numbers."""
     found = []
+    flips, pairs = sum(each.flips for each in numbers), sum(each.n for each in numbers)
+    if flips > MANY_FLIPS * pairs:
+        found.append(f"{100 * flips / pairs:.0f} % of the verdicts flip with the order: this judge sees places more than answers")
     for each in answers:
         if each.identity == judge.identity:
             found.append(f"the judge is {each.name} itself: judges prefer their own answers")

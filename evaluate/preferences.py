@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, ndtri
 
 from .statistics import LEVEL, Estimate, Interval, bootstrap_mean, mcnemar, wilson
@@ -46,18 +46,33 @@ def win_rate(winners: Sequence[int], flipped: Sequence[bool], lengths: Sequence[
     differences = np.array([first - second for first, second in lengths], dtype=np.float64)
     decided = (outcomes != 0.5) & (differences != 0)
     wins, losses = int((outcomes == 1).sum()), int((outcomes == 0).sum())
+    rate, controlled = share(outcomes, seed=seed), length_controlled(outcomes, differences)
+    if outcomes.min() == outcomes.max():  # residuals tell nothing then: it is as uncertain as the raw rate
+        controlled = Estimate(controlled.value, rate.interval)
     return WinRate(
         n=len(outcomes),
         wins=wins,
         ties=len(outcomes) - wins - losses,
         losses=losses,
-        rate=bootstrap_mean(outcomes, seed=seed),
-        controlled=length_controlled(outcomes, differences),
+        rate=rate,
+        controlled=controlled,
         p_value=mcnemar(wins, losses),
         flips=sum(flipped),
         flip_interval=wilson(sum(flipped), len(outcomes)),
         longer_wins=float(((differences > 0) == (outcomes == 1))[decided].mean()) if decided.any() else None,
     )
+
+
+def share(outcomes: NDArray[np.float64], *, seed: int) -> Estimate:
+    """Return the mean of outcomes (1, 0.5 or 0) and its interval.
+
+    It is a bootstrap interval, or where all outcomes are equal, which resampling would take for certain, Wilson's; there a half is
+    one win of two.
+    """
+    n, estimate = len(outcomes), bootstrap_mean(outcomes, seed=seed)
+    if n < 2 or outcomes.min() != outcomes.max():
+        return estimate
+    return Estimate(estimate.value, wilson(n, 2 * n) if outcomes[0] == 0.5 else wilson(int(outcomes.sum()), n))
 
 
 def length_controlled(outcomes: ArrayLike, differences: ArrayLike, *, level: float = LEVEL) -> Estimate:
@@ -92,7 +107,7 @@ def length_controlled(outcomes: ArrayLike, differences: ArrayLike, *, level: flo
 def agreement(name: str, labels: Sequence[int], orders: Sequence[tuple[int | None, int | None]], *, seed: int = 0) -> Agreement:
     """Return how often verdicts are right: `labels` are 1 or 2, `orders` what was said in either order, None where nothing was."""
     right = np.array([[said == label for said in pair] for label, pair in zip(labels, orders, strict=True)], dtype=np.float64)
-    accuracy = bootstrap_mean(right.mean(axis=1), seed=seed)
+    accuracy = share(right.mean(axis=1), seed=seed)
     return Agreement(
         name=name,
         n=len(labels),
