@@ -1,11 +1,13 @@
 """Whether sftkit's tasks say what lm-eval says: IFEval's checks, GSM8K and MMLU, on the same answers or the same model, prompts and data.
 
     python benchmarks/tasks_agreement.py ifeval ANSWERS.parquet --lm-eval SITE_PACKAGES --nltk-data FOLDER
+    python benchmarks/tasks_agreement.py programs SAMPLES.jsonl.gz --limit 2
     python benchmarks/tasks_agreement.py model MODEL --lm-eval SITE_PACKAGES --limit 24 --max-new-tokens 160
 
 SITE_PACKAGES is a folder in which lm-eval 0.4.13 is installed (`pip install --target FOLDER --no-deps lm-eval==0.4.13`, and what it
 imports); it is added to this Python's own packages in a process of its own. FOLDER has NLTK's `tokenizers/punkt_tab`, which IFEval's
-reference downloads otherwise. ANSWERS.parquet is `evaluate/answers.parquet` of `sftkit evaluate compare` on IFEval's prompts. Of a
+reference downloads otherwise. ANSWERS.parquet is `evaluate/answers.parquet` of `sftkit evaluate compare` on IFEval's prompts. SAMPLES
+has HumanEval's task_id and a list of samples in each row; programs and tests in two sandboxes are held against both in one. Of a
 model both harnesses get the same token limit, the same texts to go on from (five-shot), float32, greedy. Every disagreement is listed.
 """
 
@@ -16,13 +18,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+from sftkit.core.checks.code import extract_program, run_tests
 from sftkit.core.checks.instructions import check_instructions
+from sftkit.core.checks.sandbox import Order, run
 from sftkit.core.engines.base import EngineConfig
 from sftkit.core.models import resolve_model
+from sftkit.core.sources import iterate_rows
 from sftkit.evaluate.benchmark import evaluate_tasks
 from sftkit.evaluate.config import TasksConfig
 from sftkit.evaluate.statistics import wilson
@@ -124,6 +130,32 @@ def ifeval(answers: Path, site_packages: Path, nltk_data: Path) -> None:
                 print(f"  {row['key']} {instruction}: {mine} here, {other} there: {row['answer'][:80]!r}")
 
 
+def programs(samples: Path, limit: int) -> None:
+    """Hold the verdicts on programs that cannot see their tests against those of one process that has both."""
+    rows = {row["task_id"]: row for row in read_data("humaneval")}
+    jobs = []
+    for _, given in iterate_rows(samples):
+        row = rows[given["task_id"]]
+        jobs += [(row, extract_program(each, prompt=row["prompt"], entry_point=row["entry_point"])) for each in given["samples"][:limit]]
+
+    def apart(job: tuple[dict[str, Any], str]) -> bool:
+        return run_tests(job[1], job[0]["test"], entry_point=job[0]["entry_point"]).passed
+
+    def together(job: tuple[dict[str, Any], str]) -> bool:
+        (outcome,) = run([Order(f"{job[1]}\n{job[0]['test']}\ncheck({job[0]['entry_point']})\n")])
+        return outcome.ended == "done"
+
+    found = {}
+    for way in (apart, together):
+        start = time.monotonic()
+        with ThreadPoolExecutor(2) as pool:
+            found[way.__name__] = list(pool.map(way, jobs))
+        print(f"{way.__name__}: {sum(found[way.__name__])} of {len(jobs)} pass, {time.monotonic() - start:.0f} s")
+    for job, one, other in zip(jobs, found["apart"], found["together"], strict=True):
+        if one != other:
+            print(f"  {job[0]['task_id']}: {one} apart, {other} together: {job[1][-200:]!r}")
+
+
 def of_model(model: str, site_packages: Path, limit: int, tokens: int, mmlu: str | None) -> None:
     """Run GSM8K and MMLU in both harnesses on the same texts; print both scores and each item on which they differ."""
     config = TasksConfig(
@@ -164,15 +196,17 @@ def of_model(model: str, site_packages: Path, limit: int, tokens: int, mmlu: str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("ifeval", "model"))
-    parser.add_argument("source", help="ANSWERS.parquet, or a model")
-    parser.add_argument("--lm-eval", type=Path, required=True)
+    parser.add_argument("what", choices=("ifeval", "programs", "model"))
+    parser.add_argument("source", help="ANSWERS.parquet, SAMPLES.jsonl.gz, or a model")
+    parser.add_argument("--lm-eval", type=Path)
     parser.add_argument("--nltk-data", type=Path)
     parser.add_argument("--limit", type=int, default=24)
     parser.add_argument("--max-new-tokens", type=int, default=160)
     parser.add_argument("--mmlu", action="store_true", help="MMLU too, which `sftkit evaluate data get mmlu FILE` has fetched")
     given = parser.parse_args()
-    if given.what == "ifeval":
+    if given.what == "programs":
+        programs(Path(given.source), given.limit)
+    elif given.what == "ifeval":
         ifeval(Path(given.source), given.lm_eval, given.nltk_data)
     else:
         of_model(given.source, given.lm_eval, given.limit, given.max_new_tokens, "mmlu" if given.mmlu else None)
