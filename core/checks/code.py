@@ -70,7 +70,7 @@ def cut_completion(completion: str) -> str:
 def _defines(code: str, entry_point: str | None) -> bool:
     return (
         entry_point is not None
-        and re.search(rf"^\s*(?:async\s+)?(?:def|class)\s+{re.escape(entry_point)}\b", code, re.MULTILINE) is not None
+        and re.search(rf"^[ \t]*(?:async[ \t]+)?(?:def|class)[ \t]+{re.escape(entry_point)}\b", code, re.MULTILINE) is not None
     )
 
 

@@ -90,13 +90,15 @@ def _after_hashes(text: str) -> str | None:
 
 
 def _in_box(text: str) -> str | None:
+    closed, opened = {}, []  # where each brace that is opened is closed
+    for place, letter in enumerate(text):
+        if letter == "{":
+            opened.append(place)
+        elif letter == "}" and opened:
+            closed[opened.pop()] = place
     content = None
     for match in _BOXED.finditer(text):
-        depth, end = 1, match.end()
-        while end < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        inside = text[match.end() : end - 1 if depth == 0 else end]
+        inside = text[match.end() : closed.get(match.end() - 1, len(text))]
         if re.search(r"[0-9]", inside):
             content = inside
     return content

@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from sftkit.core.checks.code import extract_program
 from sftkit.core.checks.sandbox import available
 from sftkit.core.errors import UserError
 from sftkit.evaluate import task_data
@@ -263,6 +264,25 @@ BAD: list[tuple[list[dict[str, Any]], str]] = [
 def test_bad_rows_are_named(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         open_task(str(write_rows(tmp_path / "rows.jsonl", rows)), settings())
+
+
+LONG = ["a" * 100_000, "\n" * 100_000, " " * 100_000, "```\n" * 25_000, r"\boxed{" * 14_000, "#### " * 20_000, "1 1/2 " * 16_000, "(A" * 50_000, "<" * 100_000]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", LONG, ids=[repr(each[:6]) for each in LONG])
+def test_an_endless_answer_is_marked_all_the_same(answer: str, cache: Path, tmp_path: Path) -> None:
+    task_data.fetch_data("mmlu", str(write_rows(tmp_path / "rows.jsonl", mmlu_rows())))
+    golds = {"exact": "1", "numeric": "7", "contains": "zz"}
+    rows: list[dict[str, Any]] = [{"prompt": name, "scoring": name, "answer": gold} for name, gold in golds.items()]
+    rows.append({"prompt": "s", "scoring": "json-schema", "schema": {"type": "object"}})
+    mine = write_rows(tmp_path / "mine.jsonl", rows)
+    for name in ("gsm8k", "ifeval", "mmlu_generated", str(mine)):
+        task = open_task(name, settings())
+        for item in task.items[:4]:
+            assert all(0.0 <= mark.value <= 1.0 for mark in task.score(item, answer).values())
+    found = health(["What?"], [Answer(text=answer, finish_reason="length", num_tokens=9)])
+    assert found.truncated == 1.0
+    assert len(extract_program(answer, prompt="def f():\n", entry_point="f")) <= 2 * len(answer) + 100_000
 
 
 def test_bad_settings_are_named(mine: Path, tiny_model: Path, tmp_path: Path) -> None:
