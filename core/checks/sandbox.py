@@ -38,8 +38,8 @@ class Limits:
 
     cpu_seconds: int = 10
     seconds: float = 30.0  # by the clock: a program that sleeps uses no processor
-    memory_mb: int = 1024  # address space
-    processes: int = 16  # threads count
+    memory_mb: int = 512  # address space
+    processes: int = 8  # threads count
     files_mb: int = 32  # in /tmp, all together
     output_bytes: int = 64 * 1024
 
@@ -212,7 +212,20 @@ def _bubblewrap(limits: Limits, mode: Mode) -> list[str]:
     for prefix in dict.fromkeys((*PREFIXES, "/usr/local")):  # packages may hold tests, this one's do
         for packages in sorted((*Path(prefix).glob("lib/python3*/site-packages"), *Path(prefix).glob("lib/python3*/dist-packages"))):
             command += ["--tmpfs", str(packages), "--remount-ro", str(packages)]
-    command += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--size", str(limits.files_mb << 20), "--tmpfs", "/tmp"]
+    command += [
+        "--proc",
+        "/proc",
+        "--dev",
+        "/dev",
+        "--remount-ro",
+        "/dev",
+        "--perms",
+        "1777",
+        "--size",
+        str(limits.files_mb << 20),
+        "--tmpfs",
+        "/tmp",
+    ]
     return [*command, "--remount-ro", "/", "--chdir", "/tmp", "--"]
 
 
