@@ -35,6 +35,7 @@ class TrainConfig:
         None, "Compute activations twice to save memory; a fifth slower. Where memory is short, by itself."
     )
     auto: bool = setting(True, "On a GPU, choose batch_tokens and gradient_checkpointing by the memory plan, where they are not given.")
+    gpus: int = setting(1, "Processes that train together, one per GPU (on a CPU: for tests); the updates stay the same.")
     memory_gb: float | None = setting(None, "Most memory of the GPU that is taken, in GB; on a CPU the plan is made for as much.")
     compile: bool | None = setting(
         None, "Compile the layers: a minute at the start, then up to twice as fast; on a GPU for long runs by itself."
@@ -74,6 +75,7 @@ class TrainConfig:
             "max_length": 2,
             "stop_check": 0,
             "samples": 0,
+            "gpus": 1,
             "neftune": 0,
         }
         for name, lowest in least.items():

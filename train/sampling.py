@@ -114,13 +114,15 @@ class Sampler(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Keep of the file what stands before the step that is gone on from."""
+        if not state.is_world_process_zero:
+            return
         kept = [line for line in read_json_lines(self.place) if line["step"] <= state.global_step and state.global_step > 0]
         self._written = {line["step"] for line in kept}
         write_json_lines(self.place, kept)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Answer the prompts."""
-        if state.global_step in self._written:
+        if state.global_step in self._written or not state.is_world_process_zero:
             return
         self._written.add(state.global_step)
         with as_loaded(model) as plain:

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 FREE = (  # settings that do not decide what the model becomes
     *("data", "model", "revision", "logging_steps", "save_minutes", "max_hours", "stop_check", "samples"),
-    *("batch_tokens", "compile", "eval_steps", "gradient_checkpointing", "auto", "memory_gb"),
+    *("batch_tokens", "compile", "eval_steps", "gradient_checkpointing", "auto", "memory_gb", "gpus"),
 )
 PREVIEW_ROWS = 20
 CPU_TOKENS, GPU_TOKENS = 2048, 32_768  # in one forward pass, to begin with
@@ -129,6 +129,7 @@ def _check_settings(config: TrainConfig, device: str, half: Any) -> None:
         if device != "cpu":
             raise UserError("dtype bfloat16: this GPU does not compute in it; leave dtype out (float32 weights, float16 in the products)")
         log.warning("dtype bfloat16: this processor only imitates it, slowly; leave dtype out to compute in float32")
+    _check_gpus(config, device)
     if config.samples and not config.validation:
         log.warning("samples: are taken at evaluations, and without validation rows there are none; give validation: 0.05")
     if config.qlora:
@@ -138,6 +139,18 @@ def _check_settings(config: TrainConfig, device: str, half: Any) -> None:
             import bitsandbytes  # noqa: F401
         except ImportError:
             raise missing_package("bitsandbytes", "quant") from None
+
+
+def _check_gpus(config: TrainConfig, device: str) -> None:
+    """Raise UserError for processes that this machine has no cards for, or that the settings do not allow."""
+    import torch
+
+    if config.gpus == 1:
+        return
+    if isinstance(config, PreferenceConfig):
+        raise UserError("gpus: pairs are learned from on one GPU")
+    if device != "cpu" and torch.cuda.device_count() < config.gpus:
+        raise UserError(f"gpus: {config.gpus} asked for, and this machine has {torch.cuda.device_count()}")
 
 
 def _write_plan(room: Path, data: TrainingData, chat: Chat, config: TrainConfig, device: str) -> None:
@@ -159,7 +172,6 @@ def _train(
 
     from .final import save_final
     from .sampling import check_stops
-    from .trainer import unwrapped
 
     room = run.path / "train"
     start = _start(ref, chat, config, room / "start") if config.init is not None else ref
@@ -169,7 +181,7 @@ def _train(
     _note(room, choice)
     while True:
         try:
-            trainer = _run(room, start, chat, data, settings, device, own, tokens, deadline)
+            trained = _trained(room, start, chat, data, settings, device, own, tokens, deadline)
             break
         except torch.OutOfMemoryError:
             if tokens <= data.report.longest:
@@ -184,18 +196,19 @@ def _train(
         log.info("out of memory: going on with at most %s tokens in a forward pass; the steps stay the same", f"{tokens:,}")
     facts = {"base": ref.name, **marks, "settings": to_mapping(config)}
     with _room_on_disk(room / "final"):
-        save_final(unwrapped(trainer), start, chat, data.validation or data.train, room, dtype=own, facts=facts)
+        save_final(trained, start, chat, data.validation or data.train, room, dtype=own, facts=facts)
     final = room / "final"
     if check_parity(data.train + data.validation, load_chat(resolve_model(final))) != marks["parity"]:
         raise UserError(f"{final}: the saved tokenizer renders the training prompts otherwise than in training; it was not saved whole")
-    del trainer
+    del trained
     gc.collect()
     stops = check_stops(final, data, config.stop_check, device)
     found = {"stop_check": {**asdict(stops), "rate": stops.rate, "text": stops.text()} if stops else None}
     write_json(room / "results.json", {**_results(room / "metrics.jsonl", data), **found})
     write_card(room, ref, _told(run.config()["train"]["data"]), data.report, config)
     mark_done(room, model="final")
-    shutil.rmtree(room / "checkpoints", ignore_errors=True)  # the final model stands: what they were for is done
+    for each in ("checkpoints", "processes"):  # the final model stands: what they were for is done
+        shutil.rmtree(room / each, ignore_errors=True)
     return _result(run)
 
 
@@ -246,18 +259,38 @@ def _room_on_disk(place: Path) -> Iterator[None]:
         ) from error
 
 
-def _run(
+def _trained(
     room: Path, start: ModelRef, chat: Chat, data: TrainingData, config: TrainConfig, device: str, own: Any, tokens: int,
     deadline: float | None,
 ) -> Any:  # fmt: skip
-    """Train, from the last checkpoint if there is one; return the trainer."""
+    """Train, here or on several processes; return the trained model as it was loaded."""
+    from .processes import Job, train_on_processes
+    from .trainer import unwrapped
+
+    if config.gpus == 1:
+        return unwrapped(run_trainer(room, start, chat, data, config, device, own, tokens, deadline))
+    return train_on_processes(
+        Job(room=room, start=start, data=data, config=config, device=device, own=own, tokens=tokens, deadline=deadline)
+    )
+
+
+def load_start(start: ModelRef, config: TrainConfig, own: Any, device: str) -> tuple[Any, Any]:
+    """Return the model that training begins with, and the 16-bit format that its forward pass computes in (None: its weights')."""
+    weights, half = _formats(config, own, device)
+    return (_load_quantised(start, half) if config.qlora else load_model(start, dtype=str(weights).removeprefix("torch."))), half
+
+
+def run_trainer(
+    room: Path, start: ModelRef, chat: Chat, data: TrainingData, config: TrainConfig, device: str, own: Any, tokens: int,
+    deadline: float | None,
+) -> Any:  # fmt: skip
+    """Train in this process, from the last checkpoint if there is one; return the trainer."""
     from .preference import make_preference_trainer
     from .sampling import Sampler
     from .trainer import Watch, last_checkpoint, make_trainer
 
     make: Callable[..., Any] = make_preference_trainer if isinstance(config, PreferenceConfig) else make_trainer
-    weights, half = _formats(config, own, device)
-    model = _load_quantised(start, half) if config.qlora else load_model(start, dtype=str(weights).removeprefix("torch."))
+    model, half = load_start(start, config, own, device)
     watch = Watch(room / "metrics.jsonl", chat, save_minutes=config.save_minutes, peak=measured_peak(device), deadline=deadline)
     trainer = make(
         model, chat, data.train, data.validation, config, checkpoints=room / "checkpoints", device=device, half=half,
@@ -305,11 +338,14 @@ def _formats(config: TrainConfig, own: Any, device: str) -> tuple[Any, Any]:
 
 
 def _load_quantised(ref: ModelRef, half: Any) -> Any:
+    import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     name, arguments = ref.pretrained()
     packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=half)
-    return AutoModelForCausalLM.from_pretrained(name, quantization_config=packed, device_map={"": 0}, dtype=half, **arguments)
+    return AutoModelForCausalLM.from_pretrained(
+        name, quantization_config=packed, device_map={"": torch.cuda.current_device()}, dtype=half, **arguments
+    )
 
 
 def adapter_config(config: TrainConfig) -> Any:

@@ -82,21 +82,30 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         assert self.validation is not None
         training = self.model.training
         self.model.eval()
-        total, count = torch.zeros((), device=self.args.device), 0
-        for place in range(len(self.validation)):
+        total, count = torch.zeros((), device=self.args.device), 0.0
+        for place in range(self.args.process_index, len(self.validation), self.args.world_size):
             batch = self._prepare_inputs(self.validation[place])
             with self.compute_loss_context_manager():
                 total += self.model(packed={**batch, "weights": None})  # all answers count alike, whatever their rows' weights
             count += batch["num_targets"]
         self.model.train(training)
-        metrics = {f"{metric_key_prefix}_loss": float(total) / count, f"{metric_key_prefix}_tokens": float(count)}
+        count = self._summed(count)
+        metrics = {f"{metric_key_prefix}_loss": self._summed(float(total)) / count, f"{metric_key_prefix}_tokens": float(count)}
         self.log(dict(metrics))
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _summed(self, number: float) -> float:
+        """Return the sum of a number over all processes."""
+        if self.args.world_size == 1:
+            return number
+        total = torch.tensor(number, dtype=torch.float64, device=self.args.device)
+        torch.distributed.all_reduce(total)
+        return float(total)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the tokens so far."""
-        super().log({**logs, "num_tokens": self.num_tokens} if "loss" in logs else logs, start_time)
+        super().log({**logs, "num_tokens": round(self._summed(self.num_tokens))} if "loss" in logs else logs, start_time)
 
 
 def _only(packs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -144,8 +153,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         steps = [line for line in kept if "loss" in line]
         self._before = (steps[-1]["num_tokens"], steps[-1]["seconds"]) if steps else (0, 0.0)
         self._sound = state.global_step
-        write_json_lines(self.metrics, kept)
-        self._progress = Progress("train", total=state.max_steps, unit="steps", done=state.global_step).__enter__()
+        if state.is_world_process_zero:
+            write_json_lines(self.metrics, kept)
+            self._progress = Progress("train", total=state.max_steps, unit="steps", done=state.global_step).__enter__()
         if threading.current_thread() is threading.main_thread():
             self._former = {each: signal.signal(each, self._stop) for each in (signal.SIGINT, signal.SIGTERM)}
 
@@ -165,16 +175,20 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if self._progress:
             self._progress.advance()
         self.late = self._deadline is not None and time.monotonic() > self._deadline
+        self.stopped, self.late, due = _agreed(args, self.stopped, self.late, time.monotonic() - self._saved > self._save_seconds)
         if self.stopped or self.late:
             control.should_save = control.should_training_stop = True
-        elif time.monotonic() - self._saved > self._save_seconds:
+        elif due:
             control.should_save = True
         if control.should_save or state.global_step in (1, state.max_steps):
             control.should_log = True  # what is gone on from, the first and the last step are always in metrics.jsonl
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark a checkpoint as whole: only such a one is resumed from."""
-        mark_done(Path(args.output_dir) / f"checkpoint-{state.global_step}", step=state.global_step)
+        if args.world_size > 1:
+            torch.distributed.barrier()  # each process has its part of it
+        if state.is_world_process_zero:
+            mark_done(Path(args.output_dir) / f"checkpoint-{state.global_step}", step=state.global_step)
         self._saved = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
@@ -203,8 +217,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             if name in facts and not math.isfinite(facts[name])
         ]
         facts = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in facts.items()}
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(facts) + "\n")
+        if state.is_world_process_zero:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(facts) + "\n")
         if numbers:
             learned = [row for step in range(self._sound + 1, state.global_step + 1) for row in self.rows_of(step)]
             more = f" and {len(learned) - NAMED:,} more" if len(learned) > NAMED else ""
@@ -223,6 +238,15 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             signal.signal(number, former)
 
 
+def _agreed(args: Any, *wishes: bool) -> list[bool]:
+    """Return of each wish whether any process has it: what one does all have to do, at the same step."""
+    if args.world_size == 1:
+        return list(wishes)
+    told = torch.tensor([float(each) for each in wishes], device=args.device)
+    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+    return [bool(each) for each in told.tolist()]
+
+
 def make_trainer(
     model: Any, chat: Chat, train: Sequence[Row], validation: Sequence[Row], config: TrainConfig, *,
     checkpoints: Path, device: str, half: torch.dtype | None, batch_tokens: int, watch: Watch, peft_config: Any = None,
@@ -237,10 +261,10 @@ def make_trainer(
         use_packed_attention(model)
     epochs = math.ceil(config.epochs)
     workers = int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1
-    told: dict[str, Any] = {"batch_tokens": batch_tokens, "pad": chat.pad_id, "alone": alone}
+    told: dict[str, Any] = {"batch_tokens": batch_tokens, "pad": chat.pad_id, "alone": alone, "workers": workers}
     steps = math.ceil(len(train) / config.batch_size) * config.epochs
     compiled = not alone and (device != "cpu" and steps >= COMPILED_STEPS if config.compile is None else config.compile)
-    packs = Packs(train, batch_size=config.batch_size, seed=config.seed, epochs=epochs, workers=workers, **told)
+    packs = Packs(train, batch_size=config.batch_size, seed=config.seed, epochs=epochs, **told)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers 5.24 renames gradient_checkpointing, 5.17 knows no other name
         pack: dict[str, Any] = {"per_device_train_batch_size": 1, "shuffle_dataset": False}
@@ -263,6 +287,7 @@ def make_trainer(
     trainer.packs = packs
     trainer.learning = {"dft": config.loss == "dft", "neftune": config.neftune}
     watch.token_flops = token_flops(trainer.model, sum(map(len, train)) / len(train))
+    watch.peak *= workers
     trainer.validation = Packs(validation, batch_size=len(validation), seed=0, **told) if validation else None
     if compiled:
         both = [each for each in (packs, trainer.validation) if each]
@@ -396,6 +421,8 @@ def arguments_of(
         accelerator_config={"non_blocking": True},
         disable_tqdm=True,
         report_to="none",
+        ddp_backend="gloo" if device == "cpu" and torch.distributed.is_initialized() else None,
+        ddp_find_unused_parameters=False,
         **more,
     )
 

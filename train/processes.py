@@ -1,0 +1,145 @@
+"""One run on several processes of this machine, one per GPU: the same updates, and so the same losses, as on one.
+
+The parent prepares the rows and finishes the model; between them torchrun starts the processes, each of which takes its share of every
+update's packs (DistributedDataParallel). Gradients are added up over processes and divided by the tokens of the whole update.
+"""
+
+import ctypes
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.chat import load_chat
+from ..core.errors import UserError
+from ..core.files import read_json, write_json
+from ..core.models import ModelRef
+from .config import TrainConfig
+from .data import TrainingData
+
+log = logging.getLogger(__name__)
+
+JOB, STATUS, TRAINED = "job.pickle", "status.json", "trained.pt"
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the processes are told."""
+
+    room: Path
+    start: ModelRef
+    data: TrainingData
+    config: TrainConfig
+    device: str
+    own: Any  # the number format of the start model
+    tokens: int  # of a forward pass
+    deadline: float | None  # as time.monotonic() counts, which is the same in all processes of a machine
+
+
+def train_on_processes(job: Job) -> Any:
+    """Train on `job.config.gpus` processes; return the trained model, on this one.
+
+    Raises what a process raised: UserError, OutOfMemoryError, or KeyboardInterrupt where it was stopped with a checkpoint.
+    """
+    import torch
+
+    folder = job.room / "processes"
+    folder.mkdir(exist_ok=True)
+    (folder / STATUS).unlink(missing_ok=True)
+    (folder / JOB).write_bytes(pickle.dumps(job))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.config.gpus)]
+    threads = str(max(1, (os.cpu_count() or 1) // job.config.gpus))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
+    log.info("training on %d processes", job.config.gpus)
+    process = subprocess.Popen(
+        [*command, "-m", "sftkit.train.processes", str(folder)], env=environment, preexec_fn=_end_with_parent, start_new_session=True
+    )
+    former = {each: signal.signal(each, lambda *_: process.send_signal(signal.SIGTERM)) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    status = read_json(folder / STATUS) if (folder / STATUS).exists() else {"ended": f"with exit code {code}"}
+    if status["ended"] == "error":
+        raise UserError(status["said"])
+    if status["ended"] == "memory":
+        raise torch.OutOfMemoryError(status["said"])
+    if status["ended"] == "stopped":
+        raise KeyboardInterrupt(*([status["said"]] if status["said"] else []))
+    if status["ended"] != "done":
+        raise UserError(f"training on {job.config.gpus} processes ended {status['ended']}; what they said stands above")
+    return _trained(job, torch.load(folder / TRAINED, map_location="cpu", weights_only=True))
+
+
+def _trained(job: Job, weights: dict[str, Any]) -> Any:
+    """Return the start model with the trained weights in it."""
+    from .sft import load_start
+
+    model, _ = load_start(job.start, job.config, job.own, job.device)
+    if job.config.adapter:
+        from peft import get_peft_model
+
+        from .sft import adapter_config
+
+        model = get_peft_model(model, adapter_config(job.config))
+    unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+    assert not unknown, unknown
+    return model if job.config.qlora else model.to(job.device)
+
+
+def _end_with_parent() -> None:
+    """Have this process told to end when its parent does, however that ended."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def main(folder: Path) -> None:
+    """Do the work of one process; the first of them writes how it ended."""
+    import torch
+
+    from ..core.cli import start_talking
+    from .sft import run_trainer
+    from .trainer import unwrapped
+
+    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    start_talking()
+    if rank:
+        logging.getLogger("sftkit").setLevel(logging.ERROR)
+    job: Job = pickle.loads((folder / JOB).read_bytes())
+    if job.device != "cpu":
+        torch.cuda.set_device(local)
+    torch.distributed.init_process_group("gloo" if job.device == "cpu" else "nccl")
+
+    def ended(how: str, said: str = "") -> None:
+        if not rank or how in ("error", "memory"):
+            write_json(folder / STATUS, {"ended": how, "said": said})
+
+    try:
+        trainer = run_trainer(
+            job.room, job.start, load_chat(job.start), job.data, job.config, job.device, job.own, job.tokens, job.deadline
+        )
+    except UserError as error:
+        ended("error", str(error))
+        sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        ended("memory", str(error))
+        sys.exit(1)
+    except KeyboardInterrupt as stop:
+        ended("stopped", str(stop))
+    else:
+        if not rank:
+            model = unwrapped(trainer)
+            torch.save({name: each.detach().cpu() for name, each in model.named_parameters() if each.requires_grad}, folder / TRAINED)
+        ended("done")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
