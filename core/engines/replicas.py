@@ -12,8 +12,8 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ..chat import Chat, load_chat
@@ -33,22 +33,14 @@ SECONDS_TO_END = 30.0
 SECONDS_TO_DUMP = 5.0
 
 Wanted = TypeVar("Wanted", Request, ScoreRequest)
+Opening = tuple[str, str, EngineConfig, str | None]  # the engine's module, the model, its settings, its revision
 
 
-class _Process:
+class Process:
     """One engine in its process: what it has been sent, and when it last got anywhere."""
 
-    def __init__(self, opening: tuple[Any, ...], environment: dict[str, str]) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._popen = subprocess.Popen(
-                [sys.executable, "-P", "-c", "from sftkit.core.engines.worker import main; main()", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONFAULTHANDLER": "1", **environment},
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C in the terminal is for the process that feeds it alone
-            )
-        self.connection = multiprocessing.connection.Connection(ours.detach())
+    def __init__(self, opening: Opening, connection: multiprocessing.connection.Connection) -> None:
+        self.connection = connection
         self.ready: tuple[str, int | None] | None = None  # identity and context of its engine, once that is open
         self.in_flight: dict[str, Any] = {}  # in the order of sending
         self.untaken = 0  # how many of them, the last ones, the engine has not taken
@@ -89,6 +81,41 @@ class _Process:
         self.alone = False
 
     def dump_and_kill(self) -> None:
+        """Let it write where every thread stands, and end it."""
+        raise NotImplementedError
+
+    def gone(self, seconds: float) -> str:
+        """Wait so long for it to end, then kill it; return how it ended, for people."""
+        raise NotImplementedError
+
+    def end(self, seconds: float = 0.0) -> str:
+        """Wait so long for it to end, then kill it and let go of it; return how it ended, for people."""
+        how = self.gone(seconds)
+        self.connection.close()
+        self._outbox.put(CLOSE)  # its sender looks up, and finds the connection closed
+        return how if self.ending is None else self.ending
+
+    def close(self) -> None:
+        """Let it end by itself."""
+        self._outbox.put(CLOSE)
+
+
+class LocalProcess(Process):
+    """One on this machine, at the other end of a socket."""
+
+    def __init__(self, opening: Opening, environment: dict[str, str]) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-P", "-c", "from sftkit.core.engines.worker import main; main()", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONFAULTHANDLER": "1", **environment},
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C in the terminal is for the process that feeds it alone
+            )
+        super().__init__(opening, multiprocessing.connection.Connection(ours.detach()))
+
+    def dump_and_kill(self) -> None:
         """End it by SIGABRT, at which Python writes where every thread stands, and by SIGKILL if that does not help."""
         import psutil  # type: ignore[import-untyped]  # accelerate brings it
 
@@ -100,21 +127,22 @@ class _Process:
                     each.send_signal(signal.SIGABRT)
         self.end(SECONDS_TO_DUMP)
 
-    def end(self, seconds: float = 0.0) -> str:
+    def gone(self, seconds: float) -> str:
         """Wait so long for it to end, then kill it; return how it ended, for people."""
         try:
             code = self._popen.wait(seconds)
         except subprocess.TimeoutExpired:
             self._popen.kill()
             code = self._popen.wait()
-        self.connection.close()
-        if self.ending is not None:
-            return self.ending
         return f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
 
-    def close(self) -> None:
-        """Let it end by itself."""
-        self._outbox.put(CLOSE)
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one of the processes runs, and how it is started there. Those on the same card start one after another."""
+
+    card: str | None
+    start: Callable[[], Process]
 
 
 class Replicas:
@@ -129,27 +157,9 @@ class Replicas:
     def __init__(self, module: str, model: str, config: EngineConfig, *, revision: str | None, chat: Chat | None) -> None:
         self.chat = chat
         self.steps = 0
-        count, gpus = replica_count(config), [] if config.device == "cpu" else visible_gpus()
-        device = config.device
-        if gpus and device is not None and device.startswith("cuda:"):
-            if not device[5:].isdigit() or int(device[5:]) >= len(gpus):
-                raise UserError(f"device {device}: this machine has {len(gpus)} GPUs, from cuda:0")
-            gpus, device = [gpus[int(device[5:])]], "cuda"  # the only one that the process sees
-        size = config.tensor_parallel_size
-        groups = [",".join(gpus[first : first + size]) for first in range(0, len(gpus) - size + 1, size)]
-        if gpus and not groups:
-            raise UserError(f"tensor_parallel_size {size}: this machine has {len(gpus)} GPUs")
-        share = -(-count // len(groups)) if groups else 1
-        settings = replace(config, replicas=None, device=device, gpu_memory_utilization=config.gpu_memory_utilization / share)
-        self._opening = (module, model, settings, revision)
         self._model, self._stall_seconds = model, config.stall_seconds
-        self._environments: list[dict[str, str]] = [
-            {"CUDA_VISIBLE_DEVICES": groups[slot % len(groups)]}
-            if groups
-            else {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))}
-            for slot in range(count)
-        ]
-        self._processes: list[_Process | None] = [None] * count  # None: to be started
+        self._places = self._find_places(module, model, config, revision)
+        self._processes: list[Process | None] = [None] * len(self._places)  # None: to be started
         self._failed_starts = Counter[int]()
         self._given_up: set[int] = set()
         self._deaths_in_a_row = 0
@@ -163,6 +173,30 @@ class Replicas:
             raise
         self.identity, self.context_length = next(each.ready for each in self._processes if each and each.ready)
 
+    def _find_places(self, module: str, model: str, config: EngineConfig, revision: str | None) -> list[Place]:
+        count, gpus = replica_count(config), [] if config.device == "cpu" else visible_gpus()
+        device = config.device
+        if gpus and device is not None and device.startswith("cuda:"):
+            if not device[5:].isdigit() or int(device[5:]) >= len(gpus):
+                raise UserError(f"device {device}: this machine has {len(gpus)} GPUs, from cuda:0")
+            gpus, device = [gpus[int(device[5:])]], "cuda"  # the only one that the process sees
+        size = config.tensor_parallel_size
+        groups = [",".join(gpus[first : first + size]) for first in range(0, len(gpus) - size + 1, size)]
+        if gpus and not groups:
+            raise UserError(f"tensor_parallel_size {size}: this machine has {len(gpus)} GPUs")
+        share = -(-count // len(groups)) if groups else 1
+        settings = replace(config, replicas=None, device=device, gpu_memory_utilization=config.gpu_memory_utilization / share)
+        opening = (module, model, settings, revision)
+
+        def place(slot: int) -> Place:
+            if groups:
+                card = groups[slot % len(groups)]
+                return Place(card, lambda: LocalProcess(opening, {"CUDA_VISIBLE_DEVICES": card}))
+            threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+            return Place(None, lambda: LocalProcess(opening, {"OMP_NUM_THREADS": threads}))
+
+        return [place(slot) for slot in range(count)]
+
     def close(self) -> None:
         """End all processes."""
         left = [each for each in self._processes if each]
@@ -171,7 +205,7 @@ class Replicas:
         deadline = time.monotonic() + SECONDS_TO_END
         for each in left:
             each.end(max(0.0, deadline - time.monotonic()))
-        self._processes = []
+        self._processes, self._places = [], []
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer requests; each completion is given as it comes, from whichever process."""
@@ -214,7 +248,7 @@ class Replicas:
             if source is None and not again and not parts and not any(each and each.in_flight for each in self._processes):
                 return
             for event in self._listen():
-                if not isinstance(event, _Process):
+                if not isinstance(event, Process):
                     self._deaths_in_a_row = 0
                     yield event
                     continue
@@ -256,7 +290,7 @@ class Replicas:
                 events += self._bury(slot, each)
         return events
 
-    def _hear(self, process: _Process, message: tuple[Any, ...], events: list[Any]) -> None:
+    def _hear(self, process: Process, message: tuple[Any, ...], events: list[Any]) -> None:
         name, *told = message
         moved = True
         if name == "answer":
@@ -280,7 +314,7 @@ class Replicas:
         if moved:
             process.moved = time.monotonic()
 
-    def _bury(self, slot: int, process: _Process) -> list[_Process]:
+    def _bury(self, slot: int, process: Process) -> list[Process]:
         """Take a process that has ended out; return it, if what it had is to be dealt with."""
         self._processes[slot] = None
         process.ending = process.end(SECONDS_TO_DUMP)
@@ -313,16 +347,11 @@ class Replicas:
 
     def _start_missing(self) -> None:
         """Start what is missing; on one GPU one after another, since each looks at the memory that is free."""
-        starting = {
-            environment.get("CUDA_VISIBLE_DEVICES")
-            for process, environment in zip(self._processes, self._environments, strict=True)
-            if process and process.ready is None
-        }
-        for slot, (process, environment) in enumerate(zip(self._processes, self._environments, strict=True)):
-            gpu = environment.get("CUDA_VISIBLE_DEVICES")
-            if process is None and slot not in self._given_up and (gpu is None or gpu not in starting):
-                self._processes[slot] = _Process(self._opening, environment)
-                starting.add(gpu)
+        starting = {place.card for process, place in zip(self._processes, self._places, strict=True) if process and process.ready is None}
+        for slot, (process, place) in enumerate(zip(self._processes, self._places, strict=True)):
+            if process is None and slot not in self._given_up and (place.card is None or place.card not in starting):
+                self._processes[slot] = place.start()
+                starting.add(place.card)
 
 
 def replica_count(config: EngineConfig) -> int:
