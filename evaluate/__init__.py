@@ -1,1 +1,1 @@
-"""Evaluate: answers side by side and held-out loss, with paired intervals."""
+"""Evaluate: answers side by side, held-out loss, tasks and judges, with paired intervals."""

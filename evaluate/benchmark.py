@@ -90,6 +90,7 @@ def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | 
     refusal = available() if any(each.code for each in tasks) and not config.unsafe else None
     if refusal:
         raise UserError(f"{', '.join(each.name for each in tasks if each.code)}: runs programs that models wrote, and {refusal}")
+    held = {task.name: contaminated(task.items, config.train_data) for task in tasks} if config.train_data else {}
     found = find_models(models, config.engine)
     asked = ways(found, config)
     settings = {"tasks": list(names), "models": dict(models), **to_mapping(config)}
@@ -106,7 +107,7 @@ def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | 
                     answers[task.name][way.name], new[task.name][way.name] = said
         results, tables = [], [pl.DataFrame(schema=SCORES)]
         for task in tasks:
-            result, scores = _result(task, asked, answers[task.name], new[task.name], config)
+            result, scores = _result(task, asked, answers[task.name], new[task.name], held.get(task.name), config)
             results.append(result)
             tables.append(scores)
         results += [hand_over(name, asked, folder, config) for name in handed]
@@ -125,7 +126,12 @@ def _limited(task: Task, config: TasksConfig) -> Task:
 
 
 def _result(
-    task: Task, asked: Sequence[Asked], answers: Mapping[str, list[list[Answer]]], new: Mapping[str, int], config: TasksConfig
+    task: Task,
+    asked: Sequence[Asked],
+    answers: Mapping[str, list[list[Answer]]],
+    new: Mapping[str, int],
+    held: Mapping[str, str] | None,  # items that stand in the training data; None where there is none to look at
+    config: TasksConfig,
 ) -> tuple[TaskResult, pl.DataFrame]:
     reasons = left_out(
         {name: next((one.error for one in each[place] if one.error), None) for name, each in answers.items()}
@@ -139,11 +145,10 @@ def _result(
     marks = {name: _mark(task, name, items, [each[place] for place in used], config) for name, each in answers.items()}
     groups = [item.group for item in items]
     drawn = {"resamples": config.resamples, "seed": config.seed}
-    held = contaminated(items, config.train_data) if config.train_data else {}
     metrics = {}
     for name, each in marks.items():
         metrics[name] = [measure(each, metric, groups, drawn) for metric in task.metrics]
-        if config.train_data:
+        if held is not None:
             clean = [item.id not in held for item in items]
             metrics[name] = [without(metric, each, clean) for metric in metrics[name]]
     result = TaskResult(
@@ -154,9 +159,9 @@ def _result(
         health={way.name: None if task.likelihood else _health(items, [answers[way.name][place] for place in used]) for way in asked},
         comparisons=compare_marks(task.name, task.metrics[0], marks, groups, drawn),
         generated=dict(new),
-        contaminated=len(held) if config.train_data else None,
+        contaminated=None if held is None else sum(item.id in held for item in items),
     )
-    return result, _score_table(task, items, marks, held)
+    return result, _score_table(task, items, marks, held or {})
 
 
 def _health(items: Sequence[Item], answers: Sequence[Sequence[Answer]]) -> Any:
@@ -175,7 +180,8 @@ def _mark(task: Task, name: str, items: Sequence[Item], answers: Sequence[Sequen
                 for mark in pool.map(lambda job: task.score(*job), jobs):
                     marks.append(mark)
                     progress.advance()
-    return [marks[place : place + config.samples] for place in range(0, len(marks), config.samples if not task.likelihood else 1)]
+    each = len(answers[0])
+    return [marks[place : place + each] for place in range(0, len(marks), each)]
 
 
 def _answer_table(task: Task, answers: Mapping[str, list[list[Answer]]]) -> pl.DataFrame:

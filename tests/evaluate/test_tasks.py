@@ -176,7 +176,7 @@ def test_choices_are_compared_by_their_probability(
     (metric,) = result.tasks[0].metrics["base"]
     assert (metric.n, metric.clusters, metric.name) == (8, 2, "likelihood")
     assert watch.asked == 2 * 8 * 4
-    again = evaluate_tasks(models, ["mmlu"], tmp_path / "run", settings())
+    again = evaluate_tasks(models, ["mmlu"], tmp_path / "run", settings(samples=3))  # choices are not drawn
     assert watch.asked == 2 * 8 * 4
     assert again.tasks[0].metrics == result.tasks[0].metrics
 
@@ -292,6 +292,8 @@ def test_bad_settings_are_named(mine: Path, tiny_model: Path, tmp_path: Path) ->
         evaluate_tasks({"a": str(tiny_model)}, [str(mine), str(mine)], None, settings())
     with pytest.raises(UserError, match="temperature: 2 samples need one above 0"):
         settings(samples=2, temperature=0)
+    with pytest.raises(UserError, match=r"gone.jsonl"):  # before any model is looked at
+        evaluate_tasks({"a": "no/such/model"}, [str(mine)], None, settings(train_data=str(tmp_path / "gone.jsonl")))
     long = write_rows(tmp_path / "long.jsonl", [{"prompt": "a " * 2000, "answer": "1", "scoring": "exact"}])
     with pytest.raises(UserError, match="none of its 1 questions was answered by every model: 1 too_long"):
         evaluate_tasks({"a": str(tiny_model)}, [str(long)], None, settings())
