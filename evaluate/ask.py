@@ -5,11 +5,12 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import polars as pl
 
-from ..core.engines.base import Engine, Request, Sampling, ScoreRequest
+from ..core.engines.base import ChoiceRequest, Engine, Request, Sampling, ScoreRequest, choice_logprobs
 from ..core.engines.registry import choose
 from ..core.errors import UserError
 from ..core.example import Message, Sample
@@ -103,7 +104,7 @@ def ask(asked: Asked, task: Task, store: SampleStore, config: TasksConfig, engin
 
 
 def choose_likeliest(asked: Asked, task: Task, store: ValueStore, engine: Callable[[], Engine]) -> tuple[list[list[Answer]], int]:
-    """Return for each item the choice that the model finds the most probable, and how many choices were scored now.
+    """Return for each item the choice that the model finds the most probable, and how many requests that took now.
 
     The question is given as a text to go on from, for every model. Raises UserError for a server, which tells no probabilities.
     """
@@ -111,12 +112,14 @@ def choose_likeliest(asked: Asked, task: Task, store: ValueStore, engine: Callab
         raise UserError(
             f"{task.name}: a server does not tell the probabilities of a given text; take {task.name}_generated, or a model on disk"
         )
-    wanted = [[_continued(asked.model, item, choice) for choice in item.choices] for item in task.items]
-    missing = {each.key: each for item in wanted for each in item if not each.error and each.key not in store}
+    wanted = [_choices(asked.model, item) for item in task.items]
     errors: dict[str, str] = {}
-    if missing:
-        with Progress(f"{task.name}: score {asked.name}", total=len(missing), unit="choices") as progress:
-            for scored in engine().logprobs(each.request for each in missing.values() if each.request is not None):
+    asks = {request.key: request for each in wanted for request in each.requests if request.key not in store}
+    if asks:
+        singles = [each for each in asks.values() if isinstance(each, ChoiceRequest)]
+        texts = [each for each in asks.values() if isinstance(each, ScoreRequest)]
+        with Progress(f"{task.name}: score {asked.name}", total=len(asks), unit="requests") as progress:
+            for scored in chain(choice_logprobs(engine(), singles) if singles else (), engine().logprobs(texts) if texts else ()):
                 if scored.error:
                     errors[scored.key] = scored.error
                 else:
@@ -124,35 +127,42 @@ def choose_likeliest(asked: Asked, task: Task, store: ValueStore, engine: Callab
                 progress.advance()
     answers = []
     for item, each in zip(task.items, wanted, strict=True):
-        error = next((one.error or errors.get(one.key) for one in each if one.error or one.key in errors), None)
+        error = each.error or next((errors[request.key] for request in each.requests if request.key in errors), None)
         if error:
             answers.append([Answer(error=error)])
             continue
-        sums = [float(store[one.key].sum()) for one in each]
+        found = [store[request.key] for request in each.requests]
+        sums = found[0].tolist() if len(found) == 1 else [float(values.sum()) for values in found]
         best = max(range(len(sums)), key=sums.__getitem__)
-        answers.append([Answer(key=each[best].key, text=item.choices[best], finish_reason="stop", logprob=sums[best])])
-    return answers, len(missing) - len(errors)
+        answers.append([Answer(key=each.requests[0].key, text=item.choices[best], finish_reason="stop", logprob=sums[best])])
+    return answers, len(asks) - len(errors)
 
 
 @dataclass(frozen=True, slots=True)
-class _Continued:
-    """A choice put behind its question, to be scored."""
+class _Choices:
+    """What has to be asked for the choices of an item: one request where each is one token, else one for each."""
 
-    key: str = ""
-    request: ScoreRequest | None = None
+    requests: tuple[ChoiceRequest | ScoreRequest, ...] = ()
     error: str | None = None
 
 
-def _continued(model: NamedModel, item: Item, choice: str) -> _Continued:
+def _choices(model: NamedModel, item: Item) -> _Choices:
     assert model.chat is not None
-    tokenizer = model.chat.tokenizer
-    before = tokenizer(item.completion)["input_ids"]
-    ids = tokenizer(item.completion + choice)["input_ids"]
-    start = len(before) if ids[: len(before)] == before else len(before) - 1  # where the last token swallows what follows
-    if model.context is not None and len(ids) > model.context:
-        return _Continued(error="too_long")
-    key = value_key("choice", _identity(model), ids, start)
-    return _Continued(key, ScoreRequest(key=key, ids=tuple(ids), start=start))
+    tokenizer, identity = model.chat.tokenizer, _identity(model)
+    before = tuple(tokenizer(item.completion)["input_ids"])
+    continued = [tuple(tokenizer(item.completion + choice)["input_ids"]) for choice in item.choices]
+    if model.context is not None and max(map(len, continued)) > model.context:
+        return _Choices(error="too_long")
+    if all(each[:-1] == before for each in continued):
+        tokens = tuple(each[-1] for each in continued)
+        return _Choices((ChoiceRequest(key=value_key("choices", identity, before, tokens), ids=before, choices=tokens),))
+    # where the question's last token swallows what follows, it is scored too
+    starts = [len(before) if each[: len(before)] == before else len(before) - 1 for each in continued]
+    requests = [
+        ScoreRequest(key=value_key("choice", identity, each, start), ids=each, start=start)
+        for each, start in zip(continued, starts, strict=True)
+    ]
+    return _Choices(tuple(requests))
 
 
 def _sampling(task: Task, config: TasksConfig) -> Sampling:

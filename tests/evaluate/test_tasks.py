@@ -8,10 +8,16 @@ from typing import Any
 
 import polars as pl
 import pytest
+from sftkit.core.chat import load_chat
 from sftkit.core.checks.code import extract_program
 from sftkit.core.checks.sandbox import available
+from sftkit.core.engines.base import EngineConfig
 from sftkit.core.errors import UserError
+from sftkit.core.models import load_model, resolve_model
+from sftkit.core.named_models import find_models
+from sftkit.core.values import ValueStore
 from sftkit.evaluate import task_data
+from sftkit.evaluate.ask import Asked, choose_likeliest, loaded_when_needed
 from sftkit.evaluate.benchmark import TasksResult, evaluate_tasks
 from sftkit.evaluate.compare import Answer
 from sftkit.evaluate.config import TasksConfig
@@ -20,7 +26,7 @@ from sftkit.evaluate.health import health, repeats
 from sftkit.evaluate.marks import adjust, compare_marks, measure
 from sftkit.evaluate.statistics import pass_at_k
 from sftkit.evaluate.tasks import open_task
-from sftkit.evaluate.tasks.base import Item, Mark, asked, cut
+from sftkit.evaluate.tasks.base import Item, Mark, Task, asked, cut
 
 from .conftest import ANSWER, QUESTIONS, Watch
 
@@ -180,22 +186,31 @@ def test_choices_are_compared_by_their_probability(
     assert watch.asked == 2 * 8 * 4
     assert again.tasks[0].metrics == result.tasks[0].metrics
 
-    import torch
-    from sftkit.core.chat import load_chat
-    from sftkit.core.models import load_model, resolve_model
 
+@pytest.mark.parametrize("choices", [(" the", " is", " and"), (" the boats", " is", " 你好")], ids=["one token each", "several tokens"])
+def test_the_likeliest_choice_is_that_of_plain_forward_passes(tiny_model: Path, tmp_path: Path, choices: tuple[str, ...]) -> None:
+    import torch
+
+    items = [Item(f"i{number}", asked(text), text, {}, None, choices) for number, text in enumerate(["What is", "the sea", "a poem about"])]
+    task = Task(name="t", items=items, metrics=("m",), score=lambda item, answer: {"m": Mark(1.0)}, likelihood=True)
+    (model,) = find_models({"it": str(tiny_model)}, EngineConfig(engine="transformers", device="cpu", dtype="float32"))
+    with ValueStore(tmp_path / "choices.sqlite") as store, loaded_when_needed(model) as engine:
+        found, requests = choose_likeliest(Asked("it", model, False), task, store, engine)
+        assert choose_likeliest(Asked("it", model, False), task, store, engine) == (found, 0)
     ref = resolve_model(tiny_model)
-    chat, model = load_chat(ref), load_model(ref, dtype="float32")
-    answers = pl.read_parquet(tmp_path / "run" / "evaluate" / "task_answers.parquet").filter(pl.col("model") == "base")
-    for item, chosen in zip(open_task("mmlu", settings()).items, answers["text"], strict=True):
-        before = chat.tokenizer(item.completion)["input_ids"]
-        with torch.inference_mode():
-            logits = model(torch.tensor([before])).logits[0, -1]
-        letters = [chat.tokenizer(item.completion + choice)["input_ids"][len(before) :] for choice in item.choices]
-        firsts = {ids[0] for ids in letters}
-        if len(firsts) == 4 and all(len(ids) == 1 for ids in letters):
-            best = max(range(4), key=lambda each: float(logits[letters[each][0]]))
-            assert item.choices[best] == chosen
+    tokenizer, plain = load_chat(ref).tokenizer, load_model(ref, dtype="float32")
+    counts = {len(tokenizer(choice)["input_ids"]) for choice in choices}
+    assert requests == (3 if counts == {1} else 9)
+    assert (counts == {1}) == (choices[0] == " the")
+    for item, (answer,) in zip(items, found, strict=True):
+        start, sums = len(tokenizer(item.completion)["input_ids"]), []
+        for choice in choices:
+            ids = tokenizer(item.completion + choice)["input_ids"]
+            with torch.inference_mode():
+                logprobs = plain(torch.tensor([ids])).logits[0].log_softmax(-1)
+            sums.append(sum(float(logprobs[place - 1, ids[place]]) for place in range(start, len(ids))))
+        assert answer.logprob == pytest.approx(max(sums), abs=1e-3)
+        assert answer.text == choices[sums.index(max(sums))]
 
 
 def test_data_sets_come_along_or_are_fetched(cache: Path, tmp_path: Path) -> None:
