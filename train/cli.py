@@ -117,6 +117,33 @@ def preview(data: str, model: str, rows: int, html_path: Path | None, revision: 
 
 
 @train.command()
+@click.argument("data")
+@click.option("--model", required=True, help="The model that every run begins with.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the runs; the same one goes on.")
+@click.option("--vary", multiple=True, required=True, help="NAME=VALUE,VALUE,…: a setting and what to try; several: all combinations.")
+@config_option(TrainConfig, "lora")
+@config_option(TrainConfig, "epochs")
+@config_option(TrainConfig, "max_length")
+@config_option(TrainConfig, "limit")
+@config_option(TrainConfig, "validation")
+@click.option("--config", "settings", type=click.Path(path_type=Path), help="YAML file with the settings that all runs share.")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+def sweep(data: str, model: str, out: Path, vary: tuple[str, ...], settings: Path | None, revision: str | None, **options: Any) -> None:
+    """Compare settings: train MODEL on DATA once for each, on the same rows, and compare the losses on held-out rows.
+
+    \b
+    sftkit train sweep chats.jsonl --model org/name -o sweeps/a --vary learning_rate=1e-5,2e-5,5e-5
+    sftkit train sweep chats.jsonl --model org/name -o sweeps/b --lora --vary lora_rank=8,32 --vary learning_rate=1e-4,4e-4
+    """
+    from .sweep import parse_variations
+    from .sweep import sweep as run_sweep
+
+    variations = parse_variations(vary)
+    config = load_config(TrainConfig, {**(read_yaml(settings) if settings else {}), **given(options)}, str(settings or ""))
+    click.echo(run_sweep(data, model, out, config, variations, revision=revision).summary())
+
+
+@train.command()
 @click.argument("data", required=False)
 @click.option("--data", "named", help="The same as DATA.")
 @click.option("--model", required=True, help="The model to begin with.")

@@ -49,6 +49,7 @@ class Packs(Dataset[dict[str, Any]]):
         self._capacity = max(batch_tokens, self.longest)
         self._shape: tuple[int, int, int] | None = None
         self._alone = alone
+        self._drawn: dict[int, list[list[int]]] = {}
         updates = [update for epoch in range(epochs) for update in self._updates(epoch)]
         least = max(-(-sum(self._lengths[row] for row in update) // self._capacity) for update in updates)
         most = max(map(len, updates))
@@ -94,7 +95,13 @@ class Packs(Dataset[dict[str, Any]]):
         return self._updates(epoch)[place]
 
     def _updates(self, epoch: int) -> list[list[int]]:
-        """Draw the rows of each update: shuffled, then dealt by length within a group of updates, so that these are nearly of one size."""
+        """Draw the rows of each update, once."""
+        if epoch not in self._drawn:
+            self._drawn[epoch] = self._draw(epoch)
+        return self._drawn[epoch]
+
+    def _draw(self, epoch: int) -> list[list[int]]:
+        """Shuffle rows, then deal them by length within a group of updates, so that these are nearly of one size."""
         shuffled = sorted(range(len(self._lengths)), key=lambda row: (self._scores[row], draw(self._seed, epoch, row)))
         whole = len(shuffled) - len(shuffled) % self._size
         updates: list[list[int]] = []

@@ -1,0 +1,58 @@
+"""A sweep: the same rows for all, the better setting found, and intervals that are those of the textbook."""
+
+import json
+
+import numpy as np
+import pytest
+from sftkit.core.errors import UserError
+from sftkit.train.config import TrainConfig
+from sftkit.train.sweep import mean_and_margin, parse_variations, sweep
+
+
+def test_the_better_setting_has_the_lower_held_out_loss(tmp_path, tiny_model, chats, cli) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("{validation: 0.2, dtype: float32, epochs: 3}")
+    arguments = ["--model", tiny_model, "-o", tmp_path / "sweep", "--config", settings, "--vary", "learning_rate=1e-5,3e-3"]
+    code, out, err = cli("train", "sweep", chats(60), *arguments)
+    assert code == 0, err
+    found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    best, worst = found["runs"]
+    assert (best["name"], found["first"], found["rows"]) == ("learning_rate-0.003", "learning_rate-1e-05", 12)
+    assert best["tokens"] == worst["tokens"]
+    assert best["change"] + best["change_margin"] < 0
+    assert best["change"] == pytest.approx(best["loss"] - worst["loss"], rel=1e-6)
+    assert worst["change"] == worst["change_margin"] == 0
+    assert "learning_rate-0.003" in out
+    assert "±" in out
+    run = json.loads((tmp_path / "sweep" / "learning_rate-0.003" / "train" / "results.json").read_text())
+    assert run["validation"][1] == pytest.approx(best["loss"], rel=1e-3)
+    before = (tmp_path / "sweep" / "learning_rate-0.003" / "train" / "done.json").stat().st_mtime_ns
+    again = cli("train", "sweep", chats(60), *arguments)
+    assert again[1] == out
+    assert (tmp_path / "sweep" / "learning_rate-0.003" / "train" / "done.json").stat().st_mtime_ns == before
+
+
+def test_intervals_cover_as_often_as_they_say() -> None:
+    random = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        counts = random.integers(5, 60, 80).astype(float)
+        sums = counts * 1.5 + random.normal(0, 1, 80) * np.sqrt(counts) * 2
+        mean, margin = mean_and_margin(sums, counts)
+        covered += abs(mean - 1.5) <= margin
+    assert 0.93 <= covered / 2000 <= 0.965
+
+
+def test_what_is_not_a_comparison_is_refused(tmp_path, tiny_model, chats) -> None:
+    assert parse_variations(["learning-rate=1e-5,0.1", "lora=true,false"]) == {"learning_rate": ["1e-5", 0.1], "lora": [True, False]}
+    for texts, message in (
+        (["epochs=1,2"], "others change which rows or tokens"),
+        (["learning_rate"], "expected NAME=VALUE"),
+        ([], "nothing to compare"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_variations(texts)
+    with pytest.raises(UserError, match="held-out rows"):
+        sweep(str(chats(20)), str(tiny_model), tmp_path / "s", TrainConfig(validation=0.0), {"learning_rate": [1e-5, 1e-4]})
+    with pytest.raises(UserError, match="vary: learning_rate: expected"):
+        sweep(str(chats(20)), str(tiny_model), tmp_path / "s", TrainConfig(), {"learning_rate": ["fast"]})

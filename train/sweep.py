@@ -1,0 +1,158 @@
+"""Compare settings: one run for each combination on the same rows and tokens, and a table of held-out losses with intervals."""
+
+import itertools
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from ..core.chat import load_chat
+from ..core.config import load_config, to_mapping
+from ..core.errors import UserError, unknown_name
+from ..core.files import read_json, write_json
+from ..core.hardware import pick_device
+from ..core.models import context_length, load_model, load_settings, resolve_model
+from ..core.progress import duration
+from .config import TrainConfig
+from .prepared import load_rows
+from .sft import train
+
+log = logging.getLogger(__name__)
+
+VARIED = (  # settings that leave rows and tokens as they are
+    *("learning_rate", "batch_size", "schedule", "warmup", "weight_decay", "max_grad_norm", "lora", "lora_rank", "lora_alpha"),
+    *("lora_dropout", "loss", "neftune", "dtype", "init"),
+)
+MOST_RUNS = 64
+Z = 1.959964  # 95 %, two-sided
+
+Losses = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One run of a sweep. Losses are -log P(answer | prompt) per token of the held-out rows, in nats."""
+
+    name: str
+    settings: dict[str, Any]
+    loss: float
+    margin: float  # half of the 95 % interval of the loss
+    change: float  # from the first run, row by row
+    change_margin: float  # half of the 95 % interval of the change
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """All runs, the lowest loss first."""
+
+    out: Path
+    first: str  # what the changes are from
+    rows: int  # held out
+    entries: tuple[Entry, ...]
+
+    def summary(self) -> str:
+        """Write it for people."""
+        width = max(len(each.name) for each in self.entries) + 2
+        lines = [f"held-out loss of {self.rows:,} rows, with 95 % intervals over rows; change from {self.first}, row by row", ""]
+        lines.append(f"{'run':{width}}{'loss':>18}{'change':>20}{'tokens':>12}{'time':>14}")
+        for each in self.entries:
+            change = "" if each.name == self.first else f"{each.change:+.4f} ± {each.change_margin:.4f}"
+            lines.append(
+                f"{each.name:{width}}{f'{each.loss:.4f} ± {each.margin:.4f}':>18}{change:>20}{each.tokens:12,}{duration(each.seconds):>14}"
+            )
+        return "\n".join([*lines, "", f"written: {self.out / 'sweep.json'}"])
+
+
+def parse_variations(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """Read `NAME=VALUE,VALUE,…` of each setting. Raises UserError for a setting that changes what is learned from, or is unknown."""
+    found: dict[str, list[Any]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not values.strip():
+            raise UserError(f"vary {text!r}: expected NAME=VALUE,VALUE, as learning_rate=1e-5,5e-5")
+        if name not in VARIED:
+            raise unknown_name("setting to vary", name, VARIED, "others change which rows or tokens are learned from")
+        found[name] = [yaml.safe_load(each) for each in values.split(",")]
+    if not found:
+        raise UserError("vary: nothing to compare; give --vary learning_rate=1e-5,5e-5")
+    return found
+
+
+def sweep(
+    data: str, model: str, out: Path, config: TrainConfig, variations: Mapping[str, Sequence[Any]], *, revision: str | None = None
+) -> SweepResult:
+    """Train one run for each combination of settings into a folder of `out`, and compare them on the held-out rows.
+
+    Runs that are done are not run again, so that a sweep that was stopped goes on. Raises UserError without held-out rows.
+    """
+    names = list(variations)
+    chosen = [dict(zip(names, values, strict=True)) for values in itertools.product(*variations.values())]
+    if len(chosen) > MOST_RUNS:
+        raise UserError(f"{len(chosen)} combinations: more than {MOST_RUNS}; vary fewer settings at a time")
+    told = to_mapping(config)
+    made = [load_config(TrainConfig, {**told, **each}, "vary") for each in chosen]
+    chosen = [{name: getattr(each, name) for name in names} for each in made]  # numbers as numbers, however they were written
+    runs = {_name(settings): each for settings, each in zip(chosen, made, strict=True)}
+    if len(runs) < len(made):
+        raise UserError("vary: two combinations are the same; give each value once")
+    ref = resolve_model(model, revision=revision)
+    settings = load_settings(ref)
+    size = getattr(settings.get_text_config(), "vocab_size", None)
+    rows = load_rows(data, load_chat(ref), config, context=context_length(settings), vocabulary=size).validation
+    if len(rows) < 2:
+        raise UserError("a sweep compares losses on held-out rows, and there are none: give validation: 0.1, or more rows")
+    losses: dict[str, Losses] = {}
+    facts: dict[str, Any] = {}
+    for number, (name, each) in enumerate(runs.items(), start=1):
+        log.info("run %d of %d: %s", number, len(runs), name)
+        result = train(data, model, out / name, replace(each, stop_check=each.stop_check or 0), revision=revision)
+        losses[name] = _held_out(result.run, rows)
+        facts[name] = {"tokens": result.tokens, "seconds": result.seconds}
+    first = next(iter(runs))
+    counts = np.array([int(row.trained[1:].sum()) for row in rows], dtype=np.float64)
+    entries = [_entry(name, chosen[place], losses, first, counts, facts[name]) for place, name in enumerate(runs)]
+    found = SweepResult(out=out, first=first, rows=len(rows), entries=tuple(sorted(entries, key=lambda each: each.loss)))
+    write_json(out / "sweep.json", {"first": first, "rows": len(rows), "runs": [vars(each) for each in found.entries]})
+    return found
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    return "_".join(f"{name}-{value}" for name, value in settings.items()).replace("/", "-").replace(":", "-")
+
+
+def _held_out(run: Path, rows: Sequence[Any]) -> Losses:
+    """Return the loss of each held-out row under a run's final model, summed over its tokens; computed once."""
+    from .final import row_losses
+
+    place = run / "train" / "heldout.json"
+    if not place.exists():
+        write_json(place, row_losses(load_model(resolve_model(run), device=pick_device()), rows))
+    return np.asarray(read_json(place))
+
+
+def _entry(
+    name: str, settings: dict[str, Any], losses: Mapping[str, Losses], first: str, counts: Losses, facts: Mapping[str, Any]
+) -> Entry:
+    loss, margin = mean_and_margin(losses[name], counts)
+    change, change_margin = mean_and_margin(losses[name] - losses[first], counts)
+    return Entry(name=name, settings=settings, loss=loss, margin=margin, change=change, change_margin=change_margin, **facts)
+
+
+def mean_and_margin(sums: Losses, counts: Losses) -> tuple[float, float]:
+    """Return the mean a token of sums over rows, and half of its 95 % interval: a ratio of two sums over rows drawn at random.
+
+    Its variance by linearisation (Cochran, Sampling Techniques, 3rd ed., section 6.4); normal, so for some tens of rows or more.
+    """
+    mean = float(sums.sum() / counts.sum())
+    off = sums - mean * counts
+    rows = len(sums)
+    return mean, Z * math.sqrt(rows / (rows - 1) * float(off @ off)) / float(counts.sum())
