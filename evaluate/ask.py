@@ -46,13 +46,20 @@ class _Wanted:
     error: str | None = None
 
 
-def ways(models: Sequence[NamedModel], config: TasksConfig) -> list[Asked]:
+def ways(models: Sequence[NamedModel], tasks: Sequence[Task], config: TasksConfig) -> list[Asked]:
     """Return the ways in which models are asked, those of one model beside each other.
 
-    Raises UserError where a model is to be asked as a chat and has no template of its own.
+    Raises UserError where a model is to be asked as a chat and has no template of its own, and where a server is to be asked for
+    probabilities, or for a text that goes on.
     """
     found = []
+    likelihood = next((task.name for task in tasks if task.likelihood), None)
     for model in models:
+        if likelihood and model.chat is None:
+            raise UserError(
+                f"{model.name}={model.reference}: a server does not tell the probabilities of a given text, which {likelihood} compares;"
+                f" take {likelihood}_generated, or a model on disk"
+            )
         own = model.chat is None or model.chat.template_source == "model"
         if config.ask == "chat" and not own:
             raise UserError(
@@ -106,12 +113,8 @@ def ask(asked: Asked, task: Task, store: SampleStore, config: TasksConfig, engin
 def choose_likeliest(asked: Asked, task: Task, store: ValueStore, engine: Callable[[], Engine]) -> tuple[list[list[Answer]], int]:
     """Return for each item the choice that the model finds the most probable, and how many requests that took now.
 
-    The question is given as a text to go on from, for every model. Raises UserError for a server, which tells no probabilities.
+    The question is given as a text to go on from, for every model. Servers tell no probabilities: see `ways`.
     """
-    if asked.model.chat is None:
-        raise UserError(
-            f"{task.name}: a server does not tell the probabilities of a given text; take {task.name}_generated, or a model on disk"
-        )
     wanted = [_choices(asked.model, item) for item in task.items]
     errors: dict[str, str] = {}
     asks = {request.key: request for each in wanted for request in each.requests if request.key not in store}

@@ -1,5 +1,6 @@
 """Tasks: the same questions to all models, marked by rules, compared question by question."""
 
+import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import polars as pl
 
 from ..core.checks.sandbox import available
 from ..core.config import to_mapping
-from ..core.errors import UserError
+from ..core.errors import UserError, missing_package
 from ..core.files import write_atomically
 from ..core.named_models import find_models
 from ..core.progress import Progress
@@ -90,9 +91,11 @@ def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | 
     refusal = available() if any(each.code for each in tasks) and not config.unsafe else None
     if refusal:
         raise UserError(f"{', '.join(each.name for each in tasks if each.code)}: runs programs that models wrote, and {refusal}")
+    if handed and importlib.util.find_spec("lm_eval") is None:
+        raise missing_package("lm-eval", "lm-eval")
     held = {task.name: contaminated(task.items, config.train_data) for task in tasks} if config.train_data else {}
     found = find_models(models, config.engine)
-    asked = ways(found, config)
+    asked = ways(found, tasks, config)
     settings = {"tasks": list(names), "models": dict(models), **to_mapping(config)}
     with ExitStack() as stack:
         folder = stack.enter_context(open_section(out, "tasks", settings))

@@ -1,7 +1,6 @@
 """Hand tasks over to lm-eval, which has hundreds: in a process of its own, with the model's own template, and compared here in pairs."""
 
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.engines.registry import choose
-from ..core.errors import UserError, missing_package
+from ..core.errors import UserError
 from ..core.files import read_json, write_json
 from ..core.hardware import pick_device
 from ..core.models import resolve_model
@@ -47,10 +46,8 @@ print(asked["mark"] + json.dumps(rows))
 def hand_over(name: str, asked: Sequence[Asked], folder: Path, config: TasksConfig) -> TaskResult:
     """Run the task NAME of lm-eval on every model; return what came out. Results are kept by model, task and version in `folder`.
 
-    Raises UserError where lm-eval is not installed, for a server, and with lm-eval's own last words where it fails.
+    Raises UserError for a server, and with lm-eval's own last words where it fails.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise missing_package("lm-eval", "lm-eval")
     rows: dict[str, list[list[Any]]] = {}
     new: dict[str, int] = {}
     for way in asked:

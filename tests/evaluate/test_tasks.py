@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sftkit.core.models import load_model, resolve_model
 from sftkit.core.named_models import find_models
 from sftkit.core.values import ValueStore
 from sftkit.evaluate import task_data
-from sftkit.evaluate.ask import Asked, choose_likeliest, loaded_when_needed
+from sftkit.evaluate.ask import Asked, choose_likeliest, loaded_when_needed, ways
 from sftkit.evaluate.benchmark import TasksResult, evaluate_tasks
 from sftkit.evaluate.compare import Answer
 from sftkit.evaluate.config import TasksConfig
@@ -316,6 +317,19 @@ def test_bad_settings_are_named(mine: Path, tiny_model: Path, tmp_path: Path) ->
     some = write_rows(tmp_path / "some.jsonl", [*rows, {"prompt": "a " * 2000, "answer": "1", "scoring": "exact"}])
     result = evaluate_tasks({"a": str(tiny_model)}, [str(some)], None, settings())
     assert (result.tasks[0].n, result.tasks[0].left_out) == (5, {"too_long": 1})
+
+
+def test_a_server_is_not_asked_for_what_it_does_not_tell(tiny_model: Path) -> None:
+    (model,) = find_models({"it": str(tiny_model)}, EngineConfig(engine="transformers", device="cpu"))
+    server = replace(model, chat=None, template=None, reference="some")
+    mmlu = Task(name="mmlu", items=[], metrics=("m",), score=lambda item, answer: {}, likelihood=True)
+    with pytest.raises(
+        UserError, match="it=some: a server does not tell the probabilities of a given text, which mmlu compares; take mmlu_gen"
+    ):
+        ways([server], [mmlu], settings())
+    with pytest.raises(UserError, match="a server renders chats alone; leave --ask completion away"):
+        ways([server], [], settings(ask="completion"))
+    assert ways([server], [], settings(ask="both")) == [Asked("it", server, True)]
 
 
 def test_without_a_sandbox_no_model_is_asked(tiny_model: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
