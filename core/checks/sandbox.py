@@ -26,7 +26,8 @@ from typing import Any, Literal
 from ..errors import UserError
 
 INSIDE = Path(__file__).with_name("inside.py")
-PREFIXES = tuple(dict.fromkeys((sys.base_prefix, "/usr")))
+PREFIXES = tuple(dict.fromkeys(("/usr", sys.base_prefix, os.path.realpath(sys.base_prefix))))
+PARTS = ("bin", "sbin", "lib", "lib32", "lib64", "share/zoneinfo")  # of each: an interpreter's folder may hold other environments
 Mode = Literal["root", "user", "unsafe"]
 MOST_SHOWN = 2_000  # bytes of output that an outcome carries
 NAMED = {"time": "ran out of time", "memory": "ran out of memory", "output": "wrote too much"}
@@ -205,27 +206,15 @@ def _bubblewrap(limits: Limits, mode: Mode) -> list[str]:
             command += ["--symlink", os.readlink(folder), folder]
         elif os.path.isdir(folder):
             command += ["--ro-bind", folder, folder]
-    for folder in PREFIXES:
+    for folder in (f"{prefix}/{part}" for prefix in PREFIXES for part in PARTS if os.path.isdir(f"{prefix}/{part}")):
         for parent in reversed(Path(folder).parents[:-1]):  # bubblewrap would copy the mode of a closed home
             command += ["--perms", "0755", "--dir", str(parent)]
         command += ["--ro-bind", folder, folder]
-    for prefix in dict.fromkeys((*PREFIXES, "/usr/local")):  # packages may hold tests, this one's do
+    for prefix in PREFIXES:  # packages may hold tests, this one's do
         for packages in sorted((*Path(prefix).glob("lib/python3*/site-packages"), *Path(prefix).glob("lib/python3*/dist-packages"))):
             command += ["--tmpfs", str(packages), "--remount-ro", str(packages)]
-    command += [
-        "--proc",
-        "/proc",
-        "--dev",
-        "/dev",
-        "--remount-ro",
-        "/dev",
-        "--perms",
-        "1777",
-        "--size",
-        str(limits.files_mb << 20),
-        "--tmpfs",
-        "/tmp",
-    ]
+    command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+    command += ["--perms", "1777", "--size", str(limits.files_mb << 20), "--tmpfs", "/tmp"]
     return [*command, "--remount-ro", "/", "--chdir", "/tmp", "--"]
 
 
