@@ -225,7 +225,8 @@ def main() -> None:
             sys.exit(any(check.faults for check in checks))
         folder = Path(arguments[1]) if arguments[1:] else Path(temporary) / "run"
         if not (folder / "config.yaml").exists():
-            make(int(arguments[0]) if arguments else 1_000_000, folder)
+            rows = arguments[0] if arguments else "1000000"  # in a process of its own: a child's peak begins with its parent's
+            subprocess.run([sys.executable, __file__, "--make", rows, str(folder)], check=True)
         for step in steps():
             subprocess.run([sys.executable, __file__, "--child", step, str(folder)], check=True)
             if step == "keep":  # it is none of the steps that follow
@@ -235,5 +236,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(sys.argv[2], Path(sys.argv[3]))
+    elif sys.argv[1:2] == ["--make"]:
+        make(int(sys.argv[2]), Path(sys.argv[3]))
     else:
         main()
