@@ -1,6 +1,7 @@
 """Tokens per second of full fine-tuning on one GPU: sftkit beside TRL's defaults, TRL's packing and the course notebook's recipe.
 
     python benchmarks/train_speed.py CHATS TOKENIZER [--shapes 135m,0.5b,1.5b,lora-0.6b] [--out FILE]
+    python benchmarks/train_speed.py CHATS TOKENIZER --shapes lora-0.6b --variants "fp32 weights, compiled;fused"     LoRA two ways
 
 CHATS is a data file with real conversations (their lengths are what counts), TOKENIZER a model folder whose tokenizer renders them.
 The models have the shapes of SmolLM2-135M, Qwen2.5-0.5B and 1.5B, and Qwen3-0.6B with LoRA, and random weights: the speed does
@@ -34,6 +35,9 @@ warnings.simplefilter("ignore")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU runs the shape `tiny`, to see that the script is sound
 
 SHAPES: dict[str, Any] = {
+    "lora-tiny": lambda: LlamaConfig(
+        vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    ),
     "tiny": lambda: LlamaConfig(
         vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     ),
@@ -75,13 +79,89 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         return sum(tokens[first:last]) / (end - start)
 
 
+class FusedAdapter(torch.autograd.Function):
+    """x Wᵀ + s (x Aᵀ) Bᵀ with W frozen: the narrow products are added inside the wide ones' outputs (addmm), not in passes of their own.
+
+    PEFT's layer writes its product out, scales it and adds it, and takes x through float32: passes over memory, which bind LoRA.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+        """x [N, in], weight [out, in], down [r, in], up [out, r], all of one 16-bit format → [N, out]."""
+        narrow = x @ down.T
+        ctx.save_for_backward(x, weight, down, up, narrow)
+        ctx.scale = scale
+        return torch.addmm(x @ weight.T, narrow, up.T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, weight, down, up, narrow = ctx.saved_tensors
+        (grad,) = grads
+        inner = (grad @ up) * ctx.scale
+        grad_x = torch.addmm(grad @ weight, inner, down) if ctx.needs_input_grad[0] else None
+        return grad_x, None, inner.T @ x, (grad.T @ narrow) * ctx.scale, None
+
+
+def fuse_adapters(model: Any) -> int:
+    """Let PEFT's LoRA layers compute through FusedAdapter; return how many."""
+    from peft.tuners.lora.layer import Linear
+
+    layers = [each for each in model.modules() if isinstance(each, Linear)]
+    for layer in layers:
+
+        def forward(x: torch.Tensor, *_: Any, layer: Any = layer, **__: Any) -> torch.Tensor:
+            base, half = layer.base_layer, torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+            down, up = (part["default"].weight.to(half) for part in (layer.lora_A, layer.lora_B))
+            flat = x.reshape(-1, x.shape[-1]).to(half)
+            out = FusedAdapter.apply(flat, base.weight.to(half), down, up, layer.scaling["default"])
+            out = out if base.bias is None else out + base.bias.to(half)
+            return out.reshape(*x.shape[:-1], -1)
+
+        layer.forward = forward
+    return len(layers)
+
+
+def check_fused() -> None:
+    """Hold fused adapters against PEFT's on a small model, forward and back; raise AssertionError where they differ."""
+    from peft import get_peft_model
+    from sftkit.train.sft import adapter_config
+
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_config(SHAPES["tiny"](), dtype=torch.float32), adapter_config(TrainConfig(lora=True)))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    ids = torch.randint(0, 1000, (1, 64))
+    found = []
+    for fused in (False, True):
+        if fused:
+            assert fuse_adapters(model) == 14
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found.append([loss.detach(), *(each.grad for each in model.parameters() if each.requires_grad)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def build(shape: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     with torch.device(DEVICE):
         return AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=dtype).train()
 
 
-def ours(shape: str, rows: list[Row], chat: Chat, *, step_tokens: int, batch_tokens: int, steps: int, compiled: bool, dtype: str) -> Any:
+def ours(
+    shape: str,
+    rows: list[Row],
+    chat: Chat,
+    *,
+    step_tokens: int,
+    batch_tokens: int,
+    steps: int,
+    compiled: bool,
+    dtype: str,
+    fused: bool = False,
+) -> Any:
     mean = sum(len(row.ids) for row in rows) / len(rows)
     size = round(step_tokens / mean)
     chosen = rows[: size * steps]
@@ -104,6 +184,8 @@ def ours(shape: str, rows: list[Row], chat: Chat, *, step_tokens: int, batch_tok
             peft_config=peft,
         )  # fmt: skip
         trainer.add_callback(clock)
+        if fused:
+            fuse_adapters(trainer.model)
         parts = trainer.packs.parts
         sizes = [sum(len(chosen[row].ids) for row in pack) for pack in trainer.packs.rows()]
         tokens = [sum(sizes[start : start + parts]) for start in range(0, len(sizes), parts)]
@@ -177,6 +259,7 @@ def main() -> None:
         "--variants", default="", help="words of which a variant's name must hold one, separated by semicolons; all without"
     )
     arguments = parser.parse_args()
+    check_fused()
     chat = load_chat(resolve_model(arguments.tokenizer))
     quiet = TrainConfig(validation=0)
     rows = prepare(read_examples(arguments.chats), chat, quiet, context=8192).train
@@ -203,6 +286,16 @@ def main() -> None:
                         ),
                     )
                 )
+        if shape.startswith("lora"):
+            told = {
+                "step_tokens": arguments.step_tokens,
+                "batch_tokens": micro,
+                "steps": 24,
+                "compiled": True,
+                "dtype": "auto",
+                "fused": True,
+            }
+            variants.append(("sftkit fused adapters, compiled", lambda s, t=told: ours(s, rows, chat, **t)))
         for name, measure in variants:
             if arguments.variants and not any(word in name for word in arguments.variants.split(";")):
                 continue
