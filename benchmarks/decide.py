@@ -100,7 +100,7 @@ def steps() -> dict[str, Any]:
         "select random": lambda run: select(run, SelectConfig(method="random", budget=10**5)),
         "select top": lambda run: select(run, SelectConfig(method="top", by=("logprob",), budget=10**5)),
         "select longest": lambda run: select(run, SelectConfig(method="longest", budget=10**5)),
-        "why": lambda run: why(run, "00000000000003e8"),
+        "why": lambda run: why(run, f"{10:016x}"),
     }
 
 
