@@ -106,7 +106,7 @@ class Teacher:
         """Open the engine, once."""
         if self._engine is None:
             engine = tuned(self.config.engine, self.identity)
-            if engine.replicas is None and choose(engine) == "vllm":
+            if engine.replicas is None and engine.executor == "local" and choose(engine) == "vllm":
                 engine = replace(engine, replicas=1)  # a night of work is not to end with one engine
             self._engine = open_engine(self.config.teacher, engine, revision=self.config.revision)
             if self._engine.identity != self.identity:

@@ -29,7 +29,7 @@ def sampling_options(*, show_default: bool = True) -> Callable[[Any], Any]:
 def distill_settings(options: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a DistillConfig: options over `base`, those of the engine in their own section."""
     chosen = given(options)
-    engine = {name: chosen.pop(name) for name in ("engine", "base_url", "concurrency", "replicas") if name in chosen}
+    engine = {name: chosen.pop(name) for name in ("engine", "base_url", "concurrency", "replicas", "executor", "ray_address") if name in chosen}
     merged = {**base, **chosen}
     if engine:
         merged["engine"] = {**base.get("engine", {}), **engine}
@@ -43,6 +43,8 @@ def distill_settings(options: dict[str, Any], base: dict[str, Any]) -> dict[str,
 @sampling_options()
 @config_option(EngineConfig, "concurrency")
 @config_option(EngineConfig, "replicas")
+@config_option(EngineConfig, "executor")
+@config_option(EngineConfig, "ray_address", "--address")
 @config_option(DistillConfig, "limit")
 @config_option(DistillConfig, "retry_truncated")
 @config_option(DistillConfig, "budget_tokens")

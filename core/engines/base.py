@@ -9,6 +9,7 @@ from ..config import setting
 from ..errors import UserError
 from ..example import Message
 
+EXECUTORS = ("local", "ray")
 ENGINES = ("auto", "transformers", "vllm", "openai")
 
 
@@ -35,6 +36,8 @@ class EngineConfig:
     replicas: str | int | None = setting(
         None, "Engine processes, each with the whole model, spread over the GPUs; auto: one for each GPU. One that dies is started again."
     )
+    executor: str = setting("local", "Where engine processes run: local, or ray, on the machines of a Ray cluster.", choices=EXECUTORS)
+    ray_address: str | None = setting(None, "Address of the Ray cluster, as auto or ray-head:6379; this machine's own when not given.")
     stall_seconds: float = setting(600.0, "Seconds without a token after which an engine process counts as stalled and is started again.")
     max_num_batched_tokens: int | None = setting(None, "Tokens vLLM works on in one step; its own default when not given.")
     tensor_parallel_size: int = setting(1, "GPUs that share one model with vLLM, where it does not fit one.")

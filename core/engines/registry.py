@@ -35,9 +35,13 @@ def open_engine(model: str, config: EngineConfig, *, revision: str | None = None
     name = choose(config)
     if name not in LOADERS:
         raise unknown_name("engine", name, LOADERS)
-    if config.replicas is not None:
+    if config.replicas is not None or config.executor == "ray":
         if name == "openai":
             raise UserError("replicas: a server runs its own; give the address of each as base_url, parted by commas")
+        if config.executor == "ray":
+            from .ray_replicas import open_ray_replicas
+
+            return open_ray_replicas(f"{__package__}.{LOADERS[name]}", model, config, revision=revision)
         from .replicas import open_replicas
 
         return open_replicas(f"{__package__}.{LOADERS[name]}", model, config, revision=revision)
