@@ -34,6 +34,7 @@ def train() -> None:
 @config_option(TrainConfig, "weight_by")
 @config_option(TrainConfig, "curriculum")
 @config_option(TrainConfig, "max_hours")
+@config_option(TrainConfig, "trackers", "--tracker")
 @config_option(TrainConfig, "gpus")
 @config_option(TrainConfig, "auto")
 @config_option(TrainConfig, "memory_gb")

@@ -53,6 +53,7 @@ class TrainConfig:
     lora_dropout: float = setting(0.0, "Dropout in the adapter.")
     init: str | None = setting(None, "Change the start model first: prune:10-15 takes decoder layers 10 to 15 out (counted from 0).")
     logging_steps: int = setting(5, "Steps between lines of metrics.jsonl.")
+    trackers: tuple[str, ...] = setting((), "Where the numbers go besides metrics.jsonl.", choices=("tensorboard", "trackio", "wandb"))
     eval_steps: int | None = setting(None, "Steps between evaluations on the validation rows; at the end of each epoch when not given.")
     save_minutes: float = setting(5.0, "Minutes between checkpoints, which a stopped run goes on from.")
     max_hours: float | None = setting(None, "Stop after so many hours, with a checkpoint that the same command goes on from.")

@@ -1,8 +1,10 @@
 """Fine-tune a model on a data set: what is trained on is known before the first step, and the run goes on after any stop."""
 
 import gc
+import importlib.util
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +33,7 @@ log = logging.getLogger(__name__)
 
 FREE = (  # settings that do not decide what the model becomes
     *("data", "model", "revision", "logging_steps", "save_minutes", "max_hours", "stop_check", "samples"),
-    *("batch_tokens", "compile", "eval_steps", "gradient_checkpointing", "auto", "memory_gb", "gpus"),
+    *("batch_tokens", "compile", "eval_steps", "gradient_checkpointing", "auto", "memory_gb", "gpus", "trackers"),
 )
 PREVIEW_ROWS = 20
 CPU_TOKENS, GPU_TOKENS = 2048, 32_768  # in one forward pass, to begin with
@@ -130,6 +132,9 @@ def _check_settings(config: TrainConfig, device: str, half: Any) -> None:
             raise UserError("dtype bfloat16: this GPU does not compute in it; leave dtype out (float32 weights, float16 in the products)")
         log.warning("dtype bfloat16: this processor only imitates it, slowly; leave dtype out to compute in float32")
     _check_gpus(config, device)
+    for each in config.trackers:
+        if importlib.util.find_spec(each) is None:
+            raise UserError(f"tracker {each}: is not installed: pip install {each}")
     if config.samples and not config.validation:
         log.warning("samples: are taken at evaluations, and without validation rows there are none; give validation: 0.05")
     if config.qlora:
@@ -292,10 +297,14 @@ def run_trainer(
     make: Callable[..., Any] = make_preference_trainer if isinstance(config, PreferenceConfig) else make_trainer
     model, half = load_start(start, config, own, device)
     watch = Watch(room / "metrics.jsonl", chat, save_minutes=config.save_minutes, peak=measured_peak(device), deadline=deadline)
+    told = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = told or str(room / "tensorboard")  # where transformers looks, once
     trainer = make(
         model, chat, data.train, data.validation, config, checkpoints=room / "checkpoints", device=device, half=half,
         batch_tokens=tokens, watch=watch, peft_config=adapter_config(config) if config.adapter else None,
     )  # fmt: skip
+    if not told:
+        del os.environ["TENSORBOARD_LOGGING_DIR"]
     watch.rows_of = lambda step: [data.train[row].source for row in trainer.update(step - 1)]
     if config.samples and data.validation:
         trainer.add_callback(Sampler(room / "samples.jsonl", chat, data.validation, config.samples))

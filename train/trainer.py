@@ -420,7 +420,8 @@ def arguments_of(
         dataloader_pin_memory=device != "cpu",
         accelerator_config={"non_blocking": True},
         disable_tqdm=True,
-        report_to="none",
+        report_to=list(config.trackers) or "none",
+        run_name=checkpoints.parent.parent.name,  # the run's folder
         ddp_backend="gloo" if device == "cpu" and torch.distributed.is_initialized() else None,
         ddp_find_unused_parameters=False,
         **more,

@@ -224,3 +224,25 @@ def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(tmp_path: Path) -> No
 def test_where_the_last_answer_begins() -> None:
     assert Row(("a", None), [1, 2, 3, 4, 5], [False, True, False, True, True]).answer_start == 3
     assert Row(("a", None), [1, 2], [True, True]).answer_start == 0
+
+
+def test_numbers_go_to_the_tracker_that_is_named(tmp_path, tiny_model, chats, monkeypatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
+    settings = TrainConfig(trackers=("tensorboard",), logging_steps=1, stop_check=0, dtype="float32")
+    run = train(chats(40), str(tiny_model), tmp_path / "run", settings).run
+    events = EventAccumulator(str(run / "train" / "tensorboard"))
+    events.Reload()
+    lines = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert [each.value for each in events.Scalars("train/loss")] == pytest.approx(
+        [line["loss"] for line in lines if "loss" in line], rel=1e-4
+    )
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, tiny_model, chats, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="tracker wandb: is not installed: pip install wandb"):
+        train(chats(20), str(tiny_model), tmp_path / "run", TrainConfig(trackers=("wandb",)))
