@@ -108,7 +108,9 @@ class Teacher:
             engine = tuned(self.config.engine, self.identity)
             if engine.replicas is None and engine.executor == "local" and choose(engine) == "vllm":
                 engine = replace(engine, replicas=1)  # a night of work is not to end with one engine
+            start = time.monotonic()
             self._engine = open_engine(self.config.teacher, engine, revision=self.config.revision)
+            log.info("%s: ready after %s", self.config.teacher, duration(time.monotonic() - start))  # apart from the rate of tokens
             if self._engine.identity != self.identity:
                 raise UserError(f"{self.config.teacher}: its weights changed while it was being loaded; run the same command again")
         return self._engine
