@@ -194,3 +194,21 @@ def merge(adapter: Path, base: str | None, out: Path, dtype: str | None, revisio
     from .merge import merge as run_merge
 
     click.echo(run_merge(adapter, out, base=base, dtype=dtype, revision=revision).summary())
+
+
+@train.command()
+@click.argument("model")
+@click.option("--gguf", type=click.Path(path_type=Path), required=True, help="The file to write, as model.gguf.")
+@click.option("--format", type=click.Choice(["f16", "f32"]), default="f16", show_default=True, help="Number format of the weights.")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+def export(model: str, gguf: Path, format: str, revision: str | None) -> None:
+    """Write MODEL, a folder or a run, as one GGUF file for llama.cpp. Llama, Qwen2 and Qwen3 models with byte-level tokenizers.
+
+    The file is loaded again, and its logits are held against the model's before it counts as written.
+
+    \b
+    sftkit train export runs/b --gguf models/mine.gguf
+    """
+    from .export import export_gguf
+
+    click.echo(export_gguf(model, gguf, format=format, revision=revision).summary())
