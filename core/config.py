@@ -63,7 +63,7 @@ def load_config(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         if key not in fields:
             raise unknown_name("setting", key, fields, where)
         place = f"{where}: {key}" if where else str(key)
-        arguments[key] = _convert(hints[key], value, place)
+        arguments[key] = convert(hints[key], value, place)
         choices = fields[key].metadata.get("choices") or ()
         given = arguments[key] if isinstance(arguments[key], (list, tuple)) else [arguments[key]]
         wrong = [each for each in given if choices and each is not None and each not in choices]
@@ -82,7 +82,8 @@ def load_config(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         raise UserError(f"{where}: {error}" if where else str(error)) from None
 
 
-def _convert(hint: Any, value: Any, place: str) -> Any:
+def convert(hint: Any, value: Any, place: str) -> Any:
+    """Return a value as a type hint has it. Raises UserError, beginning with `place`, for one of another type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -93,7 +94,7 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
         errors = []
         for member in members:
             try:
-                return _convert(member, value, place)
+                return convert(member, value, place)
             except UserError as error:
                 errors.append(error)
         if len(members) == 1:
@@ -109,11 +110,11 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{place}: expected a list, found {value!r}")
         item = arguments[0] if arguments else Any
-        return origin(_convert(item, each, f"{place}[{number}]") for number, each in enumerate(value))
+        return origin(convert(item, each, f"{place}[{number}]") for number, each in enumerate(value))
     if origin is dict or hint is dict:
         if not isinstance(value, Mapping):
             raise UserError(f"{place}: expected a mapping, found {value!r}")
-        return {key: _convert(arguments[1] if arguments else Any, each, f"{place}.{key}") for key, each in value.items()}
+        return {key: convert(arguments[1] if arguments else Any, each, f"{place}.{key}") for key, each in value.items()}
     if origin is typing.Literal:
         if value not in arguments:
             raise unknown_name("value", value, [str(a) for a in arguments], place)

@@ -10,12 +10,16 @@ from .errors import UserError
 def pick_device(wanted: str | None = None) -> str:
     """Return the device to compute on: the one that is wanted, else a GPU where there is one, else the CPU.
 
-    Raises UserError for a GPU that is not there.
+    Raises UserError for what is no device, and for a GPU that is not there.
     """
     import torch
 
     if wanted is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(wanted)
+    except RuntimeError:
+        raise UserError(f"device {wanted}: expected cpu, cuda or cuda:NUMBER") from None
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {wanted}: this machine has no usable GPU; leave --device out, or give cpu")
     return wanted

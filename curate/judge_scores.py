@@ -43,16 +43,13 @@ def judge(
     or the text itself. With `parse`, and from a server, what the judge writes is read.
     """
     config = engine_config(engine, device, dtype, batch_tokens, base_url)
-    if not str(scale).isdecimal():
-        raise UserError(f"scale: expected a whole number from 2 to 9, found {scale!r}")
 
     def score(rows: Sequence[Candidate], run: Run) -> Iterator[tuple[int, Result]]:
         alone = rubric in OF_QUESTIONS
-
         (found,) = find_models({model: model}, config)
         with (
             ValueStore(run.room("curate") / VALUES) as store,
-            Judge(found, store, rubric=rubric, scale=int(scale), parse=parse) as judging,
+            Judge(found, store, rubric=rubric, scale=scale, parse=parse) as judging,
         ):
             for start in range(0, len(rows), CHUNK):
                 places = range(start, min(start + CHUNK, len(rows)))
@@ -86,8 +83,8 @@ def pairwise(
     in both orders and a flip is a tie. The detail counts what was won, tied and lost. Other options are those of `judge`.
     """
     config = engine_config(engine, device, dtype, batch_tokens, base_url)
-    if not str(opponents).isdecimal() or int(opponents) < 1:
-        raise UserError(f"opponents: expected a whole number above 0, found {opponents!r}")
+    if opponents < 1:
+        raise UserError(f"opponents: expected a whole number above 0, found {opponents}")
 
     def score(rows: Sequence[Candidate], run: Run) -> Iterator[tuple[int, Result]]:
         groups: dict[str, list[int]] = {}
@@ -101,7 +98,7 @@ def pairwise(
             prompts = list(groups.values())
             for start in range(0, len(prompts), PROMPTS):
                 part = prompts[start : start + PROMPTS]
-                meetings = [each for members in part for each in in_a_circle(members, int(opponents))]
+                meetings = [each for members in part for each in in_a_circle(members, opponents)]
                 verdicts = judging.compare(
                     [Pair(rows[a].prompt, rows[a].response or "", rows[b].response or "", rows[a].reference) for a, b in meetings]
                 )

@@ -271,11 +271,11 @@ def _read(model: NamedModel, row: Candidate, read: Callable[[NamedModel, Candida
         return Reading(error=failure(error)[1])
 
 
-def engine_config(engine: str, device: str | None, dtype: str, batch_tokens: int | str, base_url: str | None = None) -> EngineConfig:
+def engine_config(engine: str, device: str | None, dtype: str, batch_tokens: int, base_url: str | None = None) -> EngineConfig:
     """Return how a scorer's model is run, from the scorer's options. Raises UserError for what none of them may be."""
-    if not str(batch_tokens).isdecimal() or int(batch_tokens) < 1:
-        raise UserError(f"batch_tokens: expected a whole number above 0, found {batch_tokens!r}")
-    settings = {"engine": engine, "device": device, "dtype": dtype, "batch_tokens": int(batch_tokens), "base_url": base_url}
+    if batch_tokens < 1:
+        raise UserError(f"batch_tokens: expected a whole number above 0, found {batch_tokens}")
+    settings = {"engine": engine, "device": device, "dtype": dtype, "batch_tokens": batch_tokens, "base_url": base_url}
     return load_config(EngineConfig, settings, "scorer")
 
 

@@ -7,12 +7,15 @@ import logging
 import math
 import re
 import time
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import yaml
 
+from ..core.config import convert
 from ..core.errors import UserError, unknown_name
 from ..core.example import row_id
 from ..core.files import write_atomically
@@ -61,6 +64,7 @@ SCORERS: dict[str, Callable[..., Scorer | ColumnScorer]] = {
     "cluster": cluster,
 }
 COLUMNS = ("num_chars", "num_words", "num_tokens", "logprob")  # read off a row at once: they need not be stored
+TAKEN = ("random", *KEY, "source", "prompt", "response", "reference", "finish_reason", "meta")  # what else `--by` and `--where` may name
 FEW = 8  # different details that a summary names
 GROUPS = {  # what `--with NAME` stands for, where it is several scores; computed once, the second costs nothing
     "length": ("num_chars", "num_words", "num_tokens"),
@@ -70,21 +74,34 @@ GROUPS = {  # what `--with NAME` stands for, where it is several scores; compute
 
 
 def open_scorer(name: str, options: Mapping[str, Any] | None) -> Scorer | ColumnScorer:
-    """Make the scorer of a score. Raises UserError for an unknown scorer or option, or a name that is not a file's."""
-    if not re.fullmatch(r"[\w.+-]+", name):
-        raise UserError(f"a score is named by letters, digits, '_', '.', '-'; found {name!r}")
+    """Make the scorer of a score. Raises UserError for an unknown scorer or option, or a name that scores may not have."""
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise UserError(f"a score is named by letters, digits, '_', and '.', '+', '-' after the first; found {name!r}")
     arguments = dict(options or {})
     kind = str(arguments.pop("scorer", name))
     if kind not in SCORERS:
         raise unknown_name("scorer", kind, {*SCORERS, *GROUPS})
-    known = inspect.signature(SCORERS[kind]).parameters
-    for option in arguments:
+    if name in TAKEN or (name in COLUMNS and kind != name):
+        raise UserError(f"a score of {kind} cannot be called {name!r}, which means something else of a row; give another name=…")
+    known, hints = inspect.signature(SCORERS[kind]).parameters, typing.get_type_hints(SCORERS[kind])
+    for option, value in arguments.items():
         if option not in known:
             raise unknown_name("option", option, known, f"scorer {kind}") if known else UserError(f"scorer {kind} has no options")
+        arguments[option] = _typed(hints[option], value, f"scorer {kind}: {option}")
     missing = [each.name for each in known.values() if each.default is inspect.Parameter.empty and each.name not in arguments]
     if missing:
         raise UserError(f"scorer {kind} needs {missing[0]}: --with '{kind}:{missing[0]}=…'")
     return SCORERS[kind](**arguments)
+
+
+def _typed(hint: Any, value: Any, place: str) -> Any:
+    """Return an option as its hint has it; a text for what is no text is read as YAML: 3, 0.5, true, no. Raises UserError."""
+    if isinstance(value, str) and str not in (hint, *typing.get_args(hint)) and typing.get_origin(hint) is not typing.Literal:
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            pass  # it is none of these then, which is told as for any other text
+    return convert(hint, value, place)
 
 
 def parse_scorers(texts: list[str]) -> dict[str, Any]:
@@ -97,10 +114,13 @@ def parse_scorers(texts: list[str]) -> dict[str, Any]:
             option, equals, value = pair.partition("=")
             if not equals:
                 raise UserError(f"--with {text!r}: expected NAME:option=value,option=value; found {pair!r}")
-            options[option] = {"true": True, "false": False}.get(value.lower(), value)
+            if option in options or option == "scorer":
+                what = "is given twice" if option in options else "stands before the colon, and what the score is called is name=…"
+                raise UserError(f"--with {text!r}: {option} {what}")
+            options[option] = value
         called = options.pop("name", None)
         for each in GROUPS.get(kind, (kind,)):
-            name = each if called is None else str(called) + each.removeprefix(kind) if each.startswith(kind) else str(called)
+            name = each if called is None else called + each.removeprefix(kind) if each.startswith(kind) else f"{called}_{each}"
             if name in scorers:
                 raise UserError(f"two scores would be called {name!r}: add name=… to one of them")
             scorers[name] = options if name == each else {"scorer": each, **options}
@@ -196,7 +216,7 @@ def summary(name: str, scores: pl.DataFrame) -> str:
     values = scores.drop_nulls("value")
     if values.is_empty():
         reason = scores["detail"].drop_nulls().filter(scores["detail"] != "").head(1).to_list()
-        return f"{name}: none of {len(scores):,} rows has a value{f' ({reason[0]})' if reason else ''}"
+        return f"{name}: none of {len(scores):,} rows has a value{f'; the first: {shortened(reason[0], 200)}' if reason else ''}"
     verdicts = values["value"].is_in([0.0, 1.0]).all()
 
     def told(value: Any) -> str:

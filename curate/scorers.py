@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.checks.numbers import RULES, Rule, canonical, extract_number
-from ..core.errors import UserError, unknown_name
+from ..core.checks.numbers import Rule, canonical, extract_number
+from ..core.errors import UserError
 from ..core.run import Run
 
 CHINESE_WORD = r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"  # scripts without spaces: each character counts as a word
@@ -53,11 +53,11 @@ def numeric(*, rule: Rule = "flexible", gold: str | None = None) -> Scorer:
 
     The detail is the number found in the response, "" where there is none. See core.checks.numbers for the rules.
     """
-    if rule not in RULES:
-        raise unknown_name("rule", rule, RULES, "scorer numeric")
 
     def score(row: Candidate) -> Result:
-        answer = None if row.response is None else extract_number(row.response, rule)
+        if row.response is None:
+            return None, "no response"
+        answer = extract_number(row.response, rule)
         detail = "" if answer is None else canonical(answer)
         reference = _gold(row, gold)
         expected = None if reference is None else extract_number(reference)

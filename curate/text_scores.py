@@ -111,7 +111,8 @@ def cluster(
 ) -> ColumnScorer:
     """Give the number of the row's cluster: k-means by cosine, seeded, as `select` makes them; as many as the root of the rows."""
     config = _embed_config(on, model, max_seq_length, device)
-    count, drawn = (None if each is None else _whole(name, each) for name, each in (("clusters", clusters), ("seed", seed)))
+    if (clusters is not None and clusters < 1) or seed < 0:
+        raise UserError(f"scorer cluster: expected clusters above 0 and a seed from 0 on, found {clusters} and {seed}")
 
     def score(rows: Sequence[Candidate], run: Run) -> Iterator[tuple[int, Result]]:
         from .embed import embed_rows
@@ -121,7 +122,7 @@ def cluster(
         if not rows:
             return
         vectors = embed_rows(run, _frame(rows), on, config)
-        for number, label in enumerate(k_means(vectors, num_clusters(len(rows), count), drawn or 0)):
+        for number, label in enumerate(k_means(vectors, num_clusters(len(rows), clusters), seed)):
             yield number, (float(label), "")
 
     return ColumnScorer(score)
@@ -135,13 +136,9 @@ def _frame(rows: Sequence[Candidate]) -> pl.DataFrame:
     return pl.DataFrame({"messages": [each.messages for each in rows]}, schema={"messages": pl.String})
 
 
-def _embed_config(on: str, model: str, max_seq_length: int | str, device: str | None) -> EmbedConfig:
+def _embed_config(on: str, model: str, max_seq_length: int, device: str | None) -> EmbedConfig:
     if on not in TEXTS:
         raise unknown_name("value for on", on, TEXTS)
-    return EmbedConfig(model=model, max_seq_length=_whole("max_seq_length", max_seq_length), device=device)
-
-
-def _whole(name: str, value: int | str) -> int:
-    if not str(value).isdecimal():
-        raise UserError(f"{name}: expected a whole number, found {value!r}")
-    return int(value)
+    if max_seq_length < 1:
+        raise UserError(f"max_seq_length: expected a whole number above 0, found {max_seq_length}")
+    return EmbedConfig(model=model, max_seq_length=max_seq_length, device=device)

@@ -60,6 +60,7 @@ def json_schema(*, schema: str | None = None, column: str | None = None) -> Scor
             shared = read_json(Path(schema).expanduser())
         except (OSError, ValueError) as error:
             raise UserError(f"{schema}: cannot be read as JSON: {error}") from None
+        check_schema("null", shared)  # raises for what is no schema, once and not for each row
 
     def score(row: Candidate) -> Result:
         if row.response is None:
@@ -104,10 +105,9 @@ def unit_test(
     HumanEval. The column `begins` holds the beginning of the program, where the response goes on from it. Programs run in a
     sandbox without network, files or more than `seconds` of processor time; `unsafe` runs them without one.
     """
-    try:
-        limits = Limits(cpu_seconds=max(1, round(float(seconds))))
-    except ValueError:
-        raise UserError(f"seconds: expected a number, found {seconds!r}") from None
+    if seconds <= 0:
+        raise UserError(f"scorer unit_test: seconds: expected a number above 0, found {seconds:g}")
+    limits = Limits(cpu_seconds=max(1, round(seconds)))
 
     def order(row: Candidate) -> tuple[str, str, str | None] | str:
         checks = row.meta.get(tests)

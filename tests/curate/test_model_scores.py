@@ -264,7 +264,8 @@ def test_a_model_that_is_no_reward_model_is_refused(toy_run: ToyRun, tiny_model:
     ("text", "message"),
     [
         ("grape", "scorer grape needs model"),
-        ("grape:model=tiny,batch_tokens=many", "batch_tokens: expected a whole number above 0, found 'many'"),
+        ("grape:model=tiny,batch_tokens=many", "scorer grape: batch_tokens: expected a whole number, found 'many'"),
+        ("grape:model=tiny,batch_tokens=0", "batch_tokens: expected a whole number above 0, found 0"),
         ("grape:model=tiny,engine=magic", "unknown value for engine 'magic'"),
         ("ifd:mode=x", r"scorer ifd: unknown option 'mode': did you mean 'model'\?"),
     ],

@@ -27,7 +27,7 @@ def test_numeric_compares_with_the_reference_and_is_null_without_one(toy_run: Ca
             {"prompt": "f", "response": "18", "reference": "a word"},
         ]
     )
-    assert scored(run, numeric={})["numeric"] == [(1, "1800"), (0, "7"), (0, ""), (None, "9"), (0, ""), (None, "18")]
+    assert scored(run, numeric={})["numeric"] == [(1, "1800"), (0, "7"), (0, ""), (None, "9"), (None, "no response"), (None, "18")]
     assert scored(run, numeric={"rule": "strict"})["numeric"][:2] == [(1, "1800"), (0, "")]
 
 
@@ -73,13 +73,24 @@ def test_one_poison_row_leaves_the_others_scored(toy_run: Callable[..., Run], mo
     [
         (["numerc"], r"unknown scorer 'numerc': did you mean 'numeric'\?"),
         (["numeric:rul=strict"], r"scorer numeric: unknown option 'rul': did you mean 'rule'\?"),
-        (["numeric:rule=lax"], "scorer numeric: unknown rule 'lax'"),
+        (["numeric:rule=lax"], "scorer numeric: rule: unknown value 'lax'"),
         (["num_chars:model=x"], "scorer num_chars has no options"),
         (["regex"], "scorer regex needs pattern: --with 'regex:pattern=…'"),
         (["regex:pattern=("], "is not a regular expression"),
         (["numeric:strict"], "expected NAME:option=value"),
         (["numeric", "numeric:rule=strict"], "two scores would be called 'numeric'"),
         (["numeric:name=../x"], "a score is named by letters"),
+        (["numeric:name=-x"], "a score is named by letters"),
+        (["numeric:name=random"], "a score of numeric cannot be called 'random', which means something else"),
+        (["numeric:name=num_tokens"], "a score of numeric cannot be called 'num_tokens'"),
+        (["numeric:rule=strict,rule=flexible"], "rule is given twice"),
+        (["numeric:scorer=exact"], "scorer stands before the colon"),
+        (["exact:ignore_case=nope"], "scorer exact: ignore_case: expected true or false, found 'nope'"),
+        (["unit_test:seconds=inf"], "scorer unit_test: seconds: expected a number, found 'inf'"),
+        (["unit_test:seconds=-4"], "scorer unit_test: seconds: expected a number above 0, found -4"),
+        (["cluster:clusters=0"], "expected clusters above 0"),
+        (["cluster:seed=x"], "scorer cluster: seed: expected a whole number, found 'x'"),
+        (["neighbour:max_seq_length=0"], "max_seq_length: expected a whole number above 0, found 0"),
         ([], "give a scorer, as --with numeric; there are numeric, exact"),
     ],
 )
@@ -92,6 +103,29 @@ def test_bad_scorers_are_one_clear_line(toy_run: Callable[..., Run], texts: list
 
 def test_commas_in_a_pattern_stay_in_it() -> None:
     assert parse_scorers(["regex:pattern=a{1,2},b,name=x"]) == {"x": {"scorer": "regex", "pattern": "a{1,2},b"}}
+
+
+def test_options_are_read_as_the_scorer_takes_them() -> None:
+    """`unsafe=no` was a text, and so true: a program would have run without its sandbox."""
+    taken: dict[str, object] = {}
+
+    def fake(*, pattern: str, unsafe: bool = False, seconds: float = 1.0, clusters: int | None = None) -> scoring.Scorer:
+        taken.update(pattern=pattern, unsafe=unsafe, seconds=seconds, clusters=clusters)
+        return lambda row: (0.0, "")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(scoring.SCORERS, "fake", fake)
+        for written in ("no", "False"):
+            (options,) = parse_scorers([f"fake:pattern=true,unsafe={written},seconds=2,clusters=7"]).values()
+            scoring.open_scorer("fake", options)
+            assert taken == {"pattern": "true", "unsafe": False, "seconds": 2.0, "clusters": 7}
+        scoring.open_scorer("fake", {"pattern": "x", "unsafe": True, "clusters": None})
+        assert taken == {"pattern": "x", "unsafe": True, "seconds": 1.0, "clusters": None}
+
+
+def test_every_score_of_a_group_has_a_name_of_its_own() -> None:
+    assert list(parse_scorers(["length:name=l"])) == ["l_num_chars", "l_num_words", "l_num_tokens"]
+    assert list(parse_scorers(["repetition:name=r"])) == ["r", "r_top_ngram"]
 
 
 def test_an_unknown_score_lists_those_there_are(toy_run: Callable[..., Run]) -> None:
