@@ -77,12 +77,14 @@ def filter_(run: str, out: Path | None, settings: Path | None, **options: Any) -
     """Reject rows of a RUN that break a rule; the first rule broken is named.
 
     Cut, empty, refusing and repeating answers are rejected unless told otherwise. A condition of --where is over scores,
-    source, prompt, response, reference, finish_reason, sample_index and meta.KEY, with and, or, not, < <= == != >= >, in,
-    is None, len(…) and arithmetic. A row of which it says nothing, as a value is missing, is rejected as unscored.
+    their details (NAME.detail, as which language it is), source, prompt, response, reference, finish_reason, sample_index and
+    meta.KEY, with and, or, not, < <= == != >= >, in, is None, len(…) and arithmetic. A row of which it says nothing, as a value
+    is missing, is rejected as unscored.
 
     \b
     sftkit curate filter runs/a
     sftkit curate filter runs/a --where 'num_tokens < 800 and ifd < 1' --where "known: meta.topic in ('a', 'b')"
+    sftkit curate filter runs/a --where "language.detail == 'zh-Hant' and language > 0.9"
     sftkit curate filter runs/a --min numeric=1 --max-words 400 --languages en,zh
     sftkit curate filter data.jsonl -o runs/b --exclude 'as an AI' --no-repetition
     """

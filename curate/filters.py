@@ -6,7 +6,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -22,7 +22,7 @@ from .controls import clear_controls, write_controls_of
 from .expressions import Condition, Kind, parse_condition
 from .ngrams import PLAIN as PLAIN_WORDS
 from .rows import KEY, Outcome, decision_table, input_rows, record
-from .score import known_scores
+from .score import known_scores, read_score
 from .scored import READ_OFF, columns_for, score_values
 from .scorers import CHINESE_WORD, WORD, count_words
 
@@ -79,6 +79,7 @@ REFUSAL_SIGNS = (  # no refusal is without one of these, in whatever case
     *("don't", "don’t", "do not", "抱歉", "对不起", "對不起", "不好意思", "作为", "作為", "我无法", "我無法", "我不能"),
     *("\u0131", "\u0130", "\u017f", "\u212a"),  # which ignoring case takes for an i, s or k
 )
+DETAIL = ".detail"  # after the name of a score: what the scorer said beside the value, or why there is none
 TEXT_COLUMNS = ("source", "prompt", "response", "reference", "finish_reason")  # that a condition may name, beside the scores
 
 
@@ -199,9 +200,15 @@ class _Sieve:
 
 
 def condition_kinds(run: Run) -> dict[str, Kind]:
-    """Return what a condition may name: the scores of a run, those read off its rows, and columns of the rows."""
-    numbers: dict[str, Kind] = dict.fromkeys((*known_scores(run), *READ_OFF, "sample_index"), "number")
-    return {**numbers, **dict.fromkeys(TEXT_COLUMNS, "text")}
+    """Return what a condition may name: the scores of a run and their details, those read off its rows, and columns of the rows."""
+    return {**_kinds(known_scores(run)), **dict.fromkeys((*READ_OFF, "sample_index"), "number"), **dict.fromkeys(TEXT_COLUMNS, "text")}
+
+
+def _kinds(scores: Iterable[str]) -> dict[str, Kind]:
+    kinds: dict[str, Kind] = {}
+    for name in scores:
+        kinds |= {name: "number", f"{name}{DETAIL}": "text"}
+    return kinds
 
 
 def read_conditions(run: Run, config: FilterConfig, more: Sequence[str] = ()) -> list[Condition]:
@@ -209,7 +216,7 @@ def read_conditions(run: Run, config: FilterConfig, more: Sequence[str] = ()) ->
 
     Raises UserError for what is no condition.
     """
-    kinds: dict[str, Kind] = {**condition_kinds(run), **dict.fromkeys(more, "number")}
+    kinds = {**condition_kinds(run), **_kinds(more)}
     for name in config.presets:
         if name not in PRESETS:
             raise unknown_name("preset", name, PRESETS)
@@ -236,6 +243,8 @@ def _values(run: Run, rows: pl.DataFrame, scores: Sequence[str], named: Sequence
     for name in named:
         if name == "sample_index":
             columns[name] = rows[name].cast(pl.Float64)
+        elif name.endswith(DETAIL) and not name.startswith("meta."):
+            columns[name] = read_score(run, rows.select(KEY), name.removesuffix(DETAIL))["detail"].alias(name)
         elif name.startswith("meta."):
             columns[name] = rows["meta"].str.json_path_match("$." + name.removeprefix("meta.")).alias(name)
             if columns[name].null_count() == len(rows):

@@ -5,7 +5,6 @@ from fractions import Fraction
 from typing import Literal
 
 Rule = Literal["strict", "flexible"]
-RULES = ("strict", "flexible")
 
 LAST = 10_000  # characters: a final number stands near the end, and some patterns take the square of a text's length
 MAX_DIGITS = 100  # a longer run of digits comes from a model that loops; it is no answer

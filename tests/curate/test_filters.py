@@ -164,6 +164,19 @@ def test_what_cannot_be_asked(settings: dict, told: str, toy_run: Callable[..., 
     assert run.ledger.stages() == before
 
 
+def test_conditions_over_what_a_scorer_said(toy_run: Callable[..., Run], rejections: Callable) -> None:
+    texts = ["這是一個測試，請問您會說國語嗎？", "这是一个测试，请问您会说国语吗？", "This is a plain English sentence about the sea.", "7"]
+    run = toy_run([{"prompt": str(number), "response": text} for number, text in enumerate(texts)])
+    names = row_ids(load_rows(run))
+    score(run, ScoreConfig(scorers={"language": {}, "found": {"scorer": "regex", "pattern": "[a-z]+"}}))
+    filter_rows(run, FilterConfig(where=("script: language.detail == 'zh-Hant'",)))
+    assert {name: found[0] for name, found in rejections(run, "filter").items()} == dict.fromkeys(names[1:], "script")
+    filter_rows(run, FilterConfig(where=("'zh' in language.detail or found.detail == 'his'",)))
+    assert set(rejections(run, "filter")) == {names[3]}
+    with pytest.raises(UserError, match=r"unknown column 'langage\.detail': did you mean 'language\.detail'\?"):
+        filter_rows(run, FilterConfig(where=("langage.detail == 'en'",)))
+
+
 def test_a_column_of_nulls_rejects_every_row_and_says_so(toy_run: Callable[..., Run], caplog: pytest.LogCaptureFixture) -> None:
     run = toy_run([{"prompt": str(place), "response": LONG} for place in range(3)])
     with caplog.at_level("WARNING"):
