@@ -173,8 +173,10 @@ def _compare(file: Path, model: Any, chat: Any) -> float:
     read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     if read(CHECKED, add_special_tokens=False)["input_ids"] != chat.tokenizer(CHECKED, add_special_tokens=False)["input_ids"]:
         log.warning("%s: transformers reads another tokenizer from the file than the model's; check it with llama.cpp", file.name)
+    try:
+        again = load_unpacked(file, torch.float32)
+    except RuntimeError as error:  # transformers guesses what it does not read, as Qwen3's width of a head
+        raise UserError(f"{file.name}: transformers cannot read it back, so that it is not checked: {str(error)[:120]}") from error
     with torch.no_grad():
-        one, other = (
-            each(input_ids=torch.tensor([ids])).logits.float() for each in (model.eval(), load_unpacked(file, torch.float32).eval())
-        )
+        one, other = (each.eval()(input_ids=torch.tensor([ids])).logits.float() for each in (model, again))
     return float((one - other).abs().max() / one.std())
