@@ -222,10 +222,16 @@ def _choose(settings: Any, report: DataReport, config: TrainConfig, device: str,
     pairs = isinstance(config, PreferenceConfig)  # which the plan does not know
     card = this_card(config.memory_gb) if config.auto and not pairs else None
     most = GPU_TOKENS if device != "cpu" else CPU_TOKENS
+    usual = Choice(batch_tokens=config.batch_tokens or most, checkpointing=bool(config.gradient_checkpointing))
     if card is None:
-        return Choice(batch_tokens=config.batch_tokens or most, checkpointing=bool(config.gradient_checkpointing))
+        return usual
     weights, half = _formats(config, own, device)
-    choice = choose(settings, report, config, card, dtype=weights, half=half, most=most)
+    try:
+        choice = choose(settings, report, config, card, dtype=weights, half=half, most=most)
+    except (RuntimeError, AttributeError, TypeError, ValueError, StopIteration) as error:  # code that looks at values, which a replay lacks
+        log.warning("memory: cannot be planned for %s (%s); at most %s tokens in a forward pass, fewer where memory runs out",
+                    settings.model_type, " ".join(str(error).split())[:160], f"{usual.batch_tokens:,}")  # fmt: skip
+        return usual
     assert choice.memory
     log.info(
         "memory: %.1f GB expected of %.1f, at most %s tokens in a forward pass%s", choice.memory.peak / 1e9, card.memory / 1e9,

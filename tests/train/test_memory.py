@@ -200,3 +200,13 @@ def test_on_a_cpu_the_plan_is_for_the_memory_that_is_named(tmp_path, tiny_model,
     assert facts["card_gb"] == 4.0
     assert 0 < facts["predicted_gb"] < 4
     assert load_settings(resolve_model(run)).vocab_size == 1024
+
+
+def test_a_model_that_cannot_be_replayed_is_trained_all_the_same(tmp_path, tiny_model, chats, monkeypatch, caplog) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("aten._local_scalar_dense.default")
+
+    monkeypatch.setattr(plan, "predict", refuse)
+    run = train(chats(20), str(tiny_model), tmp_path / "run", TrainConfig(memory_gb=4.0, stop_check=0)).run
+    assert "memory: cannot be planned for llama (aten._local_scalar_dense.default)" in caplog.text
+    assert json.loads((run / "train" / "plan.json").read_text())["memory"] == {"batch_tokens": 2048, "gradient_checkpointing": False}
