@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.catalogue import CATALOGUE, cached, fetch
@@ -15,8 +15,9 @@ from ..core.models import resolve_model
 from ..core.progress import duration, timed
 from ..core.run import Run, is_done, mark_done, read_done
 from ..curate.build import build, check_early
+from ..evaluate.benchmark import evaluate_tasks
 from ..evaluate.compare import compare, read_questions
-from ..evaluate.config import CompareConfig
+from ..evaluate.config import CompareConfig, TasksConfig
 from ..evaluate.loss import loss
 from ..train.config import TrainConfig
 from ..train.sft import train
@@ -100,6 +101,10 @@ def _evaluate(recipe: RecipeConfig, out: Path) -> None:
         models["teacher"] = _at(recipe.teacher, recipe.curate.distill.revision)
     if recipe.evaluate.loss:
         loss(out / "curate" / "heldout.jsonl", models, out, recipe.evaluate.loss)
+    if recipe.evaluate.tasks:
+        tasks = part(recipe.evaluate.tasks, TasksConfig)
+        trained = tasks.train_data or str(out / "curate" / "dataset.jsonl")  # what of a task was trained on is told apart
+        evaluate_tasks(models, recipe.evaluate.tasks.names, out, replace(tasks, train_data=trained))
     compare(models, _questions(recipe, out), out, part(recipe.evaluate.compare, CompareConfig))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from ..core.config import load_config, read_yaml, setting
 from ..core.errors import UserError, unknown_name
 from ..curate.config import BuildConfig
-from ..evaluate.config import CompareConfig, LossConfig
+from ..evaluate.config import CompareConfig, LossConfig, TasksConfig
 from ..train.config import TrainConfig
 
 HERE = Path(__file__).resolve().parent
@@ -22,11 +22,24 @@ class CompareStep(CompareConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TasksStep(TasksConfig):
+    """The tasks of a recipe and how they are asked."""
+
+    names: tuple[str, ...] = setting((), "Tasks, as for `sftkit evaluate tasks --tasks`: gsm8k, ifeval, humaneval, mmlu, FILE.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.names:
+            raise UserError("evaluate.tasks: expected names, as names: [gsm8k, ifeval]")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateStep:
     """What is measured before and after."""
 
     teacher: bool = setting(True, "Ask the teacher too, as the mark that the student is trained towards.")
     loss: LossConfig | None = field(default=None, metadata={"help": "Held-out loss; needs curate: {heldout: …}."})
+    tasks: TasksStep | None = field(default=None, metadata={"help": "Tasks whose answers rules can judge; names: [gsm8k, …]."})
     compare: CompareStep = field(default_factory=CompareStep, metadata={"help": "Answers side by side."})
 
 

@@ -44,7 +44,7 @@ def write_report(path: Path) -> Path:
     Raises UserError for a folder that is no run, or that holds nothing to report yet.
     """
     run = Run.open(path)
-    parts = [_findings(path), _ablation(path), _losses(path), _answers(path), _training(path), _curation(run), _how(run)]
+    parts = [_findings(path), _ablation(path), _losses(path), _tasks(path), _answers(path), _training(path), _curation(run), _how(run)]
     if not any(parts[:-1]):
         raise UserError(f"{path}: holds nothing to report yet: no data set, no model, no evaluation")
     recipe = run.config().get("recipe", {})
@@ -139,6 +139,30 @@ def _losses(path: Path) -> str:
         " from drawing whole prompts anew."
     )
     return f"<h2>Held-out loss</h2>{_interval_chart(results['models'])}{_table(head, rows, first=1)}<p class=soft>{_text(note)}</p>"
+
+
+def _tasks(path: Path) -> str:
+    parts = []
+    for name, task in _results(path).get("tasks", {}).items():
+        rows = []
+        for model, metrics in task["metrics"].items():
+            for each in metrics:
+                span, clean = each["interval"], each["clean"]
+                told = "" if span is None else f"{span['low']:.1%} to {span['high']:.1%}"
+                apart = "" if clean is None else f"{clean:.1%} of {each['clean_n']:,}"
+                rows.append([model, each["name"], f"{each['mean']:.1%}", told, f"{each['n']:,}", f"{each['not_found']:.1%}", apart])
+        head = ["model", "metric", "score", "95 %", "questions", "no answer found", "without what was trained on"]
+        changes = "".join(f"<li>{_text(_told_change(each))}" for each in task["comparisons"])
+        parts.append(f"<h3>{_text(name)}</h3>{_table(head, rows, first=2)}<ul class=soft>{changes}</ul>")
+    return f"<h2>Tasks</h2>{''.join(parts)}" if parts else ""
+
+
+def _told_change(each: dict[str, Any]) -> str:
+    span = each["interval"]
+    told = f" (95 % {100 * span['low']:+.1f} to {100 * span['high']:+.1f})" if span else ""
+    verdict = "significant" if each["p_adjusted"] <= 0.05 else "not significant"
+    change = f"{each['model']} − {each['baseline']}: {each['metric']} {100 * each['difference']:+.1f} points"
+    return f"{change}{told}, p {each['p_adjusted']:.2g}: {verdict}".replace("-", "−")
 
 
 def _interval_chart(models: dict[str, Any]) -> str:

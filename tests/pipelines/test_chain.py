@@ -140,3 +140,18 @@ def test_a_report_of_nothing_is_an_error(tmp_path: Path) -> None:
     Run.create(tmp_path / "run").close()
     with pytest.raises(UserError, match="holds nothing to report yet"):
         write_report(tmp_path / "run")
+
+
+def test_tasks_of_a_recipe_stand_in_the_report(recipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "sums.jsonl").write_text(
+        "".join(json.dumps({"question": f"Calculate {n}+{n}.", "answer": str(2 * n), "scoring": "numeric"}) + "\n" for n in range(8))
+    )
+    tasks = {"names": [str(tmp_path / "sums.jsonl")], "max_new_tokens": 12, "resamples": 1000, "ask": "chat"}
+    evaluate = {"tasks": tasks, "compare": {"max_new_tokens": 5}}
+    result = run_chain(load_recipe(recipe(evaluate=evaluate)), tmp_path / "run")
+    page = result.report.read_text()
+    assert re.search(r"<h2>Tasks</h2><h3>[^<]*sums", page)
+    assert "sft − base: " in page
+    assert "without what was trained on" in page
+    with pytest.raises(UserError, match=r"evaluate\.tasks: expected names"):
+        load_recipe(recipe(evaluate={"tasks": {"limit": 3}}))
