@@ -87,7 +87,7 @@ def rank_teachers(source: str | Path, out: Path, config: RankConfig) -> list[Tea
     fits = {name: _ratio(each, "logprob", "scored").value for name, each in sums.items()}
     order = sorted(
         config.teachers,
-        key=lambda name: (-shares[name], -(fits[name] if fits[name] is not None else -math.inf), sums[name]["tokens"].sum()),
+        key=lambda name: (-shares[name], _last_if_none(fits[name]), sums[name]["tokens"].sum()),
     )
     ranking = []
     for name in order:
@@ -259,3 +259,8 @@ def settings_of(options: dict[str, Any]) -> dict[str, Any]:
     teachers = parse_pairs(options.pop("teachers"), "teacher")
     prices = {name: list(parse_price(text)) for name, text in parse_pairs(options.pop("prices"), "price").items()}
     return {**options, **({"teachers": teachers} if teachers else {}), **({"prices": prices} if prices else {})}
+
+
+def _last_if_none(value: float | None) -> float:
+    """Return what sorts higher values first, and none last."""
+    return math.inf if value is None else -value
