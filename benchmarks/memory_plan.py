@@ -1,6 +1,7 @@
 """The memory plan held against what a GPU takes: the predicted and the measured peak of twelve configurations.
 
     python benchmarks/memory_plan.py [--out FILE]          on one GPU, a few minutes; a line of JSON per configuration, at once
+    python benchmarks/memory_plan.py --capped              two cases of a 10 GB card: its memory is all that the process may take
     python benchmarks/memory_plan.py --cpu                 the same with tiny shapes and without a measurement: the script runs
 
 Models have random weights and real shapes, rows random tokens and the lengths of short chats: neither changes what memory is taken.
@@ -86,6 +87,11 @@ CASES = (
     Case("1.5b", 8_192, lora=True, checkpointing=True),
     Case("1.5b", 8_192, passes=2, dtype="bfloat16", compiled=True),
 )
+CAPPED = (  # what has to fit into an RTX 3080's 10 GB
+    Case("0.6b", 4_096, passes=2, dtype="bfloat16", checkpointing=True),
+    Case("1.5b", 4_096, passes=2, lora=True, checkpointing=True),
+)
+CAP = 10e9
 LENGTH, TRAINED = 128, 0.6  # tokens of a row, and the share of them that is learned
 UPDATES = 3
 
@@ -144,6 +150,7 @@ def measure(case: Case, chat: Chat, *, device: str) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", default="memory_plan.jsonl")
+    parser.add_argument("--capped", action="store_true", help="the cases of a card of 10 GB, with no more memory than that")
     parser.add_argument("--cpu", action="store_true", help="tiny shapes, nothing measured")
     arguments = parser.parse_args()
     device = "cpu" if arguments.cpu else "cuda"
@@ -151,7 +158,9 @@ def main() -> None:
     card = "CPU" if arguments.cpu else torch.cuda.get_device_name()
     begun = time.perf_counter()
     print(f"{card}, torch {torch.__version__}", flush=True)
-    for each in CASES:
+    if arguments.capped and not arguments.cpu:
+        torch.cuda.set_per_process_memory_fraction(CAP / torch.cuda.get_device_properties(0).total_memory)
+    for each in CAPPED if arguments.capped else CASES:
         case = Case("tiny", 1024, each.passes, each.dtype, each.lora, each.checkpointing) if arguments.cpu else each
         start, error = time.perf_counter(), ""
         predicted, measured = 0, 0
