@@ -28,7 +28,7 @@ def best(run: Run, config: BestConfig) -> Outcome:
     rows = input_rows(run, "best", list(dict.fromkeys([*KEY, "finish_reason", "num_tokens", "response", *scores])))
     columns = sort_columns(run, rows, config.by, config.seed)
     values = [score_values(run, rows, gate.name) for gate in gates]
-    answers = read_score(run, rows.select(KEY), config.answers)["detail"] if config.majority else None
+    answers = read_score(run, rows, config.answers)["detail"] if config.majority else None
     run.configure("best", to_mapping(config), free=("*",))
 
     lengths = rows["response"].str.len_chars().fill_null(0)

@@ -108,7 +108,8 @@ def filter_rows(run: Run, config: FilterConfig) -> Outcome:
     named = [name for condition in conditions for name in condition.names]
     kinds = condition_kinds(run)
     scores = list(dict.fromkeys([*scores, *(name for name in named if kinds.get(name) == "number" and name != "sample_index")]))
-    wanted = [*KEY, "response", "finish_reason", *columns_for(run, scores), *(n for n in named if n in TEXT_COLUMNS)]
+    details = [name.removesuffix(DETAIL) for name in named if name in kinds and name.endswith(DETAIL)]
+    wanted = [*KEY, "response", "finish_reason", *columns_for(run, [*scores, *details]), *(n for n in named if n in TEXT_COLUMNS)]
     wanted += ["meta"] if any(name.startswith("meta.") for name in named) else []
     rows = input_rows(run, "filter", list(dict.fromkeys(wanted)))
     if "prompt" not in rows.columns and rows["response"].null_count():  # a row without an answer is judged by its prompt
@@ -244,7 +245,7 @@ def _values(run: Run, rows: pl.DataFrame, scores: Sequence[str], named: Sequence
         if name == "sample_index":
             columns[name] = rows[name].cast(pl.Float64)
         elif name.endswith(DETAIL) and not name.startswith("meta."):
-            columns[name] = read_score(run, rows.select(KEY), name.removesuffix(DETAIL))["detail"].alias(name)
+            columns[name] = read_score(run, rows, name.removesuffix(DETAIL))["detail"].alias(name)
         elif name.startswith("meta."):
             columns[name] = rows["meta"].str.json_path_match("$." + name.removeprefix("meta.")).alias(name)
             if columns[name].null_count() == len(rows):

@@ -33,7 +33,16 @@ from .verifiers import math as math_equal
 
 log = logging.getLogger(__name__)
 
-SCHEMA = {"example_id": pl.String, "sample_index": pl.Int32, "name": pl.String, "value": pl.Float64, "detail": pl.String}
+SCHEMA: dict[str, Any] = {
+    "example_id": pl.String,
+    "sample_index": pl.Int32,
+    "name": pl.String,
+    "value": pl.Float64,
+    "detail": pl.String,
+    "finish_reason": pl.String,  # of the row as it was scored: a sample that was cut is another one once it is asked again
+    "num_tokens": pl.Int64,
+}
+AS_SCORED = ("finish_reason", "num_tokens")
 
 SCORERS: dict[str, Callable[..., Scorer | ColumnScorer]] = {
     "numeric": numeric,
@@ -157,8 +166,12 @@ def _score_rows(rows: pl.DataFrame, name: str, scorer: Scorer | ColumnScorer, ru
     ]
     if errors:
         log.warning("%s failed on %s of %s rows; they have no value, and the reason as detail", name, f"{errors:,}", f"{len(rows):,}")
-    columns = [rows["example_id"].to_list(), rows["sample_index"].to_list(), [name] * len(rows), *map(list, zip(*sound, strict=True))]
-    return pl.DataFrame(columns if sound else None, schema=SCHEMA)
+    scored = pl.DataFrame(sound, schema={"value": pl.Float64, "detail": pl.String}, orient="row")
+    return (
+        rows.select(*KEY, *AS_SCORED)
+        .with_columns(scored, name=pl.lit(name))
+        .select(pl.col(column).cast(kind) for column, kind in SCHEMA.items())
+    )
 
 
 def _candidates(rows: pl.DataFrame) -> Iterator[Candidate | Exception]:
@@ -245,16 +258,20 @@ def known_scores(run: Run) -> list[str]:
 
 
 def read_score(run: Run, rows: pl.DataFrame, name: str) -> pl.DataFrame:
-    """Return `value` and `detail` of a score for these rows, in their order; null where a row was not scored.
+    """Return `value` and `detail` of a score for these rows, in their order; null where a row was not scored, or is another since.
 
-    Raises UserError for a score that the run does not have, naming those it has.
+    `rows` have KEY and AS_SCORED. Raises UserError for a score that the run does not have, naming those it has.
     """
     check_score_name(run, name)
     if not score_path(run, name).exists():
         return _score_rows(rows, name, SCORERS[name](), run, None).select("value", "detail")
-    stored = pl.read_parquet(score_path(run, name)).select(*KEY, "value", "detail")
-    found = rows.select(KEY).join(stored, on=KEY, how="left", nulls_equal=True, maintain_order="left")
-    fresh = len(rows.select(KEY).join(stored, on=KEY, how="anti", nulls_equal=True))
+    stored = pl.read_parquet(score_path(run, name))
+    if set(SCHEMA) - set(stored.columns):
+        raise UserError(f"{score_path(run, name)}: was written by an older sftkit; score the run again, what models computed is kept")
+    same = [*KEY, *AS_SCORED]
+    stored = stored.select(*same, "value", "detail")
+    found = rows.select(same).join(stored, on=same, how="left", nulls_equal=True, maintain_order="left")
+    fresh = len(rows.select(same).join(stored, on=same, how="anti", nulls_equal=True))
     if fresh:
         log.warning("%s of %s rows are newer than the score %s and count as unscored: score the run again", fresh, len(rows), name)
     return found.select("value", "detail")

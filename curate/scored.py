@@ -7,8 +7,8 @@ import numpy.typing as npt
 import polars as pl
 
 from ..core.run import Run
-from .rows import KEY, keys
-from .score import check_score_name, random_number, read_score, score_path
+from .rows import keys
+from .score import AS_SCORED, check_score_name, random_number, read_score, score_path
 from .scorers import count_words
 
 Order = npt.NDArray[np.int64]
@@ -16,13 +16,16 @@ READ_OFF = {"num_tokens": "num_tokens", "logprob": "logprob", "num_chars": "resp
 
 
 def columns_for(run: Run, names: Iterable[str]) -> list[str]:
-    """Return the columns of the rows that these scores are read off, where they are not stored. Raises UserError for an unknown score."""
-    needed = []
+    """Return the columns of the rows that these scores are read off, or held against where they are stored.
+
+    Raises UserError for an unknown score.
+    """
+    needed: list[str] = []
     for name in (each.removeprefix("-") for each in names):
-        if name != "random":
-            check_score_name(run, name)
-        if name in READ_OFF and not score_path(run, name).exists():
-            needed.append(READ_OFF[name])
+        if name == "random":
+            continue
+        check_score_name(run, name)
+        needed += [READ_OFF[name]] if name in READ_OFF and not score_path(run, name).exists() else AS_SCORED
     return list(dict.fromkeys(needed))
 
 
@@ -30,7 +33,7 @@ def score_values(run: Run, rows: pl.DataFrame, name: str) -> pl.Series:
     """Return the values of a score for these rows, which have KEY and `columns_for` it; null where there is none."""
     check_score_name(run, name)
     if name not in READ_OFF or score_path(run, name).exists():
-        return read_score(run, rows.select(KEY), name)["value"].alias(name)
+        return read_score(run, rows, name)["value"].alias(name)
     column = rows[READ_OFF[name]]
     if name == "num_chars":
         column = column.str.len_chars()

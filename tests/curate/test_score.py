@@ -6,7 +6,9 @@ import pytest
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate import score as scoring
-from sftkit.curate.config import ScoreConfig
+from sftkit.curate.best import best
+from sftkit.curate.config import BestConfig, FilterConfig, ScoreConfig
+from sftkit.curate.filters import filter_rows
 from sftkit.curate.score import parse_scorers, read_score, score, summary
 from sftkit.curate.scored import sort_columns
 from sftkit.curate.scorers import count_words
@@ -144,6 +146,21 @@ def test_rows_newer_than_a_score_count_as_unscored(toy_run: Callable[..., Run], 
     (run.path / "curate" / "scores").rename(grown.path / "curate" / "scores")
     assert read_score(grown, scoring.load_rows(grown), "numeric")["value"].to_list() == [1, None]
     assert "1 of 2 rows are newer than the score numeric" in caplog.text
+
+
+def test_a_sample_that_was_asked_again_after_it_was_scored_counts_as_unscored(toy_run: Callable[..., Run]) -> None:
+    """distill --retry-truncated puts the whole answer in the place of the cut one: what was said of the cut one is not said of it."""
+    cut = {"id": "q", "index": 0, "prompt": "a", "response": "so #### 1", "reference": "1", "finish_reason": "length", "num_tokens": 4}
+    other = {**cut, "index": 1, "response": "#### 2", "finish_reason": "stop"}
+    whole = {**cut, "response": "so #### 1, no, #### 2", "finish_reason": "stop", "num_tokens": 9}
+    run, later = toy_run([cut, other]), toy_run([whole, other], name="later")
+    score(run, ScoreConfig(scorers={"numeric": {}}))
+    (run.path / "curate" / "scores").rename(later.path / "curate" / "scores")
+    assert read_score(later, scoring.load_rows(later), "numeric")["value"].to_list() == [None, 0]
+    outcome = best(later, BestConfig(by=("numeric",), gate=("numeric>=0",)))
+    assert outcome.kept["sample_index"].to_list() == [1]
+    assert outcome.removed == {"unscored": 1}
+    assert filter_rows(later, FilterConfig(where=("numeric.detail == '1'",))).kept.is_empty()
 
 
 def test_random_depends_on_seed_and_row_alone(toy_run: Callable[..., Run]) -> None:
