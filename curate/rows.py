@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,47 +283,53 @@ WRITTEN = {"turns": TURNS, "extra": pl.String()}
 
 
 def write_dataset(rows: pl.DataFrame | pl.LazyFrame, folder: Path) -> None:
-    """Write rows as dataset.jsonl and dataset.parquet: id (as `row_id`), messages, source, meta.
+    """Write rows as dataset.jsonl and dataset.parquet, from one reading of them: id (as `row_id`), messages, source, meta.
 
     In the Parquet file `messages` is a list of {role, content}. Where a turn holds more than two texts (tool calls, names,
     parts), the column `extra` has the JSON text of the whole conversation and the content is the turn's text.
     """
-    export_rows(rows, folder / "dataset.jsonl")
-    others = rows.lazy().select("messages").filter(~pl.col("messages").str.contains(PLAIN)).collect(engine="streaming")["messages"]
-    has_extra = any(not _is_simple(json.loads(text)) for text in others)
-    columns = rows.lazy().select(
-        row_name().alias("id"),
-        *KEY,
-        pl.col("messages").map_batches(_written, return_dtype=pl.Struct(WRITTEN), is_elementwise=True).alias("written"),
-        "source",
-        "meta",
+    rows, with_more = rows.lazy(), threading.Event()
+    written = pl.col("messages").map_batches(
+        functools.partial(_written, with_more=with_more), return_dtype=pl.Struct(WRITTEN), is_elementwise=True
     )
+    columns = rows.select(row_name().alias("id"), *KEY, "source", "meta", written=written)
     table = columns.unnest("written").rename({"turns": "messages"})
-    names = ["id", *KEY, "messages", "source", "meta", *["extra"] * has_extra]
-    with write_atomically(folder / "dataset.parquet") as temporary:
-        table.select(names).sink_parquet(temporary, compression_level=1, engine="streaming")
+    names = ["id", *KEY, "messages", "source", "meta"]
+    with write_atomically(folder / "dataset.jsonl") as as_lines, write_atomically(folder / "dataset.parquet") as as_table:
+        sinks = [_lines(rows, as_lines), table.select(names).sink_parquet(as_table, compression_level=1, lazy=True)]
+        pl.collect_all(sinks, engine="streaming")
+        if with_more.is_set():  # known only now, and rare: the table is written again
+            table.select(*names, "extra").sink_parquet(as_table, compression_level=1, engine="streaming")
 
 
 def _is_simple(messages: Sequence[Message]) -> bool:
     return all(set(each) == {"role", "content"} and isinstance(each["content"], str) for each in messages)
 
 
-def _written(messages: pl.Series) -> pl.Series:
-    """Return each conversation, given as JSON text, as turns, and as the text itself where they do not hold all of it."""
+def _written(messages: pl.Series, with_more: threading.Event) -> pl.Series:
+    """Return each conversation, given as JSON text, as turns, and as the text itself where those lack some of it (sets `with_more`)."""
 
     def other(text: str) -> dict[str, Any]:
         conversation = json.loads(text)
         turns = [{"role": each["role"], "content": message_text(each)} for each in conversation]
-        return {"turns": turns, "extra": None if _is_simple(conversation) else text}
+        extra = None if _is_simple(conversation) else text
+        if extra is not None:
+            with_more.set()
+        return {"turns": turns, "extra": extra}
 
     return _by_turns(messages, pl.Struct(WRITTEN), pl.struct("turns", extra=pl.lit(None, pl.String)), other)
 
 
 def export_rows(rows: pl.DataFrame | pl.LazyFrame, path: Path) -> None:
     """Write rows as JSONL, one conversation a line: {"id": …, "messages": […], "source": …, "meta": {…}}."""
+    with write_atomically(path) as temporary:
+        _lines(rows.lazy(), temporary).collect(engine="streaming")
+
+
+def _lines(rows: pl.LazyFrame, path: Path) -> pl.LazyFrame:
+    """Return the plan that writes what `export_rows` says."""
     meta = pl.when(pl.col("meta").fill_null("") == "").then(pl.lit("{}")).otherwise("meta")
     source = json_text(pl.col("source")).fill_null("null")
     parts = ['{"id": ', json_text(row_name()), ', "messages": ', pl.col("messages"), ', "source": ', source, ', "meta": ', meta, "}"]
     line = pl.concat_str([pl.lit(part) if isinstance(part, str) else part for part in parts])
-    with write_atomically(path) as temporary:
-        rows.lazy().select(line).sink_csv(temporary, include_header=False, quote_style="never", engine="streaming")
+    return rows.select(line).sink_csv(path, include_header=False, quote_style="never", lazy=True)
