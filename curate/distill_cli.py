@@ -29,7 +29,8 @@ def sampling_options(*, show_default: bool = True) -> Callable[[Any], Any]:
 def distill_settings(options: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a DistillConfig: options over `base`, those of the engine in their own section."""
     chosen = given(options)
-    engine = {name: chosen.pop(name) for name in ("engine", "base_url", "concurrency", "replicas", "executor", "ray_address") if name in chosen}
+    of_engine = ("engine", "base_url", "concurrency", "replicas", "executor", "ray_address")
+    engine = {name: chosen.pop(name) for name in of_engine if name in chosen}
     merged = {**base, **chosen}
     if engine:
         merged["engine"] = {**base.get("engine", {}), **engine}
