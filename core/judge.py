@@ -36,9 +36,12 @@ GRADE = re.compile(
     r"\W*(?:(?:my |the |final |overall )*(?:rating|score|grade)(?: is)?)?\W*(?<!-)(\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(\d+))?\W*",
     re.IGNORECASE,
 )
-GRADE_LINE = re.compile(r"(?:rating|score|grade)\W{0,6}(?:is\W{0,4})?(\d+(?:\.\d+)?)", re.IGNORECASE)
+GRADE_LINE = re.compile(
+    r"(?:rating|score|grade)\W{0,6}(?:is\W{0,4})?(?<!-)(\d+(?:\.\d+)?)(?:\W{0,4}(?:/|out of)\W{0,4}(\d+))?", re.IGNORECASE
+)
 VERDICT = re.compile(r"\W*(?:(?:answer|assistant|output|option)\W*)?([AB])\W*", re.IGNORECASE)
 VERDICT_LINE = re.compile(r"\[\[([AB])\]\]|(?:answer|assistant|output|option)\W{1,4}([AB])\W{1,4}is (?:the )?better", re.IGNORECASE)
+DENIED = re.compile(r"(?:\b(?:neither|nor|not|never)\b|n['’]t\b)[^.,;:!?\n]*\Z", re.IGNORECASE)  # before a verdict: none is meant
 THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 
 
@@ -188,11 +191,11 @@ def parse_grade(text: str, scale: int) -> Grade:
     said = THOUGHT.sub("", text).strip()
     alone = GRADE.fullmatch(said)
     named = GRADE_LINE.findall(said)
-    number = alone[1] if alone else named[-1] if named else None
-    if number is None or (alone and alone[2] and int(alone[2]) != scale):
-        return Grade(None, f"not a number from 1 to {scale}: {shortened(said)!r}")
+    number, of = alone.groups() if alone else named[-1] if named else ("0", None)
     value = float(number)
-    return Grade(value) if 1 <= value <= scale else Grade(None, f"not a number from 1 to {scale}: {shortened(said)!r}")
+    if not 1 <= value <= scale or (of and int(of) != scale):
+        return Grade(None, f"not a number from 1 to {scale}: {shortened(said)!r}")
+    return Grade(value)
 
 
 def _told_verdict(told: tuple[str | None, str]) -> float | str:
@@ -204,7 +207,7 @@ def parse_verdict(text: str) -> float | str:
     """Read a verdict that a judge wrote: 1.0 for A, 0.0 for B, or why it is none."""
     said = THOUGHT.sub("", text).strip()
     alone = VERDICT.fullmatch(said)
-    named = {(one or other).upper() for one, other in VERDICT_LINE.findall(said)}
+    named = {(each[1] or each[2]).upper() for each in VERDICT_LINE.finditer(said) if not DENIED.search(said[: each.start()])}
     letter = alone[1].upper() if alone else named.pop() if len(named) == 1 else None
     return f"not a verdict: {shortened(said)!r}" if letter is None else float(letter == "A")
 

@@ -1,6 +1,7 @@
 """What a judge is worth: how often it says what people said of labelled pairs, as LLMBar's."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..core.errors import UserError
@@ -27,13 +28,23 @@ def calibrate(judging: Judge, source: str, limit: int | None) -> list[Agreement]
 
 
 def read_verdicts(source: str, *, judge: str, prompt: str | None = None) -> list[Agreement]:
-    """Return how often a judge's verdicts in a file (label, winner_orig, winner_swapped, judge, as LLMBar's) agree with the labels."""
-    rows = _labelled(source, ("label", "winner_orig", "winner_swapped", "judge"))
-    chosen = [row for row in rows if row["judge"] == judge and prompt in (None, row.get("prompt"))]
+    """Return how often a judge's verdicts in a file (label, winner_orig, winner_swapped, judge, as LLMBar's) agree with the labels.
+
+    Verdicts by several prompts are told apart: those on the same pair are not independent.
+    """
+    verdicts = _labelled(source, ("label", "winner_orig", "winner_swapped", "judge"))
+    chosen = [row for row in verdicts if row["judge"] == judge and prompt in (None, row.get("prompt"))]
     if not chosen:
-        known = ", ".join(sorted({str(row["judge"]) for row in rows}))
+        known = ", ".join(sorted({str(row["judge"]) for row in verdicts}))
         raise UserError(f"{source}: no verdicts of {judge!r}{f' with the prompt {prompt!r}' if prompt else ''}; there are {known}")
-    return _agreements(chosen, [(_side(row["winner_orig"]), _side(row["winner_swapped"])) for row in chosen])
+    prompts: dict[str, list[dict[str, Any]]] = {}
+    for row in chosen:
+        prompts.setdefault(str(row.get("prompt") or "no prompt"), []).append(row)
+    found = []
+    for name, rows in prompts.items():
+        agreements = _agreements(rows, [(_side(row["winner_orig"]), _side(row["winner_swapped"])) for row in rows])
+        found += agreements if len(prompts) == 1 else [replace(each, name=f"{name}: {each.name}") for each in agreements]
+    return found
 
 
 def _labelled(source: str, needed: Sequence[str]) -> list[dict[str, Any]]:

@@ -90,9 +90,7 @@ class JudgeResult:
         how = "what it writes is read" if self.parsed else "by its probabilities"
         lines = [f"judged by {self.judge} ({how}), each pair in both orders; a flip is a tie"]
         if self.comparisons:
-            rows: list[tuple[str, ...]] = [
-                ("model", "against", "win rate", "95 %", "at equal length", "95 %", "won", "tied", "lost", "flips", "longer wins", "p")
-            ]
+            rows: list[tuple[str, ...]] = [HEADER]
             for each in self.comparisons:
                 numbers = each.numbers
                 counts = [f"{count:,}" for count in (numbers.wins, numbers.ties, numbers.losses)]
@@ -164,7 +162,11 @@ def read_run(run: Path) -> tuple[dict[str, list[Message]], list[Answers]]:
     names = table["model"].unique(maintain_order=True).to_list()
     if len(names) < 2:
         raise UserError(f"{run}: has the answers of {names[0]} alone; compare it with another model first")
-    facts = read_json(folder / "results.json")["compare"]["models"]
+    Run.open(run)
+    results = read_json(folder / "results.json") if (folder / "results.json").exists() else {}
+    facts = results.get("compare", {}).get("models", {})
+    if set(names) - set(facts):
+        raise UserError(f"{run}: its comparison was not finished; give the same `sftkit evaluate compare` command again")
     questions = {key: json.loads(text) for key, text in table.select("example_id", "question").unique("example_id").iter_rows()}
     answered = table.filter(pl.col("error").is_null())
     texts = {name: dict(answered.filter(model=name).select("example_id", "text").iter_rows()) for name in names}
@@ -178,6 +180,8 @@ def read_files(sources: Sequence[str | Path]) -> tuple[dict[str, list[Message]],
     names = [Path(str(each)).name for each in sources]
     if names[0] == names[1]:
         names = [str(each) for each in sources]
+    if names[0] == names[1]:
+        raise UserError(f"{names[0]}: is given twice; expected the answers of two models")
     questions: dict[str, list[Message]] = {}
     found = []
     for name, source in zip(names, sources, strict=True):
@@ -228,11 +232,7 @@ def _compare(
     pairs = []
     for key in judged:
         said = [each for each in questions[key] if each["role"] != "system"]
-        prompt = _told_prompt(said)
-        prompt = (
-            str(said[0].get("content") or "") if len(said) == 1 else "\n\n".join(f"{each['role']}: {each.get('content')}" for each in said)
-        )
-        pairs.append(Pair(prompt, model.texts[key], baseline.texts[key], references.get(content_id(said))))
+        pairs.append(Pair(_told_prompt(said), model.texts[key], baseline.texts[key], references.get(content_id(said))))
     verdicts = judging.compare(pairs)
     sound = [(pair, verdict) for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.winner is not None]
     errors = [verdict.error.partition(":")[0] for verdict in verdicts if verdict.winner is None]

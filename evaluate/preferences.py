@@ -114,5 +114,5 @@ def agreement(name: str, labels: Sequence[int], orders: Sequence[tuple[int | Non
         accuracy=accuracy.value,
         interval=accuracy.interval,
         both=float(right.all(axis=1).mean()),
-        same=float(np.mean([first == second for first, second in orders])),
+        same=float(np.mean([first == second and first is not None for first, second in orders])),
     )

@@ -108,6 +108,9 @@ def test_an_answer_beyond_the_context_is_that_rows_error(open_judge: Callable[..
         ("<think>maybe 1 or 2</think>\n6", 6.0),
         ("The answer has 3 faults and 2 merits.\nScore: 4", 4.0),
         ("8/10", None),
+        ("It is good.\nScore: 3/10", None),
+        ("It is good.\n**Score:** 3 out of 6", 3.0),
+        ("It is bad.\nRating: -3", None),
         ("7", None),
         ("-3", None),
         ("0", None),
@@ -134,6 +137,9 @@ def test_grades_are_read(text: str, value: float | None) -> None:
         ("A is nice", None),
         ("[[A]] or [[B]]", None),
         ("neither", None),
+        ("Neither answer A nor answer B is better.", None),
+        ("I don't think that answer A is better.", None),
+        ("B is not right, so answer A is better.", 1.0),
     ],
 )
 def test_verdicts_are_read(text: str, value: float | None) -> None:

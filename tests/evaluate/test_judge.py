@@ -113,6 +113,8 @@ def test_llmbars_verdicts_give_llmbars_accuracies(shared_data: Path) -> None:
     assert found["GPT-4"]["LLMBar/Natural"].accuracy == pytest.approx(0.955)
     assert found["ChatGPT"]["CaseStudy/Base_9"].accuracy == 0.5  # it always names the same place
     assert found["ChatGPT"]["CaseStudy/Base_9"].same == 0.0
+    together = {each.name: each for each in read_verdicts(source, judge="GPT-4")}
+    assert together["Vanilla: LLMBar/Natural"].n == found["GPT-4"]["LLMBar/Natural"].n == 100  # not thrice the pairs, as if independent
     with pytest.raises(UserError, match="no verdicts of 'GPT-5'; there are ChatGPT, ChatGPT-0301, Falcon, GPT-4"):
         read_verdicts(source, judge="GPT-5")
 
@@ -120,6 +122,8 @@ def test_llmbars_verdicts_give_llmbars_accuracies(shared_data: Path) -> None:
 def test_agreement_counts_both_orders_and_silence_as_wrong() -> None:
     found = agreement("toy", [1, 2, 1, 1], [(1, 1), (1, 2), (None, 1), (2, 2)])
     assert (found.accuracy, found.both, found.same) == (0.5, 0.25, 0.5)
+    mute = agreement("toy", [1, 2], [(None, None), (None, None)])
+    assert (mute.accuracy, mute.same) == (0.0, 0.0)  # to say nothing twice is no agreement
 
 
 def test_a_run_is_judged_and_judged_again_for_nothing(
@@ -173,6 +177,15 @@ def test_two_files_are_matched_by_their_questions(tmp_path: Path, tiny_model: Pa
     assert tables[0]["preference"].to_list() != tables[1]["preference"].to_list()  # the judge saw the right answers
 
 
+def test_a_comparison_that_was_killed_before_its_end_is_told(tmp_path: Path, tiny_model: Path, trained_model: Path) -> None:
+    run = tmp_path / "run"
+    models = {"base": str(tiny_model), "sft": str(trained_model)}
+    compare(models, None, run, load_config(CompareConfig, {"max_new_tokens": 5, "engine": CPU}))
+    (run / "evaluate" / "results.json").unlink()
+    with pytest.raises(UserError, match="its comparison was not finished; give the same `sftkit evaluate compare` command again"):
+        judge([run], None, settings(tiny_model))
+
+
 def test_the_teacher_as_judge_is_told(tmp_path: Path, tiny_model: Path, trained_model: Path) -> None:
     run = tmp_path / "run"
     compare(
@@ -196,6 +209,7 @@ def test_a_judge_that_writes_nonsense_is_an_error_with_its_words(tmp_path: Path,
         ((), "missing setting judge"),
         (("--judge", "TINY"), "expected a run with compared answers or two files of answers, found 0 names"),
         (("RUN", "--judge", "TINY"), "has no stored answers"),
+        (("A", "A", "--judge", "TINY"), "is given twice; expected the answers of two models"),
         (("A", "B", "--judge", "TINY"), "none of 2 questions was answered by both"),
         (("A", "A2", "--judge", "TINY", "--rubric", "nice"), "rubric 'nice': expected one of helpfulness"),
         (("A", "A2", "--judge", "TINY", "--calibrate", "A"), "row 1 has no column 'input'"),
