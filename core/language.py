@@ -16,6 +16,7 @@ LANGUAGES = """
 af ar az be bg bn ca cs cy da de el en eo es et eu fa fi fr ga gu he hi hr hu hy id is it ka kk km kn lo lt lv ml mn mr ms mt ne nl no
 pa pl pt ro ru si sk sl sq sr sv sw ta te th tl tr uk ur uz vi
 """
+CODES = ("zh", "zh-Hans", "zh-Hant", *LANGUAGES.split())  # that a text may be found to be in, and zh for either script
 NOT_PROSE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`|https?://\S+|\$\$.*?\$\$", re.DOTALL)
 HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 KANA = re.compile(r"[\u3041-\u30ff\u31f0-\u31ff\uff66-\uff9d]")

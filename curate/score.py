@@ -74,6 +74,8 @@ SCORERS: dict[str, Callable[..., Scorer | ColumnScorer]] = {
 }
 COLUMNS = ("num_chars", "num_words", "num_tokens", "logprob")  # read off a row at once: they need not be stored
 TAKEN = ("random", *KEY, "source", "prompt", "response", "reference", "finish_reason", "meta")  # what else `--by` and `--where` may name
+COLUMN_OPTIONS = {"gold", "column", "tests", "begins", "names"}  # that name a column of the rows
+NEED_REFERENCE = ("numeric", "exact", "math")
 FEW = 8  # different details that a summary names
 GROUPS = {  # what `--with NAME` stands for, where it is several scores; computed once, the second costs nothing
     "length": ("num_chars", "num_words", "num_tokens"),
@@ -145,6 +147,8 @@ def score(run: Run, config: ScoreConfig) -> dict[str, pl.DataFrame]:
         raise UserError(f"give a scorer, as --with numeric; there are {', '.join(dict.fromkeys([*SCORERS, *GROUPS]))}")
     rows = load_rows(run, all=True)
     scorers = {name: open_scorer(name, options) for name, options in config.scorers.items()}
+    for name, options in config.scorers.items():
+        _check_columns(rows, name, options or {})
     run.configure("score", {"scorers": {**run.config().get("score", {}).get("scorers", {}), **config.scorers}}, free=("*",))
     results = {}
     for name, scorer in scorers.items():
@@ -156,6 +160,21 @@ def score(run: Run, config: ScoreConfig) -> dict[str, pl.DataFrame]:
         with write_atomically(score_path(run, name)) as temporary:
             results[name].write_parquet(temporary)
     return results
+
+
+def _check_columns(rows: pl.DataFrame, name: str, options: Mapping[str, Any]) -> None:
+    """Raise UserError for a column that an option names and no row has; warn of a score that no row has a reference for."""
+    for option in COLUMN_OPTIONS & set(options):
+        known: dict[str, None] = {}
+        for text in rows["meta"]:
+            known |= dict.fromkeys(json.loads(text or "{}"))
+            if options[option] in known:
+                break
+        else:
+            if options[option] is not None and len(rows):
+                raise unknown_name("column", options[option], known or ["(no others)"], f"score {name}: {option}")
+    if options.get("scorer", name) in NEED_REFERENCE and options.get("gold") is None and rows["reference"].null_count() == len(rows):
+        log.warning("%s: no row has a reference; gold=COLUMN names the column that holds the right answers", name)
 
 
 def _score_rows(rows: pl.DataFrame, name: str, scorer: Scorer | ColumnScorer, run: Run, progress: Progress | None) -> pl.DataFrame:

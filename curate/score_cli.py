@@ -38,6 +38,9 @@ def score(run: str, out: Path | None, settings: Path | None, scorers: tuple[str,
     tags        how many intentions a model finds in the prompt, by name (model=…)
     judge       a grade by any model (model=…, rubric=helpfulness|correctness|FILE|words, scale=6, engine=…, base_url=…)
 
+    What a language model computes also takes device=, batch_tokens= and dtype=: auto is 16 bits where the processor computes in
+    them, and float32 exact to the fifth digit. What a scorer says beside the number is NAME.detail in `filter --where`.
+
     \b
     sftkit curate score runs/a --with numeric --with length
     sftkit curate score runs/a --with 'regex:pattern=```python,name=has_code'

@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 
 from ..core.errors import UserError, unknown_name
-from ..core.language import detect_language
+from ..core.language import CODES, detect_language
 from ..core.run import Run
 from .config import TEXTS, EmbedConfig
 from .scorers import WORD, Candidate, ColumnScorer, Result, Scorer
@@ -18,8 +18,11 @@ DEFAULT = EmbedConfig()
 def language(*, wanted: str | None = None) -> Scorer:
     """Give how sure it is in which language the answer is written, from 0 to 1; the detail is the language. See core.language.
 
-    With `wanted`, as en or zh-Hant or zh (either script), 1 where the answer is written in it and 0 where it is not.
+    With `wanted`, as en or zh-Hant or zh (either script), 1 where the answer is written in it and 0 where it is not. Raises
+    UserError for a language that is never found.
     """
+    if wanted is not None and wanted not in CODES:
+        raise unknown_name("language", wanted, CODES, "scorer language: wanted")
 
     def score(text: str) -> Result:
         found = detect_language(text)

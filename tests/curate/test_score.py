@@ -33,6 +33,15 @@ def test_numeric_compares_with_the_reference_and_is_null_without_one(toy_run: Ca
     assert scored(run, numeric={"rule": "strict"})["numeric"][:2] == [(1, "1800"), (0, "")]
 
 
+def test_without_any_reference_it_is_said_how_to_name_one(toy_run: Callable[..., Run], caplog: pytest.LogCaptureFixture) -> None:
+    run = toy_run([{"prompt": "a", "response": "It is 5", "meta": {"answer": 5}}])
+    assert scored(run, numeric={})["numeric"] == [(None, "5")]
+    assert "numeric: no row has a reference; gold=COLUMN names the column" in caplog.text
+    caplog.clear()
+    scored(run, numeric={"gold": "answer"})
+    assert not caplog.text
+
+
 def test_gold_may_stand_in_another_column(toy_run: Callable[..., Run]) -> None:
     run = toy_run(
         [{"prompt": "a", "response": "It is 5", "meta": {"answer": 5}}, {"prompt": "b", "response": "Yes ", "meta": {"answer": "yes"}}]
@@ -90,6 +99,9 @@ def test_one_poison_row_leaves_the_others_scored(toy_run: Callable[..., Run], mo
         (["exact:ignore_case=nope"], "scorer exact: ignore_case: expected true or false, found 'nope'"),
         (["unit_test:seconds=inf"], "scorer unit_test: seconds: expected a number, found 'inf'"),
         (["unit_test:seconds=-4"], "scorer unit_test: seconds: expected a number above 0, found -4"),
+        (["language:wanted=zh-TW"], "scorer language: wanted: unknown language 'zh-TW': did you mean 'zh"),
+        (["numeric:gold=anwser"], r"score numeric: gold: unknown column 'anwser': did you mean 'answer'\? known are answer, topic"),
+        (["unit_test:tests=checks"], "score unit_test: tests: unknown column 'checks'"),
         (["cluster:clusters=0"], "expected clusters above 0"),
         (["cluster:seed=x"], "scorer cluster: seed: expected a whole number, found 'x'"),
         (["neighbour:max_seq_length=0"], "max_seq_length: expected a whole number above 0, found 0"),
@@ -97,7 +109,7 @@ def test_one_poison_row_leaves_the_others_scored(toy_run: Callable[..., Run], mo
     ],
 )
 def test_bad_scorers_are_one_clear_line(toy_run: Callable[..., Run], texts: list[str], message: str) -> None:
-    run = toy_run([{"prompt": "a", "response": "b"}])
+    run = toy_run([{"prompt": "a", "response": "b", "meta": {"topic": 1}}, {"prompt": "c", "response": "d", "meta": {"answer": "b"}}])
     with pytest.raises(UserError, match=message) as caught:
         score(run, ScoreConfig(scorers=parse_scorers(texts)))
     assert "\n" not in str(caught.value)
