@@ -13,7 +13,7 @@ import yaml
 
 from .config import read_yaml
 from .errors import UserError
-from .files import read_json, write_json, write_text
+from .files import clear_temporaries, read_json, write_json, write_text
 from .ledger import Ledger
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class Run:
         except OSError:
             run._lock.close()
             raise UserError(f"{path}: another process is writing this run; wait for it, or give another folder") from None
+        clear_temporaries(path)
         if not (path / "config.yaml").exists():
             write_text(path / "config.yaml", "{}\n")
         write_json(path / "versions.json", versions())

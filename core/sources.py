@@ -91,7 +91,9 @@ def _folder(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
     if (folder / "config.yaml").exists() and ((folder / "curate").is_dir() or (folder / "ledger.parquet").exists()):
         made = folder / "curate" / "dataset.jsonl"
         if not made.exists():
-            raise UserError(f"{folder}: this run has no data set yet (no curate/dataset.jsonl); finish its curation")
+            raise UserError(
+                f"{folder}: this run has no data set (no curate/dataset.jsonl); finish its curation, or run its last step again"
+            )
         yield from _file(made)
         return
     if (folder / "dataset_info.json").exists() and not (folder / "state.json").exists():

@@ -18,7 +18,7 @@ from .dedup import dedup
 from .filters import filter_rows, read_conditions, text_rules
 from .heldout import hold_out
 from .intake import take_in
-from .rows import Outcome
+from .rows import Outcome, record
 from .score import check_score_name, open_scorer, score
 from .selection import select
 
@@ -122,4 +122,5 @@ def _begin_anew(run: Run, planned: list[str]) -> None:
         return
     base = run.ledger.read().filter(pl.col("stage") == stages[first]).drop("step")
     run.ledger.record(stages[first], base, base)
+    record(run, stages[first], base, base)
     log.info("%s: the former decisions of %s are taken back; this build decides anew", run.path, ", ".join(later))

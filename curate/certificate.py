@@ -50,7 +50,7 @@ def check_run(run: Run) -> list[Check]:
     if ledger.is_empty():
         raise UserError(f"{run.path}: no step has decided anything yet, so there is nothing to verify")
     rows = load_rows(run, all=True)
-    checks = list(_conservation(run, ledger, rows))
+    checks = [*_conservation(run, ledger, rows), *_representatives(ledger)]
     for stage in RULES:
         part = ledger.filter(pl.col("stage") == stage)
         if not part.is_empty():
@@ -101,12 +101,62 @@ def _conservation(run: Run, ledger: pl.DataFrame, rows: pl.DataFrame) -> Iterato
     assert before is not None
     candidates = set(_ids(rows))
     made = run.path / "curate" / "dataset.jsonl"
-    if made.exists() and previous != "prompts":
-        written = Counter(str(json.loads(line)["id"]) for line in made.read_text(encoding="utf-8").split("\n") if line)
+    if previous == "prompts":
+        return
+    if not made.exists():
+        yield Check("data set", "dataset.jsonl is there", (f"it is not: {previous} was cut off before it was written; run that again",))
+    else:
+        lines = [json.loads(line) for line in made.read_text(encoding="utf-8").split("\n") if line]
+        written = Counter(str(line["id"]) for line in lines)
         faults = [f"{name}: kept by {previous}, but not in the data set" for name in before - written]
         faults += [f"{name}: in the data set, but not kept by {previous}" for name in written - before]
         faults += [f"{name}: kept by {previous}, but no row of this run" for name in before if name not in candidates]
         yield Check("data set", f"dataset.jsonl holds exactly the {before.total():,} rows that {previous} kept", tuple(faults))
+        stored = dict(zip(_ids(rows), rows.select("messages", "source", "meta").iter_rows(), strict=True))
+        faults = [
+            f"{line['id']}: is not as it came" for line in lines if line["id"] in stored and not _is_as_stored(line, stored[line["id"]])
+        ]
+        yield Check("data set", "each of its rows has the conversation, source and meta that it came with", tuple(faults))
+        yield Check(
+            "data set", "dataset.parquet holds the same rows in the same order", tuple(_other_rows(lines, made.with_suffix(".parquet")))
+        )
+
+
+def _is_as_stored(line: dict[str, Any], stored: tuple[str, str | None, str | None]) -> bool:
+    messages, source, meta = stored
+    return (line["messages"], line["source"], line["meta"]) == (json.loads(messages), source, json.loads(meta or "{}"))
+
+
+def _other_rows(lines: Sequence[dict[str, Any]], path: Path) -> Iterator[str]:
+    """Yield what differs between the rows of dataset.jsonl and those of dataset.parquet."""
+    if not path.exists():
+        yield "it is not there; run the last step again"
+        return
+    table = pl.read_parquet(path)
+    if len(table) != len(lines):
+        yield f"it has {len(table):,} rows, dataset.jsonl {len(lines):,}"
+    for line, row in zip(lines, table.iter_rows(named=True), strict=False):
+        messages = row["messages"] if row.get("extra") is None else json.loads(row["extra"])
+        if row["id"] != line["id"] or not _is_as_stored(
+            {**line, "messages": messages}, (json.dumps(line["messages"]), row["source"], row["meta"])
+        ):
+            yield f"{line['id']}: differs from the row {row['id']} in its place"
+
+
+def _representatives(ledger: pl.DataFrame) -> Iterator[Check]:
+    """Yield whether the rows that stand for those not chosen or not selected were kept by the same stage."""
+    for stage, rule in (("best", "not_best"), ("select", "not_selected")):
+        part = ledger.filter(pl.col("stage") == stage)
+        kept = set(_ids(part.filter(pl.col("action") == "kept")))
+        removed = part.filter((pl.col("rule") == rule) & pl.col("witness_id").is_not_null())
+        if removed.is_empty():
+            continue
+        faults = [
+            f"{name}: its witness {each} was not kept"
+            for name, each in zip(_ids(removed), removed["witness_id"], strict=True)
+            if each not in kept
+        ]
+        yield Check(stage, f"{len(removed):,} rows are {rule}, each for a kept witness", tuple(faults))
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ def take_in(source: str | Path, run: Run, config: ImportConfig) -> Outcome | Non
         raise UserError(f"{run.path}: holds other rows, those of {before['source']} as they were then; give another folder for {source}")
     run.configure("intake", {"source": str(source), **settings, "content": digest[:16]}, free=("*",))
     path = run.room("curate") / "rows.parquet"
-    if path.exists() and "import" in run.ledger.stages():
+    if path.exists() and "import" in run.ledger.stages() and (path.with_name("README.md")).exists():  # the card is written last
         log.info("%s: holds the rows of %s already", run.path, source)
         return None
     with write_atomically(path) as temporary:

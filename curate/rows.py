@@ -240,11 +240,13 @@ def record(
 ) -> Outcome:
     """Enter a stage's decisions on its input `rows` in the ledger and make the kept rows the run's data set.
 
-    Says which later stages became void; decisions that stand there already make none void.
+    Says which later stages became void; decisions that stand there already make none void. The card is written last.
     Raises ConservationError unless every input row has exactly one decision.
     """
     decided = table_of(decisions)
     if not run.ledger.holds(stage, decided):
+        for name in DATASET:  # of the decisions before: killed from here on, the run has none rather than a wrong one
+            (run.room("curate") / name).unlink(missing_ok=True)
         void = run.ledger.record(stage, rows, decided)
         if void:
             log.info(
@@ -279,6 +281,7 @@ def decision_table(rows: pl.DataFrame, stage: str, rule: pl.Expr, **told: pl.Exp
 
 
 EXPORTED = (*KEY, "messages", "source", "meta")
+DATASET = ("dataset.jsonl", "dataset.parquet")
 WRITTEN = {"turns": TURNS, "extra": pl.String()}
 
 

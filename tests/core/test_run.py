@@ -74,6 +74,18 @@ def test_a_run_whose_creation_was_interrupted_is_taken_up(tmp_path: Path) -> Non
     assert Run.open(tmp_path).config() == {"a": {"b": 1}}
 
 
+def test_what_a_killed_writer_left_is_cleared_away_and_nothing_else(tmp_path: Path) -> None:
+    Run.create(tmp_path / "run").close()
+    left = tmp_path / "run" / "curate" / "scores" / ".ifd.parquet.4711.tmp"
+    left.parent.mkdir(parents=True)
+    others = [left.with_name(name) for name in (".ifd.tmp", "ifd.4711.tmp", "ifd.parquet")]
+    for each in (left, *others):
+        each.touch()
+    Run.create(tmp_path / "run").close()
+    assert not left.exists()
+    assert all(each.exists() for each in others)
+
+
 def test_settings_that_someone_broke_are_told(tmp_path: Path) -> None:
     Run.create(tmp_path).close()
     (tmp_path / "config.yaml").write_text("distill: {")

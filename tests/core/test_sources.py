@@ -124,7 +124,7 @@ def test_a_folder_is_its_files_in_order(tmp_path: Path, caplog: pytest.LogCaptur
 def test_a_run_is_its_data_set(tmp_path: Path) -> None:
     (tmp_path / "curate").mkdir()
     (tmp_path / "config.yaml").write_text("{}\n")
-    with pytest.raises(UserError, match=r"this run has no data set yet \(no curate/dataset.jsonl\)"):
+    with pytest.raises(UserError, match=r"this run has no data set \(no curate/dataset.jsonl\)"):
         list(iterate_rows(tmp_path))
     (tmp_path / "curate" / "prompts.parquet").write_bytes(parquet(ROWS))
     (tmp_path / "curate" / "dataset.jsonl").write_bytes(jsonl(ROWS[:1]))

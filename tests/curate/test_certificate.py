@@ -18,6 +18,7 @@ from sftkit.curate.build import build
 from sftkit.curate.certificate import Check, check_run, jaccard, like_pairs, report
 from sftkit.curate.config import BuildConfig, DedupConfig, EmbedConfig, FilterConfig, SelectConfig
 from sftkit.curate.dedup import dedup
+from sftkit.curate.selection import select
 
 SEA = "The sea is wide and deep and blue and full of fish that swim in it all day and all night long until the morning comes"
 ROWS = [
@@ -115,6 +116,28 @@ def test_a_rejection_without_a_rule_and_a_changed_data_set_are_found(made: Run) 
     found = [fault for each in faults(made).values() for fault in each]
     assert "d: rejected by the rule ''" in found
     assert "d: in the data set, but not kept by dedup_minhash" in found
+
+
+def test_a_changed_text_and_a_table_that_lost_a_row_are_found(made: Run) -> None:
+    lines, table = made.path / "curate" / "dataset.jsonl", made.path / "curate" / "dataset.parquet"
+    whole = lines.read_text()
+    lines.write_text(whole.replace("One, two", "One, too"))
+    found = [fault for each in faults(made).values() for fault in each]
+    assert found == ["d: is not as it came", "d: differs from the row d in its place"]
+    lines.write_text(whole)
+    pl.read_parquet(table).head(-1).write_parquet(table)
+    assert faults(made) == {"data set: dataset.parquet holds the same rows in the same order": ["it has 2 rows, dataset.jsonl 3"]}
+    table.unlink()
+    assert list(faults(made).values()) == [["it is not there; run the last step again"]]
+    lines.unlink()
+    assert list(faults(made).values()) == [["it is not: dedup_minhash was cut off before it was written; run that again"]]
+
+
+def test_a_swapped_witness_of_a_selection_is_found(made: Run) -> None:
+    select(made, SelectConfig(method="longest", budget=1))
+    assert faults(made) == {}
+    tamper(made, "select", "d", witness_id="e")
+    assert faults(made) == {"select: 1 rows are not_selected, each for a kept witness": ["d: its witness e was not kept"]}
 
 
 def test_a_second_set_is_read_again(toy_run: Callable[..., Run], tmp_path: Path) -> None:
@@ -224,7 +247,7 @@ def test_a_whole_build_is_certified_by_the_command(tmp_path: Path) -> None:
     assert failed.exit_code == 1
     assert "FAILS  filter" in failed.output
     assert "kept by import, gone without a decision" in failed.output
-    assert "1 of 11 statements fail, of filter" in str(failed.exception)
+    assert "1 of 13 statements fail, of filter" in str(failed.exception)
 
 
 def test_a_folder_that_is_no_run_and_a_run_without_decisions(tmp_path: Path) -> None:
