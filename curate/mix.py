@@ -45,10 +45,14 @@ def mix(sources: Sequence[str], out: Path | None, config: MixConfig) -> Outcome:
     with Run.create(out) as run:
         if (run.path / "curate" / "prompts.parquet").exists():
             raise UserError(f"{out}: holds the answers of a teacher already; give another folder for the mixture")
-        run.configure("mix", {"sources": [str(each) for each in sources], **to_mapping(config)})
-        path = run.room("curate") / "rows.parquet"
-        if not path.exists() or "import" not in run.ledger.stages():
-            rows = _repeated(_gathered(sources), config)
+        path = run.path / "curate" / "rows.parquet"
+        if path.exists() and "sources" not in run.config().get("mix", {}) and run.ledger.stages():
+            raise UserError(f"{out}: holds other rows already; give another folder for the mixture")
+        settings = {"sources": [str(each) for each in sources], **to_mapping(config)}
+        is_new = not path.exists() or "import" not in run.ledger.stages()
+        rows = _repeated(_gathered(sources), config) if is_new else None  # what is refused here leaves the folder free
+        run.configure("mix", settings, free=("*",) if is_new else ())
+        if rows is not None:
             with write_atomically(path) as temporary:
                 rows.drop("tokens", "first").write_parquet(temporary)
             named = rows.select(*KEY, "first")
@@ -124,7 +128,8 @@ def quotas(sizes: Mapping[str, float], config: MixConfig) -> dict[str, float]:
 def shares_of(sizes: Mapping[str, float], config: MixConfig) -> dict[str, float]:
     """Return the share of each part, 1 together. Raises UserError for a part that is not there or has none."""
     if not config.shares:
-        weights = {part: size ** (1 / config.temperature) for part, size in sizes.items()}
+        largest = max(sizes.values())  # scaled by it, no power is too large for a number
+        weights = {part: (size / largest) ** (1 / config.temperature) for part, size in sizes.items()}
     else:
         for part in config.shares:
             if part not in sizes:

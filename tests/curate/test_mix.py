@@ -153,3 +153,19 @@ def test_one_line_for_what_cannot_be_mixed(arguments: str, told: str, tmp_path: 
     assert code == 1
     assert told in err
     assert len(err.splitlines()) == 1
+
+
+def test_what_was_refused_leaves_the_folder_free_and_a_run_of_other_rows_is_none(
+    tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    a, b, out = file(tmp_path / "a.jsonl", "a", 4), file(tmp_path / "b.jsonl", "b", 4), str(tmp_path / "out")
+    assert cli("curate", "mix", a, str(tmp_path / "missing.jsonl"), "-o", out)[0] == 1
+    assert cli("curate", "mix", a, b, "-o", out, "--budget", "100")[0] == 1
+    assert cli("curate", "mix", a, b, "-o", out, "--budget", "4")[0] == 0
+    assert "mix.budget was 4, now 6" in cli("curate", "mix", a, b, "-o", out, "--budget", "6")[2]
+    assert cli("curate", "import", a, "-o", str(tmp_path / "other"))[0] == 0
+    assert "holds other rows already" in cli("curate", "mix", a, b, "-o", str(tmp_path / "other"))[2]
+
+
+def test_the_smallest_temperature_takes_the_largest_source() -> None:
+    assert shares_of({"a": 10.0, "b": 60.0}, MixConfig(temperature=1e-9)) == {"a": 0.0, "b": 1.0}
