@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from . import llama_factory
 from .errors import UserError
+from .files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,8 @@ def _folder(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
             yield from ((place, llama_factory.renamed(row, entry)) for place, row in _file(file))
         return
     if (folder / "export.json").exists():
+        if "written" not in read_json(folder / "export.json"):
+            raise UserError(f"{folder}: this export was cut off before it was whole; `sftkit curate export` writes it again")
         yield from _file(next(each for each in sorted(folder.glob("train.*")) if kind_of(each)))
         return
     if (folder / "state.json").exists() and any(folder.glob("*.arrow")):

@@ -143,7 +143,7 @@ def build_sections(chosen: dict[str, Any], sections: dict[str, Any]) -> dict[str
 
 @click.command()
 @click.argument("source")
-@click.option("-n", "--limit", default=5, show_default=True, help="Rows to show.")
+@click.option("-n", "--limit", type=click.IntRange(min=1), default=5, show_default=True, help="Rows to show.")
 @click.option("--id", "wanted", help="The row with this id, the beginning of one, or ID/INDEX.")
 @click.option("--rejected", metavar="RULE", help="Rows that this rule removed, with the reason.")
 def show(source: str, limit: int, wanted: str | None, rejected: str | None) -> None:

@@ -14,7 +14,7 @@ import polars as pl
 
 from ..core.errors import UserError
 from ..core.example import Message
-from ..core.files import write_atomically, write_json, write_text
+from ..core.files import clear_temporaries, write_atomically, write_json, write_text
 from ..core.run import Run
 from .config import ExportConfig
 from .rows import EXPORTED, KEY, load_rows, row_ids, scan_rows, write_dataset
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]
 SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 PLAIN_KEYS = {"role", "content"}
+CLIENTS = ("httpx", "httpx2")  # packages that huggingface_hub speaks through, by its version: their errors are those of the network
 ARRAY = ("llama-factory",)  # formats whose file is one JSON list
 
 
@@ -57,8 +58,11 @@ def export(run: Run, out: Path, config: ExportConfig) -> Exported:
     if out.exists() and any(out.iterdir()) and not (out / "export.json").exists():
         raise UserError(f"{out}: is not empty and no export of sftkit; give a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("export.json", "refused.jsonl", "dataset_info.json", *(f"train{kind}" for kind in (".jsonl", ".json", ".parquet"))):
+    told: dict[str, Any] = {"run": run.path.name, "format": config.format}
+    write_json(out / "export.json", told)  # killed from here on, the folder is still an export; the counts are written last
+    for name in ("refused.jsonl", "dataset_info.json", *(f"train{kind}" for kind in (".jsonl", ".json", ".parquet"))):
         (out / name).unlink(missing_ok=True)
+    clear_temporaries(out)
     refused: list[tuple[str, str]] = []
     if config.format == "parquet":
         found = _parquet(run, out)
@@ -79,8 +83,7 @@ def export(run: Run, out: Path, config: ExportConfig) -> Exported:
         lines = (json.dumps({"id": name, "reason": reason}, ensure_ascii=False) + "\n" for name, reason in refused)
         write_text(out / "refused.jsonl", "".join(lines))
     _write_card(run, result, config)
-    told = {"run": run.path.name, "format": config.format, "input": result.num_input, "written": found, "refused": result.refused}
-    write_json(out / "export.json", told)
+    write_json(out / "export.json", {**told, "input": result.num_input, "written": found, "refused": result.refused})
     if config.push_to_hub:
         push(out, config.push_to_hub)
     return result
@@ -88,16 +91,20 @@ def export(run: Run, out: Path, config: ExportConfig) -> Exported:
 
 def push(folder: Path, repository: str) -> str:
     """Upload an export to a data set of the Hub, made private if it is not there yet; return its address."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    cure = f"the files are in {folder}: `hf auth login`, then again"
+    if get_token() is None:
+        raise UserError(f"{repository}: could not be pushed (there is no token of the Hub); {cure}")
     try:
         api = HfApi()
         address = api.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
         api.upload_folder(repo_id=repository, repo_type="dataset", folder_path=folder, commit_message="Export of sftkit")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:240]
-        raise UserError(f"{repository}: could not be pushed ({reason}); the files are in {folder}: `hf auth login`, then again") from None
+    except Exception as error:
+        if not isinstance(error, (HfHubHTTPError, HFValidationError, OSError)) and type(error).__module__.split(".")[0] not in CLIENTS:
+            raise
+        raise UserError(f"{repository}: could not be pushed ({' '.join(str(error).split())[:240]}); {cure}") from None
     return str(address)
 
 

@@ -5,14 +5,16 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from sftkit.core.errors import UserError
 from sftkit.core.formats import read_examples
 from sftkit.core.run import Run
+from sftkit.core.sources import iterate_rows
 from sftkit.curate.best import best
 from sftkit.curate.config import EXPORTS, BestConfig, ExportConfig, ImportConfig
-from sftkit.curate.export import WRITERS, export
+from sftkit.curate.export import WRITERS, export, push
 from sftkit.curate.intake import take_in
 
 TEXTS = [
@@ -112,11 +114,11 @@ def test_why_a_format_refuses_a_conversation(format: str, messages: list, reason
     assert result.summary() == f"1 of 2 rows in {tmp_path / 'out'}, 1 refused; {reason} 1"
 
 
-def test_nothing_that_can_be_held_is_an_error_and_leaves_no_file(run_of: Callable, tmp_path: Path) -> None:
+def test_nothing_that_can_be_held_is_an_error_and_leaves_no_rows(run_of: Callable, tmp_path: Path) -> None:
     run = run_of([[{"role": "user", "content": "q"}]])
     with pytest.raises(UserError, match="no row can be written as openai: no_answer 1"):
         export(run, tmp_path / "out", ExportConfig(format="openai"))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["export.json"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match="is not empty and no export of sftkit"):
@@ -179,6 +181,31 @@ def test_pairs_are_what_trl_reads(toy_run: Callable[..., Run], tmp_path: Path) -
     rows = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
     assert is_conversational(rows[0])
     assert {"prompt", "chosen", "rejected"} <= set(rows.column_names)
+
+
+def test_an_export_that_was_killed_is_no_data_and_is_written_again(
+    run_of: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = run_of([[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]]), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("sftkit.curate.export._write_card", Mock(side_effect=KeyboardInterrupt))  # the rows are there, the rest is not
+        with pytest.raises(KeyboardInterrupt):
+            export(run, out, ExportConfig())
+    assert (out / "train.jsonl").exists()
+    with pytest.raises(UserError, match="this export was cut off before it was whole"):
+        list(iterate_rows(out))
+    assert export(run, out, ExportConfig(format="alpaca")).num_written == 1
+    assert len(list(iterate_rows(out))) == 1
+
+
+@pytest.mark.parametrize(("token", "reason"), [(None, "there is no token of the Hub"), ("hf_none", "Name or service not known")])
+def test_why_nothing_was_pushed(token: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx
+
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", Mock(side_effect=httpx.ConnectError("Name or service not known")))
+    with pytest.raises(UserError, match=rf"me/data: could not be pushed \({reason}\); the files are in"):
+        push(tmp_path, "me/data")
 
 
 def test_the_command_line(run_of: Callable, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]) -> None:
