@@ -20,12 +20,23 @@ def write_atomically(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno is None and "written" in str(error):  # numpy's words for a full disk, without its number
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        raise
+    except Exception as error:
+        number = _number_of(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _number_of(error: Exception) -> int | None:
+    """Return the system's number of an error while writing that polars or numpy only put in words; None for any other."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return None
+    if told := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(told[1])
+    full = "thrift: transport error" in str(error) or (isinstance(error, OSError) and "written" in str(error))
+    return errno.ENOSPC if full else None
 
 
 def clear_temporaries(folder: Path) -> None:

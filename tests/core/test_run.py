@@ -1,13 +1,16 @@
 """A run folder refuses to be mixed up with another run, and is held by one process at a time."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 from sftkit.core.errors import UserError
+from sftkit.core.files import write_atomically
 from sftkit.core.run import Run, is_done, mark_done, read_done, versions
 
 
@@ -124,17 +127,29 @@ def test_done_is_written_last_and_says_what_was_made(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["done.json"], "nothing half-written is left"
 
 
-def test_numpys_full_disk_has_its_number(tmp_path: Path) -> None:
-    import errno
-
-    from sftkit.core.files import write_atomically
-
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (OSError("15360 requested and 5088 written"), errno.ENOSPC),  # numpy
+        (OSError("No space left on device (os error 28)"), errno.ENOSPC),  # polars, which writes with Rust
+        (pl.exceptions.ComputeError("parquet: File out of specification: underlying IO error: File too large (os error 27)"), errno.EFBIG),
+        (pl.exceptions.ComputeError("parquet: File out of specification: Invalid thrift: transport error"), errno.ENOSPC),
+    ],
+)
+def test_a_full_disk_has_its_number_whoever_writes(error: Exception, number: int, tmp_path: Path) -> None:
     def save() -> None:
         with write_atomically(tmp_path / "vectors.npy") as temporary:
             temporary.write_bytes(b"half")
-            raise OSError("15360 requested and 5088 written")
+            raise error
 
-    with pytest.raises(OSError, match="No space left") as caught:
+    with pytest.raises(OSError, match=r"vectors\.npy") as told:
         save()
-    assert caught.value.errno == errno.ENOSPC
+    assert told.value.errno == number
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug of what was written"), pl.exceptions.ComputeError("no such column")])
+def test_what_is_no_fault_of_the_disk_stays_what_it_is(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as told, write_atomically(tmp_path / "a"):
+        raise error
+    assert told.value is error
