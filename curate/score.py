@@ -166,8 +166,8 @@ def _check_columns(rows: pl.DataFrame, name: str, options: Mapping[str, Any]) ->
     """Raise UserError for a column that an option names and no row has; warn of a score that no row has a reference for."""
     for option in COLUMN_OPTIONS & set(options):
         known: dict[str, None] = {}
-        for text in rows["meta"]:
-            known |= dict.fromkeys(json.loads(text or "{}"))
+        for candidate in _candidates(rows):
+            known |= {} if isinstance(candidate, Exception) else dict.fromkeys(candidate.meta)
             if options[option] in known:
                 break
         else:

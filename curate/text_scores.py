@@ -27,7 +27,7 @@ def language(*, wanted: str | None = None) -> Scorer:
     def score(text: str) -> Result:
         found = detect_language(text)
         if found.code == "und":
-            return None, "too few words to tell"
+            return None, "no language is clear"
         if wanted is None:
             return found.confidence, found.code
         return float(found.code == wanted or found.code.startswith(f"{wanted}-")), found.code

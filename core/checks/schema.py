@@ -25,7 +25,7 @@ def check_schema(answer: str, schema: dict[str, Any]) -> str | None:
         raise UserError(f"json schema: is not valid at {error.json_path}: {_short(error.message)}") from None
     blocks = FENCE.findall(answer)
     try:
-        value = json.loads(blocks[-1] if blocks else answer)
+        value = json.loads(blocks[-1] if blocks else answer, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         return f"not JSON: {_short(str(error))}"
     try:
@@ -33,6 +33,10 @@ def check_schema(answer: str, schema: dict[str, Any]) -> str | None:
     except Unresolvable as error:
         raise UserError(f"json schema: refers to {_short(str(error))}, which is not in it; put it under $defs") from None
     return None if first is None else f"{first.json_path}: {_short(first.message)}"
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")  # Python reads and writes NaN and Infinity, which no other reader takes
 
 
 def _short(text: str) -> str:

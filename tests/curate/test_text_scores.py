@@ -29,7 +29,7 @@ def test_language_is_a_number_and_its_name(toy_run: ToyRun) -> None:
         ]
     )
     found = column(run, "language", "language:wanted=zh-Hant,name=traditional", "language:wanted=zh,name=chinese")
-    assert [detail for _, detail in found["language"]] == ["zh-Hant", "zh-Hans", "en", "too few words to tell", "no response"]
+    assert [detail for _, detail in found["language"]] == ["zh-Hant", "zh-Hans", "en", "no language is clear", "no response"]
     assert [value for value, _ in found["traditional"]] == [1, 0, 0, None, None]
     assert [value for value, _ in found["chinese"]] == [1, 1, 0, None, None]
 
@@ -38,7 +38,7 @@ def test_a_summary_names_the_few_things_that_were_found(toy_run: ToyRun) -> None
     texts = ["請用繁體中文說明", "The cat sat on the mat.", "42"] * 2 + ["The dog lay on the mat."] * 3
     run = toy_run([{"prompt": str(n), "response": text} for n, text in enumerate(texts)])
     (frame,) = score(run, ScoreConfig(scorers={"language": {}})).values()
-    assert summary("language", frame).splitlines()[1] == "  5 en, 2 too few words to tell, 2 zh-Hant"
+    assert summary("language", frame).splitlines()[1] == "  5 en, 2 no language is clear, 2 zh-Hant"
 
 
 def test_repetition_refusal_and_truncation_are_what_the_filter_measures(

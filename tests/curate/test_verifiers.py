@@ -32,15 +32,19 @@ def test_formulas_that_are_equal_count_as_equal(toy_run: ToyRun) -> None:
 def test_json_is_held_against_a_schema(toy_run: ToyRun, tmp_path: Path) -> None:
     schema = {"type": "object", "required": ["age"], "properties": {"age": {"type": "integer"}}}
     (tmp_path / "schema.json").write_text(json.dumps(schema))
-    texts = ['{"age": 7}', 'Here:\n```json\n{"age": 8}\n```', '{"age": "old"}', "seven"]
+    texts = ['{"age": 7}', 'Here:\n```json\n{"age": 8}\n```', '{"age": "old"}', "seven", '{"age": 7, "size": NaN}']
     rows: list[dict[str, Any]] = [{"prompt": str(n), "response": text, "meta": {"own": schema}} for n, text in enumerate(texts)]
     run = toy_run([*rows, {"prompt": "x", "response": "{}"}])
     found = column(run, f"json_schema:schema={tmp_path / 'schema.json'}")
-    assert [value for value, _ in found] == [1, 1, 0, 0, 0]
+    assert [value for value, _ in found] == [1, 1, 0, 0, 0, 0]
+    assert found[4][1] == "not JSON: NaN is no number of JSON"
     assert "'old' is not of type 'integer'" in found[2][1]
     assert found[3][1].startswith("not JSON")
     own = column(run, "json_schema:column=own")
-    assert own == [*found[:4], (None, "no schema in the column 'own'")]
+    assert own == [*found[:5], (None, "no schema in the column 'own'")]
+    (tmp_path / "wrong.json").write_text('{"type": "objct"}')
+    with pytest.raises(UserError, match="json schema: is not valid at"):
+        column(run, f"json_schema:schema={tmp_path / 'wrong.json'}")
     with pytest.raises(UserError, match="needs schema=FILE"):
         column(run, "json_schema")
     with pytest.raises(UserError, match="cannot be read as JSON"):
