@@ -23,6 +23,9 @@ FLUSH = "flush"  # the engine answers what it has before it looks for anything n
 CLOSE = "close"
 
 
+SECONDS_TO_LEARN = 1.0  # that the other end is gone, which a failure to send to it tells sooner
+
+
 class Worker:
     """Serves one engine: requests come from the socket in a thread of their own, answers go back as they finish.
 
@@ -95,6 +98,8 @@ class Worker:
         except UserError as error:
             self.send("refused", str(error))
         except Exception as error:  # noqa: BLE001  the other end decides what becomes of it
+            if self._closing.wait(SECONDS_TO_LEARN):  # it failed since it is being closed, or nobody is there to be told
+                return
             traceback.print_exc()
             self.send("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
