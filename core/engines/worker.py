@@ -19,11 +19,9 @@ from .base import Engine, EngineDied
 
 SECONDS_BETWEEN_BEATS = 0.5
 SECONDS_TO_CLOSE = 20.0
+SECONDS_TO_LEARN = 1.0  # that the other end is gone, which a failure to send to it tells sooner
 FLUSH = "flush"  # the engine answers what it has before it looks for anything new
 CLOSE = "close"
-
-
-SECONDS_TO_LEARN = 1.0  # that the other end is gone, which a failure to send to it tells sooner
 
 
 class Worker:
