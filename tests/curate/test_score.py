@@ -1,5 +1,6 @@
 """Scores: a value or null with the reason, for every row, whatever a scorer does."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from sftkit.curate.best import best
 from sftkit.curate.config import BestConfig, FilterConfig, ScoreConfig
 from sftkit.curate.filters import filter_rows
 from sftkit.curate.score import parse_scorers, read_score, score, summary
+from sftkit.curate.score_cli import score as command
 from sftkit.curate.scored import sort_columns
 from sftkit.curate.scorers import count_words
 
@@ -193,6 +195,11 @@ def test_summary_tells_each_sample_and_any(toy_run: Callable[..., Run]) -> None:
         "  by sample: 0: 50.0%, 1: 0.0%",
         "  any of a prompt's samples: 50.0%",
     ]
+
+
+@pytest.mark.parametrize("name", [*scoring.SCORERS, *scoring.GROUPS])
+def test_the_help_has_a_phrase_for_every_scorer(name: str) -> None:
+    assert re.search(rf"\b{name}\b", command.help or "")
 
 
 def test_words() -> None:
