@@ -186,11 +186,11 @@ def prepare(
     left_out: dict[str, list[str]] = {}
     kept: list[Example] = []
     num_split = 0
-    outcomes = _outcomes(examples, chat, config, limit)
+    outcomes = iter(_outcomes([each for place, each in enumerate(examples) if place not in beyond], chat, config, limit))
     for place, example in enumerate(examples):
         key = key_of(example)
         full = len(kept) >= (config.limit or 1 << 62)
-        outcome = _Outcome(rule="over_share") if place in beyond else _Outcome(rule="over_limit") if full else outcomes[place]
+        outcome = _Outcome(rule="over_share") if place in beyond else _Outcome(rule="over_limit") if full else next(outcomes)
         if outcome.rows:
             rows += outcome.rows
             kept.append(example)
@@ -234,12 +234,19 @@ def prepare(
         max_length=None if limit == 1 << 62 else limit,
         end_of_turn=str(chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn)),
         split=num_split,
-        sources=dict(Counter(Path(each.source.rpartition(":")[0] or each.source).name for each in kept).most_common()),
+        sources=_sources(kept),
         licences=dict(Counter(str(each.meta["license"]) for each in kept if each.meta.get("license")).most_common()),
         warnings=tuple(_warnings(left_out, cures, kept, train, validation, chat)),
     )
     say(report)
     return TrainingData(train, validation, report)
+
+
+def _sources(kept: Sequence[Example]) -> dict[str, int]:
+    """Return how many rows each file gave, the most first; files by their names, where two have one by their paths."""
+    counts = Counter(each.source.rpartition(":")[0] or each.source for each in kept)
+    names = Counter(Path(each).name for each in counts)
+    return {Path(each).name if names[Path(each).name] == 1 else each: count for each, count in counts.most_common()}
 
 
 def say(report: DataReport) -> None:

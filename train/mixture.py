@@ -33,17 +33,17 @@ def parse_mixture(sources: Sequence[str]) -> list[tuple[str, float | None]]:
     return [(name, (share or 0) / sum(shares)) for name, share in found]
 
 
-def read_mixture(sources: Sequence[str], seed: int) -> tuple[list[Example], frozenset[int]]:
+def read_mixture(sources: Sequence[str], seed: int, limit: int | None = None) -> tuple[list[Example], frozenset[int]]:
     """Return the examples of all sources, and the places of those that are too many for the proportions.
 
-    The mixture is as large as its scarcest part allows; which rows of the others are in it is a function of the seed. Rows that
-    are in two sources keep apart by their ids.
+    The mixture is as large as its scarcest part and `limit` allow; which rows of the others are in it is a function of the seed. Rows
+    that are in two sources keep apart by their ids.
     """
     examples: list[Example] = []
     beyond: set[int] = set()
     used: dict[str, int] = {}
     parts = [(read_examples(source), share) for source, share in parse_mixture(sources)]
-    size = min((len(rows) / share for rows, share in parts if share), default=0.0)
+    size = min((*(len(rows) / share for rows, share in parts if share), *([float(limit)] if limit else [])), default=0.0)
     for rows, share in parts:
         first = len(examples)
         for row in rows:
