@@ -22,8 +22,8 @@ class Packs(Dataset[dict[str, Any]]):
 
     An update of the optimizer has `batch_size` rows, drawn by seed and epoch alone, short and long ones in like shares. They are spread
     over `parts` packs of at most `batch_tokens` tokens (a longer row is a pack of its own), so what an update learns from does not
-    depend on the memory. Rows with a score come in its order, one group of updates after another. With `alone` each row is a pack of
-    its own. The pack that comes first is as large as any: what does not fit fails at once, not in the night.
+    depend on the memory. With `alone` each row is a pack of its own. The pack that comes first is as large as any: what does not fit
+    fails at once, not in the night. Rows with scores come in their order instead, the smallest first.
     """
 
     def __init__(
@@ -103,6 +103,8 @@ class Packs(Dataset[dict[str, Any]]):
     def _draw(self, epoch: int) -> list[list[int]]:
         """Shuffle rows, then deal them by length within a group of updates, so that these are nearly of one size."""
         shuffled = sorted(range(len(self._lengths)), key=lambda row: (self._scores[row], draw(self._seed, epoch, row)))
+        if any(self._scores):
+            return [shuffled[start : start + self._size] for start in range(0, len(shuffled), self._size)]
         whole = len(shuffled) - len(shuffled) % self._size
         updates: list[list[int]] = []
         for start in range(0, whole, GROUP * self._size):

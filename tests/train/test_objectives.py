@@ -18,7 +18,8 @@ from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row, prepare
 from sftkit.train.head import LinearCrossEntropy, loss_sum
 from sftkit.train.mixture import parse_mixture, read_mixture
-from sftkit.train.packing import GROUP, Packs
+from sftkit.train.packing import Packs
+from sftkit.train.prepared import Preparation
 from sftkit.train.sft import train
 
 RANDOM = np.random.default_rng(0)
@@ -164,16 +165,14 @@ def test_noise_reaches_as_far_as_its_paper_says_by_the_length_of_each_row(model,
     assert float(loss_sum(model, batch)) == float(loss_sum(model, pack([short, long])))
 
 
-def test_rows_come_in_the_order_of_their_scores() -> None:
-    rows = [row(int(RANDOM.integers(5, 60)), n, score=float(RANDOM.random())) for n in range(640)]
-    made = Packs(rows, batch_size=4, batch_tokens=1 << 20, seed=0, pad=1)
-    updates = [made.update(place) for place in range(160)]
-    means = [
-        np.mean([rows[place].score for update in updates[1:][start : start + GROUP] for place in update]) for start in range(0, 144, GROUP)
-    ]
-    assert means == sorted(means)
-    assert means[-1] - means[0] > 0.7
-    assert sorted(place for update in updates for place in update) == list(range(640))
+def test_rows_come_in_the_order_of_their_scores_however_few_they_are() -> None:
+    rows = [row(int(RANDOM.integers(5, 60)), n, score=float(RANDOM.integers(1, 9))) for n in range(30)]
+    made = Packs(rows, batch_size=4, batch_tokens=1 << 20, seed=0, pad=1, epochs=2)
+    for epoch in (0, 1):
+        order = [place for update in range(8) for place in made.update(8 * epoch + update)]
+        assert sorted(order) == list(range(30))
+        assert [rows[place].score for place in order] == sorted(each.score for each in rows)
+    assert [made.update(place) for place in range(8)] != [made.update(place) for place in range(8, 16)]  # among equals by chance
 
 
 def test_a_curriculum_is_read_from_its_column(tiny_model, tmp_path) -> None:
@@ -201,9 +200,21 @@ def test_a_mixture_has_its_proportions_and_as_many_rows_as_it_can(tmp_path, tiny
     assert made.report.rejected == {"over_share": 21}
     assert made.report.sources == {"one.jsonl": 90, "two.jsonl": 39}
     assert len(Ledger(tmp_path / "ledger.parquet").read()) == 150
+    few = Preparation([f"{one}:0.7", f"{two}:0.3"], chat, TrainConfig(validation=0.0, limit=20), context=512).rows()
+    assert few.report.sources == {"one.jsonl": 14, "two.jsonl": 6}
     for wrong, message in (([f"{one}:0.7", str(two)], "has no share, and others have"), ([f"{one}:0", f"{two}:0"], "all 0")):
         with pytest.raises(UserError, match=message):
             parse_mixture(wrong)
+
+
+def test_a_limit_is_met_where_the_first_rows_of_a_mixture_are_too_many(tmp_path, tiny_model, monkeypatch) -> None:
+    monkeypatch.setattr("sftkit.train.rendering.CHUNK", 8)
+    (tmp_path / "other").mkdir()
+    one, two = (write(tmp_path / name / "rows.jsonl", scored("x", [1.0] * 40, name)) for name in (".", "other"))
+    chat = load_chat(resolve_model(tiny_model))
+    made = Preparation([f"{one}:0.1", f"{two}:0.9"], chat, TrainConfig(validation=0.0, limit=30), context=512).rows()
+    assert made.report.sources == {str(two): 27, str(one): 3}  # files of one name told apart
+    assert made.report.rejected == {"over_share": 50}
 
 
 def test_the_command_trains_on_a_mixture(cli, tmp_path, tiny_model) -> None:
