@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 SCHEMA = 2  # counts up when the same rows would be rendered otherwise, or stored otherwise
 LEAST_ROWS = 5_000  # fewer are rendered in seconds
 KEPT = 8  # preparations
+ABANDONED = 24 * 3600.0  # seconds after which what was half written will not be finished
 DECISIVE = ("max_length", "overlong", "train_on", "validation", "limit", "seed", "weight_by", "curriculum")  # settings
 
 
@@ -46,7 +48,7 @@ class Preparation:
         cache: Path | None = None,
     ) -> None:
         """Look into the cache; read the rows where they are not in it. Raises UserError as `read_examples` does."""
-        self.chat, self.config, self.context, self.vocabulary = chat, config, context, vocabulary
+        self.data, self.chat, self.config, self.context, self.vocabulary = data, chat, config, context, vocabulary
         pairs = isinstance(config, PreferenceConfig)  # few enough to be rendered each time
         mixed = not isinstance(data, (str, Path))
         key = None if pairs or mixed else _key(str(data), chat, config, context, vocabulary)
@@ -56,20 +58,15 @@ class Preparation:
         if isinstance(data, (str, Path)):
             self._examples = None if self.place and is_done(self.place) else read_examples(data)
         else:
-            self._examples, self._beyond = read_mixture(data, config.seed)
+            self._examples, self._beyond = read_mixture(data, config.seed, config.limit)
 
     def rows(self, ledger: Path | None = None) -> TrainingData:
         """Return them, with a decision for each in `ledger`, a file. Raises UserError as `prepare` does."""
         if self._examples is None:
-            assert self.place
-            found = _load(self.place)
-            os.utime(self.place)
-            if ledger:
-                ledger.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self.place / "ledger.parquet", ledger)
-            log.info("data: rendered before, taken from %s", self.place)
-            say(found.report)
-            return found
+            found = self._kept(ledger)
+            if found:
+                return found
+            self._examples = read_examples(str(self.data))
         keeps = self.place is not None and len(self._examples) >= LEAST_ROWS
         if keeps and self.place:
             self.place.parent.mkdir(parents=True, exist_ok=True)
@@ -89,18 +86,41 @@ class Preparation:
                 shutil.rmtree(scratch, ignore_errors=True)
         return made
 
+    def _kept(self, ledger: Path | None) -> TrainingData | None:
+        """Return the rows that are in the cache; None where its files are gone or damaged: another process may take old ones out."""
+        assert self.place
+        try:
+            found = _load(self.place)
+            if ledger:
+                ledger.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.place / "ledger.parquet", ledger)
+            os.utime(self.place)
+        except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
+            log.warning("data: %s cannot be read (%s): the rows are rendered again", self.place, error)
+            shutil.rmtree(self.place, ignore_errors=True)
+            return None
+        log.info("data: rendered before, taken from %s", self.place)
+        say(found.report)
+        return found
+
     def _keep(self, scratch: Path, made: TrainingData) -> None:
         assert self.place
         try:
             _save(scratch, made)
-            shutil.rmtree(self.place, ignore_errors=True)  # one that was cut off while it was written
-            os.replace(scratch, self.place)
-        except OSError as error:  # a full disk, or another process was first: the rows are here all the same
-            log.warning("the rendered rows are not kept (%s)", error)
-            return
-        old = sorted((each for each in self.place.parent.iterdir() if is_done(each)), key=lambda each: -each.stat().st_mtime)
-        for each in old[KEPT:]:
-            shutil.rmtree(each, ignore_errors=True)
+            if not is_done(self.place):  # else another process was first, and a third may be reading it
+                shutil.rmtree(self.place, ignore_errors=True)
+                os.replace(scratch, self.place)
+            _tidy(self.place.parent)
+        except OSError as error:  # a full disk, or others that tidy up: the rows are here all the same
+            log.warning("the cache of rendered rows: %s", error)
+
+
+def _tidy(cache: Path) -> None:
+    """Take the oldest preparations out of the cache, and what processes left in it that were killed."""
+    old = sorted((each for each in cache.iterdir() if is_done(each) and each.suffix != ".tmp"), key=lambda each: -each.stat().st_mtime)
+    left = [each for each in cache.glob(".*.tmp") if time.time() - each.stat().st_mtime > ABANDONED]
+    for each in [*old[KEPT:], *left]:
+        shutil.rmtree(each, ignore_errors=True)
 
 
 def load_rows(

@@ -4,13 +4,16 @@ The parent prepares the rows and finishes the model; between them torchrun start
 update's packs (DistributedDataParallel). Gradients are added up over processes and divided by the tokens of the whole update.
 """
 
-import ctypes
+import fcntl
 import logging
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,11 @@ from ..core.files import read_json, write_json
 from ..core.models import ModelRef
 from .config import TrainConfig
 from .data import TrainingData
+from .rendering import end_with_parent
 
 log = logging.getLogger(__name__)
 
 JOB, STATUS, TRAINED = "job.pickle", "status.json", "trained.pt"
-PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,21 +54,25 @@ def train_on_processes(job: Job) -> Any:
 
     folder = job.room / "processes"
     folder.mkdir(exist_ok=True)
-    (folder / STATUS).unlink(missing_ok=True)
-    (folder / JOB).write_bytes(pickle.dumps(job))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.config.gpus)]
     threads = str(max(1, (os.cpu_count() or 1) // job.config.gpus))
     environment = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
     log.info("training on %d processes", job.config.gpus)
-    process = subprocess.Popen(
-        [*command, "-m", "sftkit.train.processes", str(folder)], env=environment, preexec_fn=_end_with_parent, start_new_session=True
-    )
-    former = {each: signal.signal(each, lambda *_: process.send_signal(signal.SIGTERM)) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+    with _alone(folder) as lock:
+        (folder / STATUS).unlink(missing_ok=True)
+        (folder / JOB).write_bytes(pickle.dumps(job))
+        process = subprocess.Popen(
+            [*command, "-m", "sftkit.train.processes", str(folder)],
+            env=environment, preexec_fn=end_with_parent, start_new_session=True, pass_fds=(lock,),
+        )  # fmt: skip
+        here = threading.current_thread() is threading.main_thread()
+        told = (signal.SIGINT, signal.SIGTERM) if here else ()
+        former = {each: signal.signal(each, lambda *_: process.send_signal(signal.SIGTERM)) for each in told}
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
     status = read_json(folder / STATUS) if (folder / STATUS).exists() else {"ended": f"with exit code {code}"}
     if status["ended"] == "error":
         raise UserError(status["said"])
@@ -76,6 +83,18 @@ def train_on_processes(job: Job) -> Any:
     if status["ended"] != "done":
         raise UserError(f"training on {job.config.gpus} processes ended {status['ended']}; what they said stands above")
     return _trained(job, torch.load(folder / TRAINED, map_location="cpu", weights_only=True))
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[int]:
+    """Yield a lock that torchrun holds on to: where its parent was killed, it still writes a checkpoint, which is waited for."""
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("the processes of the last call are still ending: waiting for them")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock.fileno()
 
 
 def _trained(job: Job, weights: dict[str, Any]) -> Any:
@@ -92,11 +111,6 @@ def _trained(job: Job, weights: dict[str, Any]) -> Any:
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     assert not unknown, unknown
     return model if job.config.qlora else model.to(job.device)
-
-
-def _end_with_parent() -> None:
-    """Have this process told to end when its parent does, however that ended."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def main(folder: Path) -> None:

@@ -6,11 +6,15 @@ row is held against its template (what was put together must be what it writes),
 ends with, and some rows against `Chat.render` itself. Whatever differs goes the long way.
 """
 
+import ctypes
 import logging
 import multiprocessing
 import os
+import signal
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +30,7 @@ CHUNK = 256  # rows that a process takes at once
 PARALLEL = 1024  # rows from which a second process pays
 AUDITED = 128  # one row of so many is rendered the long way too
 MOST_PROCESSES = 16
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class Pieces:
@@ -166,6 +171,11 @@ def _render(messages: Sequence[Message], chat: Chat, train_on: str) -> Rendered 
         return error
 
 
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Have this process sent a signal when its parent ends, however that comes about."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
 _work: Callable[[int, int], list[Any]] | None = None  # what the processes of a pool do: they are copies of this one, made by fork
 
 
@@ -190,11 +200,16 @@ def in_chunks(count: int, work: Callable[[int, int], list[Any]], enough: Callabl
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        with multiprocessing.get_context("fork").Pool(processes) as pool:
-            for part in pool.imap(_do, chunks):
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), initializer=end_with_parent, initargs=(signal.SIGKILL,))
+        try:
+            for part in pool.map(_do, chunks):
                 found += part
                 if enough(found):
                     break
+        except BrokenProcessPool:
+            raise UserError("a process that renders rows was killed, for want of memory as a rule: make room, or give fewer rows") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
     finally:
         _work = None
         if before is None:

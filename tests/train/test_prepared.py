@@ -1,6 +1,9 @@
 """Preparation in a fraction of the time: the same ids and masks as one by one, for every template, and the same rows from the cache."""
 
 import json
+import os
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +144,40 @@ def test_rows_are_kept_by_what_decides_them(tiny_model: Path, tiny_base_model: P
     data.write_text("\n".join([json.dumps({"messages": CONVERSATIONS[1]}), *lines[1:]]))
     assert load_rows(data, chat, TrainConfig(), **told).train != first.train
     assert len(list(cache.iterdir())) == 5
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_rows_that_cannot_be_read_back_are_rendered_again(harm, tiny_model: Path, chats, monkeypatch, tmp_path: Path, caplog) -> None:
+    """A full disk may leave a file short; another process may take a preparation out between the look and the reading."""
+    monkeypatch.setattr(prepared, "LEAST_ROWS", 10)
+    chat, data, cache = load_chat(resolve_model(tiny_model)), chats(20), tmp_path / "cache"
+    first = load_rows(data, chat, TrainConfig(), context=512, cache=cache)
+    (kept,) = cache.iterdir()
+    looked = Preparation(data, chat, TrainConfig(), context=512, cache=cache)
+    if harm == "cut":
+        (kept / "tokens.npy").write_bytes((kept / "tokens.npy").read_bytes()[:200])
+    else:
+        shutil.rmtree(kept)
+    assert looked.rows().train == first.train
+    assert "are rendered again" in caplog.text
+    caplog.clear()
+    assert load_rows(data, chat, TrainConfig(), context=512, cache=cache).train == first.train
+    assert not caplog.text
+
+
+def test_what_was_kept_by_another_process_stays_and_what_a_killed_one_left_goes(tiny_model, chats, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(prepared, "LEAST_ROWS", 10)
+    chat, data, cache = load_chat(resolve_model(tiny_model)), chats(20), tmp_path / "cache"
+    late = Preparation(data, chat, TrainConfig(), context=512, cache=cache)
+    load_rows(data, chat, TrainConfig(), context=512, cache=cache)
+    (kept,) = cache.iterdir()
+    number = (kept / "tokens.npy").stat().st_ino
+    for name, age in ((".old.1.tmp", 2 * prepared.ABANDONED), (".young.2.tmp", 0.0)):
+        (cache / name).mkdir()
+        os.utime(cache / name, (time.time() - age,) * 2)
+    late.rows()
+    assert (kept / "tokens.npy").stat().st_ino == number
+    assert {each.name for each in cache.iterdir()} == {kept.name, ".young.2.tmp"}
 
 
 def test_few_rows_and_other_sources_are_not_kept(tiny_model: Path, chats, tmp_path: Path) -> None:
