@@ -122,7 +122,7 @@ def find_card(text: str) -> Card:
     wanted = plain(text)
     found = names.get(wanted) or names.get(f"rtx{wanted}")
     if found is None:
-        raise unknown_name("GPU", text, [each.name for each in CARDS], "or give its memory, as 24GB")
+        raise unknown_name("GPU", text, [*(each.name for each in CARDS), "its memory, as 24GB"], "gpu")
     return found
 
 

@@ -89,7 +89,7 @@ def make_preference_trainer(
     longest = max(len(each) for row in (*train, *validation) for each in row.sides())
     fitting = max(1, batch_tokens // (2 * longest))
     together = max(size for size in range(1, config.batch_size + 1) if config.batch_size % size == 0 and size <= fitting)
-    steps = math.ceil(len(train) / config.batch_size) * math.ceil(config.epochs)
+    steps = math.ceil(len(train) / config.batch_size) * config.epochs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         arguments = arguments_of(

@@ -228,7 +228,15 @@ def _choose(settings: Any, report: DataReport, config: TrainConfig, device: str,
     weights, half = _formats(config, own, device)
     try:
         choice = choose(settings, report, config, card, dtype=weights, half=half, most=most)
-    except (RuntimeError, AttributeError, TypeError, ValueError, StopIteration) as error:  # code that looks at values, which a replay lacks
+    except (
+        RuntimeError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AssertionError,
+        StopIteration,
+    ) as error:  # code that looks at values, which a replay lacks
         log.warning("memory: cannot be planned for %s (%s); at most %s tokens in a forward pass, fewer where memory runs out",
                     settings.model_type, " ".join(str(error).split())[:160], f"{usual.batch_tokens:,}")  # fmt: skip
         return usual

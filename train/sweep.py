@@ -80,7 +80,9 @@ def parse_variations(texts: Sequence[str]) -> dict[str, list[Any]]:
         if not equals or not values.strip():
             raise UserError(f"vary {text!r}: expected NAME=VALUE,VALUE, as learning_rate=1e-5,5e-5")
         if name not in VARIED:
-            raise unknown_name("setting to vary", name, VARIED, "others change which rows or tokens are learned from")
+            raise unknown_name("setting", name, VARIED, "vary (what leaves rows and tokens as they are)")
+        if name in found:
+            raise UserError(f"vary: {name} is given twice; give all its values at once, as {name}=VALUE,VALUE")
         found[name] = [yaml.safe_load(each) for each in values.split(",")]
     if not found:
         raise UserError("vary: nothing to compare; give --vary learning_rate=1e-5,5e-5")

@@ -418,7 +418,7 @@ def arguments_of(
         seed=config.seed,
         data_seed=config.seed,
         dataloader_pin_memory=device != "cpu",
-        accelerator_config={"non_blocking": True},
+        accelerator_config={"non_blocking": device != "cpu"},
         disable_tqdm=True,
         report_to=list(config.trackers) or "none",
         run_name=checkpoints.parent.parent.name,  # the run's folder
