@@ -249,6 +249,10 @@ def record(
             (run.room("curate") / name).unlink(missing_ok=True)
         void = run.ledger.record(stage, rows, decided)
         if void:
+            from .controls import clear_controls
+
+            for name in void:  # they were drawn beside rows that are no longer chosen
+                clear_controls(run, "" if name == "select" else f"{name}_")
             log.info(
                 "%s: %s stood on the former rows and %s void now: run again", stage, ", ".join(void), "is" if len(void) == 1 else "are"
             )

@@ -168,6 +168,11 @@ def _arms(source: Path) -> dict[str, Path]:
         raise UserError(f"{source}: holds no data set; `sftkit curate build` or `select` makes one")
     if not controls:
         raise UserError(f"{source}: holds no controls to compare with; `sftkit curate select {source} --budget N --controls` writes them")
+    stages = run.ledger.stages()
+    for path in controls:
+        stage = path.stem.removesuffix("length_matched").removesuffix("random").removesuffix("_") or "select"
+        if stage in stages[:-1]:
+            log.warning("%s: was drawn beside what %s kept, the data set is what %s kept: they are not matched", path, stage, stages[-1])
     return {SELECTION: selection, **{path.stem: path for path in controls}}
 
 

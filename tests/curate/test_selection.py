@@ -10,8 +10,9 @@ import pytest
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate import selection
-from sftkit.curate.config import SELECTORS, SelectConfig
+from sftkit.curate.config import SELECTORS, FilterConfig, SelectConfig
 from sftkit.curate.controls import length_bucket, rank_correlation
+from sftkit.curate.filters import filter_rows
 from sftkit.curate.rows import load_rows, row_ids
 from sftkit.curate.selection import row_lengths, select, share_of_rows
 from sftkit.curate.similarity import Vectors, unit_vectors
@@ -297,3 +298,13 @@ def test_the_command_tells_controls_and_correlation_and_clears_old_controls(
     assert {path.name for path in controls.iterdir()} == {"random.jsonl", "length_matched.jsonl"}
     assert cli("curate", "select", str(run.path), "--method", "longest", "--budget", "3")[0] == 0
     assert not list(controls.iterdir())  # they were controls of another selection
+
+
+def test_controls_of_a_selection_that_became_void_are_gone(toy_run: Callable[..., Run]) -> None:
+    run = toy_run([{"prompt": f"p{n}", "response": "word " * n} for n in range(1, 9)])
+    filter_rows(run, FilterConfig(min_words=2, controls=True))
+    select(run, SelectConfig(method="longest", budget=3, controls=True))
+    folder = run.path / "curate" / "controls"
+    assert {each.stem for each in folder.iterdir()} == {"random", "length_matched", "filter_random", "filter_length_matched"}
+    filter_rows(run, FilterConfig(min_words=3, controls=True))
+    assert {each.stem for each in folder.iterdir()} == {"filter_random", "filter_length_matched"}
