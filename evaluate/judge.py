@@ -250,9 +250,8 @@ def _compare(
 
 def _told_prompt(said: Sequence[Message]) -> str:
     """Return a question as a judge reads it: its text, or all turns with their roles."""
-    if len(said) == 1:
-        return str(said[0].get("content") or "")
-    return "\n\n".join(f"{each['role']}: {each.get('content')}" for each in said)
+    texts = [str(each.get("content") or "") for each in said]  # a turn that only calls a tool has none
+    return texts[0] if len(said) == 1 else "\n\n".join(f"{each['role']}: {text}" for each, text in zip(said, texts, strict=True))
 
 
 def _row(model: str, baseline: str, key: str, pair: Pair, verdict: Verdict) -> dict[str, Any]:
