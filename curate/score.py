@@ -86,8 +86,8 @@ GROUPS = {  # what `--with NAME` stands for, where it is several scores; compute
 
 def open_scorer(name: str, options: Mapping[str, Any] | None) -> Scorer | ColumnScorer:
     """Make the scorer of a score. Raises UserError for an unknown scorer or option, or a name that scores may not have."""
-    if not re.fullmatch(r"\w[\w.+-]*", name):
-        raise UserError(f"a score is named by letters, digits, '_', and '.', '+', '-' after the first; found {name!r}")
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name):  # else no condition of `filter --where` could name it
+        raise UserError(f"a score is named by letters, digits and '_', and begins with a letter, as grape_135m; found {name!r}")
     arguments = dict(options or {})
     kind = str(arguments.pop("scorer", name))
     if kind not in SCORERS:

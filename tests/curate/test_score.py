@@ -94,6 +94,8 @@ def test_one_poison_row_leaves_the_others_scored(toy_run: Callable[..., Run], mo
         (["numeric", "numeric:rule=strict"], "two scores would be called 'numeric'"),
         (["numeric:name=../x"], "a score is named by letters"),
         (["numeric:name=-x"], "a score is named by letters"),
+        (["numeric:name=as-number"], "a score is named by letters, digits and '_', and begins with a letter, as grape_135m"),
+        (["numeric:name=2nd"], "a score is named by letters"),
         (["numeric:name=random"], "a score of numeric cannot be called 'random', which means something else"),
         (["numeric:name=num_tokens"], "a score of numeric cannot be called 'num_tokens'"),
         (["numeric:rule=strict,rule=flexible"], "rule is given twice"),
