@@ -269,6 +269,14 @@ class Remote:
     def __getattr__(self, name: str) -> Any:
         return self._peer.ask(self._number, name, (), {}, call=False)
 
+    def __bool__(self) -> bool:
+        for name in ("__bool__", "__len__"):
+            try:
+                return bool(self._peer.ask(self._number, name, (), {}))
+            except AttributeError:
+                continue
+        return True
+
 
 def _operator(name: str) -> Callable[..., Any]:
     def operator(self: Remote, *arguments: Any) -> Any:
@@ -294,16 +302,37 @@ def _refer(value: Any) -> Any:
 
 def run_tests(peer: Peer, code: Any, entry_point: str | None) -> None:
     """Run tests that name what the program defines: plain asserts, `check(candidate)` for an entry point, functions test_*."""
-    defined = peer.names()
-    names: dict[str, Any] = {"__name__": "tests", **defined}
-    if entry_point is not None and entry_point not in defined:
+    found = peer.names()
+    if entry_point is not None and entry_point not in found:
         raise AssertionError(f"the program defines no {entry_point}")
+    defined = _handed(found, code, entry_point)
+    names: dict[str, Any] = {"__name__": "tests", **defined}
     exec(code, names)
-    if entry_point is not None:
-        names["check"](names[entry_point])
-    for name, value in list(names.items()):
-        if name.startswith("test_") and name not in defined and callable(value):
-            value()
+    own = {name: value for name, value in names.items() if callable(value) and value is not defined.get(name)}
+    if entry_point is not None and "check" in own:
+        own["check"](found[entry_point])
+    functions = [value for name, value in own.items() if name.startswith("test_")]
+    for each in functions:
+        each()
+    if not functions and not (entry_point is not None and "check" in own) and not defined.keys() & set(code.co_names):
+        raise AssertionError("the tests check nothing: they are no asserts on what the program defines, test_* or check(candidate)")
+
+
+def _handed(found: dict[str, Any], code: Any, entry_point: str | None) -> dict[str, Any]:
+    """Return what tests get to see of a program: it does not judge itself by an abs or a __builtins__ of its own.
+
+    Without an entry point, a function that has the name of a built-in one is seen where the tests name nothing else of the program.
+    """
+    named = {name for name in found if not name.startswith("__")}
+    built_in = {name for name in named if hasattr(builtins, name)} - {entry_point}
+    if entry_point is None and not (named - built_in) & _mentioned(code):
+        built_in = set()
+    return {name: found[name] for name in named - built_in}
+
+
+def _mentioned(code: Any) -> set[str]:
+    inner = [each for each in code.co_consts if isinstance(each, type(code))]
+    return set(code.co_names).union(*map(_mentioned, inner))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Run programs that nobody has read: bubblewrap takes the network, the files and the other processes away, limits take the rest.
 
 A program sees the standard library, a small private /tmp and nothing else: no home, no packages, no data, no network, no process
-outside. Its processor time, time, memory, files, processes and output are bounded, and all it started dies with it. Where
+outside. Its processor time, time, memory, files, processes and output are bounded, system calls that would go round these limits
+are refused (seccomp.py), and all it started dies with it. Where
 bubblewrap cannot do this (not installed, or namespaces are forbidden), nothing is run unless the caller says `unsafe`.
 Namespaces alone, as unshare(1) makes them, would leave every file readable: that is no sandbox, so there is no way round.
 """
@@ -9,6 +10,7 @@ Namespaces alone, as unshare(1) makes them, would leave every file readable: tha
 import functools
 import json
 import os
+import platform
 import secrets
 import selectors
 import shutil
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UserError
+from .seccomp import system_call_filter
 
 INSIDE = Path(__file__).with_name("inside.py")
 PREFIXES = tuple(dict.fromkeys(("/usr", sys.base_prefix, os.path.realpath(sys.base_prefix))))
@@ -74,8 +77,9 @@ class _Running:
     stopped: str = ""  # why it was ended, where it was
 
     def stop(self, reason: str) -> None:
-        self.stopped = self.stopped or reason
-        self.process.kill()
+        if self.process.poll() is None:  # what has ended by itself has said how
+            self.stopped = self.stopped or reason
+            self.process.kill()
 
 
 def available() -> str | None:
@@ -100,13 +104,16 @@ def run(orders: Sequence[Order], limits: Limits | None = None, *, unsafe: bool =
 def _mode() -> tuple[Mode | None, str]:
     if sys.platform != "linux" or shutil.which("bwrap") is None:
         return None, "bubblewrap is not installed: apt-get install bubblewrap (Linux)"
+    if system_call_filter() is None:
+        return None, f"there is no filter of system calls for this machine ({platform.machine()})"
     reason = ""
     modes: tuple[Mode, ...] = ("root", "user") if os.geteuid() == 0 else ("user",)
     for mode in modes:
         (outcome,) = _run([Order(PROBE.format(home=str(Path.home()), limit=Limits().processes))], Limits(), mode)
         if outcome.ended == "done":
             return mode, ""
-        reason = " ".join((outcome.message or outcome.output).split())[:160] or outcome.ended
+        told = ": ".join(each for each in (outcome.message, outcome.output) if each)
+        reason = " ".join(told.split())[:160] or outcome.ended
     return None, f"bubblewrap is installed and cannot make a sandbox on this machine ({reason}); allow user namespaces, or use another one"
 
 
@@ -119,6 +126,11 @@ try:
     raise SystemExit("has a network")
 except OSError as error:
     assert error.errno == 101, f"answers a connection with {{error}}"
+try:
+    os.memfd_create("x")
+    raise SystemExit("has memory that is not counted")
+except PermissionError:
+    pass
 forked = 0
 try:
     for _ in range(4 * {limit}):
@@ -160,7 +172,12 @@ def _start(order: Order, channel: socket.socket | None, limits: Limits, mode: Mo
     if mode == "unsafe":
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sftkit-program-"))
     else:
-        command = [*_bubblewrap(limits, mode), *command]
+        filter_read, filter_end = os.pipe()
+        stack.callback(os.close, filter_read)
+        with os.fdopen(filter_end, "wb") as file:
+            file.write(system_call_filter() or b"")  # short: it fits into the pipe
+        handed.append(filter_read)
+        command = [*_bubblewrap(limits, mode, filter_read), *command]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=output_end, stderr=output_end, pass_fds=handed, cwd=folder, env={"PATH": "/usr/bin:/bin"}
     )
@@ -196,9 +213,18 @@ def _rlimits(limits: Limits, mode: Mode) -> dict[str, int]:
     return found if mode == "unsafe" else {**found, "RLIMIT_NPROC": limits.processes}  # outside, all of the user's would count
 
 
-def _bubblewrap(limits: Limits, mode: Mode) -> list[str]:
+def _bubblewrap(limits: Limits, mode: Mode, system_calls: int) -> list[str]:
     """Return the command that makes the sandbox: nothing of the machine but its libraries and the interpreter, read-only."""
-    command = ["bwrap", "--die-with-parent", "--new-session", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
+    command = [
+        shutil.which("bwrap") or "bwrap",
+        "--seccomp",
+        str(system_calls),
+        "--die-with-parent",
+        "--new-session",
+        "--unshare-ipc",
+        "--unshare-pid",
+    ]
+    command += ["--unshare-net", "--unshare-uts"]
     command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if mode == "root" else ["--unshare-user"]
     command += ["--clearenv", "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp"]
     for folder in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):
@@ -226,6 +252,9 @@ def _watch(running: Sequence[_Running], limits: Limits) -> None:
             for number, into in ((each.output, each.written), (each.report, each.said)):
                 selector.register(number, selectors.EVENT_READ, (each, into))
         while any(each.process.poll() is None for each in running):
+            if running[-1].process.poll() is not None and b'"end": "done"' in running[-1].said:
+                running[0].stop("done")  # its tests are through: a thread that goes on is not waited for
+                break
             left = deadline - time.monotonic()
             if left <= 0:
                 for each in running:

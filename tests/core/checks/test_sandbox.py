@@ -1,5 +1,7 @@
 """Untrusted programs: what they try is stopped and named, and honest ones pass their tests."""
 
+import errno
+import platform
 import time
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 from sftkit.core.checks import sandbox
 from sftkit.core.checks.code import Verdict, cut_completion, extract_program, run_tests
 from sftkit.core.checks.sandbox import Limits, Order, Outcome, available, run
+from sftkit.core.checks.seccomp import CALLS
 from sftkit.core.errors import UserError
 
 REASON = available()
@@ -67,6 +70,28 @@ def test_a_memory_bomb_is_refused() -> None:
     outcome = alone("held = []\nwhile True:\n    held.append(bytearray(1 << 24))")
     assert (outcome.ended, outcome.message) == ("memory", "MemoryError")
     assert "limits: ran out of memory" in outcome.attempts
+
+
+@needs_sandbox
+def test_memory_that_no_process_owns_is_refused_and_so_are_the_key_rings_and_a_sandbox_of_its_own() -> None:
+    _, clone, _, numbers = CALLS[platform.machine()]
+    outcome = alone(
+        "import ctypes, os\n"
+        "c = ctypes.CDLL(None, use_errno=True)\n"
+        "def tell(name, result): print(name, result, ctypes.get_errno())\n"
+        "tell('shmget', c.shmget(0, 1 << 20, 0o1600))\n"
+        "tell('unshare', c.unshare(0x10000000))\n"
+        "tell('memfd', c.memfd_create(b'x', 0))\n"
+        "tell('mount', c.mount(b't', b'/tmp', b'tmpfs', 0, b''))\n"
+        f"tell('keyctl', c.syscall({numbers['keyctl']}, 0, -3, 0))\n"
+        f"tell('clone', c.syscall({clone}, 0x10000011, 0, 0, 0, 0))\n"
+        "import subprocess\n"
+        "print(subprocess.run(['/bin/sh', '-c', 'exit 3']).returncode)\n"
+    )
+    assert outcome.output.splitlines() == [
+        *(f"{name} -1 {errno.EPERM}" for name in ("shmget", "unshare", "memfd", "mount", "keyctl", "clone")),
+        "3",
+    ], outcome
 
 
 @needs_sandbox
@@ -176,6 +201,23 @@ def test_a_silent_child_that_holds_the_output_open_does_not_hold_us_up() -> None
         ),
         ("def f(x): raise ValueError('no')", "try:\n    f(1)\n    assert False\nexcept ValueError as e:\n    assert str(e) == 'no'", None, "passed", ""),
         ("def f(): return {1: (2.5, None), 'a': {1, 2}, b'x': float('inf')}", "assert f() == {1: (2.5, None), 'a': {1, 2}, b'x': float('inf')}", None, "passed", ""),
+        ("def f(x): return 0\ndef abs(x): return 0", "def check(candidate):\n    assert abs(candidate(1) - 5) < 1e-6", "f", "wrong", "AssertionError"),
+        ("def f(x): return 0\ndef abs(x): return 0", "assert abs(f(1) - 5) < 1e-6", None, "wrong", "AssertionError"),
+        ("def sum(a, b): return a + b", "assert sum(1, 2) == 3", None, "passed", ""),
+        ("__builtins__ = {'abs': len}\ndef f(x): return 0", "assert abs(f(1) - 5) < 1e-6", "f", "wrong", "AssertionError"),
+        ("def f(x): return 0\ndef test_f(): pass", "def test_f():\n    assert f(1) == 5", None, "wrong", "AssertionError"),
+        ("def f(x): return 0\ndef check(x): pass", "assert f(1) == 5", "f", "wrong", "AssertionError"),
+        ("def f(x): return 1", "assert f(1) == 1", "f", "passed", ""),
+        ("class Node: pass\ndef f(x): return Node()", "assert f(1)", "f", "passed", ""),
+        ("class Empty:\n    def __len__(self): return 0\ndef f(x): return Empty()", "assert f(1)", "f", "wrong", "AssertionError"),
+        (
+            "def f(x): return 0",
+            "import unittest\nclass Tests(unittest.TestCase):\n    def test_f(self): self.assertEqual(f(1), 5)",
+            None,
+            "wrong",
+            "AssertionError: the tests check nothing: they are no asserts on what the program defines, test_* or check(candidate)",
+        ),
+        ("import threading, time\nthreading.Thread(target=time.sleep, args=(1e6,)).start()\ndef f(x): return 1", "assert f(1) == 1", "f", "passed", ""),
         ("class Yes:\n    def __eq__(self, other): return True\ndef f(x): return Yes()", "assert f(1) == 3", None, "wrong", "AssertionError"),
     ],
 )  # fmt: skip
@@ -220,3 +262,15 @@ def test_a_completion_ends_with_its_function() -> None:
     assert cut_completion("    return 1\n\nprint(2)") == "    return 1\n"
     assert cut_completion("    return 1\n# next\n") == "    return 1"
     assert cut_completion("    a = 1\n\n    return a") == "    a = 1\n\n    return a"
+
+
+def test_bubblewrap_is_found_anywhere_on_the_path_and_what_it_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mine = tmp_path / "bwrap"
+    mine.write_text("#!/bin/sh\necho 'bwrap: No permissions to create a new namespace' >&2\nexit 1\n")
+    mine.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    sandbox._mode.cache_clear()
+    try:
+        assert "cannot make a sandbox on this machine (it ended by itself, with exit code 1: bwrap: No perm" in str(available())
+    finally:
+        sandbox._mode.cache_clear()
