@@ -46,8 +46,9 @@ def test_intervals_cover_as_often_as_they_say() -> None:
 def test_what_is_not_a_comparison_is_refused(tmp_path, tiny_model, chats) -> None:
     assert parse_variations(["learning-rate=1e-5,0.1", "lora=true,false"]) == {"learning_rate": ["1e-5", 0.1], "lora": [True, False]}
     for texts, message in (
-        (["epochs=1,2"], "others change which rows or tokens"),
+        (["epochs=1,2"], "what leaves rows and tokens as they are.*unknown setting 'epochs'"),
         (["learning_rate"], "expected NAME=VALUE"),
+        (["lora_rank=8", "lora-rank=16"], "lora_rank is given twice"),
         ([], "nothing to compare"),
     ):
         with pytest.raises(UserError, match=message):
