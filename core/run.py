@@ -96,12 +96,20 @@ class Run:
         changed = [] if before is None else sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
         fixed = [name for name in changed if name not in free and free != ("*",)]
         if fixed and before is not None:
-            told = "; ".join(f"{section}.{name} was {before.get(name)!r}, now {settings.get(name)!r}" for name in fixed)
+            told = "; ".join(each for name in fixed for each in _differences(f"{section}.{name}", before.get(name), settings.get(name)))
             raise UserError(f"{self.path}: this folder holds another run ({told}); give another folder, or the settings it began with")
         if changed or before is None:
             config[section] = dict(settings)
             write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         return changed
+
+
+def _differences(name: str, before: Any, now: Any) -> list[str]:
+    """Say how a setting differs; of settings within settings only those that do."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping) and before and now:
+        names = [each for each in {**before, **now} if before.get(each) != now.get(each)]
+        return [told for each in names for told in _differences(f"{name}.{each}", before.get(each), now.get(each))]
+    return [f"{name} was {before!r}, now {now!r}"]
 
 
 def is_done(folder: Path) -> bool:

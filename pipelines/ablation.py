@@ -122,7 +122,8 @@ def ablate(source: Path, model: str, out: Path, config: AblationConfig, *, heldo
     sizes = {name: _size(path, chat) for name, path in data.items()}
     with Run.create(out) as run:
         settings = {"source": str(source), "model": model, "heldout": str(rows), **to_mapping(config)}
-        run.configure("ablation", settings, free=("seeds", "loss"))
+        begun = [*out.glob("*/train/checkpoints/*"), *out.glob("*/train/done.json")]
+        run.configure("ablation", settings, free=("seeds", "loss") if begun else ("*",))
     seeds = list(range(config.train.seed, config.train.seed + config.seeds))
     models, epochs, trained = {"base": model}, {}, {}
     for name, path in data.items():

@@ -153,3 +153,10 @@ def test_what_is_no_fault_of_the_disk_stays_what_it_is(error: Exception, tmp_pat
     with pytest.raises(type(error)) as told, write_atomically(tmp_path / "a"):
         raise error
     assert told.value is error
+
+
+def test_of_settings_within_settings_only_those_that_differ_are_told(tmp_path: Path) -> None:
+    with Run.create(tmp_path / "run") as run:
+        run.configure("ablation", {"train": {"max_length": 128, "epochs": 1}})
+        with pytest.raises(UserError, match=r"\(ablation\.train\.max_length was 128, now 1024\)"):
+            run.configure("ablation", {"train": {"max_length": 1024, "epochs": 1}})
