@@ -126,7 +126,7 @@ def test_whatever_ends_it_the_same_command_goes_on(distillation: Distillation) -
     said = distillation.errors.read_text()
     assert "goes on from here" in said
     assert "Traceback" not in said
-    assert "leaked" not in said
+    assert "leaked" not in said.rpartition("starting vLLM")[2]  # the one before was killed, and could not clear away
     after_interrupt = distillation.stored()
     assert after_death.items() < after_interrupt.items()
     assert len(after_interrupt) < PROMPTS * K
