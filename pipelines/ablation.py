@@ -56,11 +56,11 @@ class Contrast:
 
     @property
     def verdict(self) -> str:
-        """Say what is shown: only an interval without zero whose sign every seed has counts as a difference."""
+        """Say what is shown: a difference is one whose interval excludes zero, whose test agrees, and whose sign every seed has."""
         interval = self.difference.interval
         if interval is None:
             return "one held-out prompt alone tells nothing about others"
-        if not interval.excludes(0.0):
+        if not interval.excludes(0.0) or self.p_adjusted > 0.05:
             return "no difference is shown"
         if len({value < 0 for value in self.by_seed}) > 1:
             return "not the same way for every seed: the training's own luck is as large as the difference"

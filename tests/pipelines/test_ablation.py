@@ -92,5 +92,7 @@ def test_seeds_that_disagree_are_no_difference() -> None:
     estimate = Estimate(-0.02, Interval(-0.03, -0.01))
     contrast = Contrast(control="random", difference=estimate, by_seed=[-0.05, 0.01], p_value=0.001, p_adjusted=0.001)
     assert contrast.verdict.startswith("not the same way for every seed")
+    few = Contrast(control="random", difference=estimate, by_seed=[-0.02], p_value=0.0625, p_adjusted=0.0625)
+    assert few.verdict == "no difference is shown"  # six prompts: the interval of so few is too narrow
     shown = {"control": "random", "difference": {"value": -0.02, "interval": {"low": -0.03, "high": -0.01}}, "p_adjusted": 0.001}
     assert told({**shown, "verdict": "x"}) == "selection − random: −0.020 (95 % −0.030 to −0.010, p 0.001): x"
