@@ -1,5 +1,6 @@
 """Hand tasks over to lm-eval, which has hundreds: in a process of its own, with the model's own template, and compared here in pairs."""
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -58,9 +59,10 @@ def hand_over(name: str, asked: Sequence[Asked], folder: Path, config: TasksConf
         if list(each) != items:
             raise UserError(f"lm-eval:{name}: gave {label} other questions than {asked[0].name}; it cannot be compared")
     ordered = {label: [each[item] for item in items] for label, each in marks.items()}
-    metrics = list(ordered[asked[0].name][0][0]) if items else []
+    every = [each[0] for several in ordered.values() for each in several]
+    metrics = [metric for metric in (every[0] if every else ()) if all(metric in each for each in every)]
     if not metrics:
-        raise UserError(f"lm-eval:{name}: gave no number for single questions; give a task that does")
+        raise UserError(f"lm-eval:{name}: gave no number that every question has; give a task that does, or those of a group one by one")
     groups = [item[0] for item in items] if len({item[0] for item in items}) > 1 else [None] * len(items)  # the tasks of a group
     drawn = {"resamples": config.resamples, "seed": config.seed}
     return TaskResult(
@@ -85,6 +87,14 @@ def _marks(rows: Sequence[Sequence[Any]]) -> dict[tuple[str, int], Marks]:
     return {item: [marks] for item, marks in sorted(found.items())}
 
 
+def _own_tasks(folder: str | None) -> dict[str, str]:
+    """Return what decides the user's own tasks, by file: their definitions and code. What they load from elsewhere is not seen."""
+    if folder is None:
+        return {}
+    files = sorted(each for each in Path(folder).rglob("*") if each.suffix in (".yaml", ".yml", ".py") and each.is_file())
+    return {str(each.relative_to(folder)): hashlib.sha256(each.read_bytes()).hexdigest() for each in files}
+
+
 def _run(name: str, way: Asked, folder: Path, config: TasksConfig) -> tuple[list[list[Any]], int]:
     engine = choose(way.model.engine)
     if engine == "openai":
@@ -106,7 +116,8 @@ def _run(name: str, way: Asked, folder: Path, config: TasksConfig) -> tuple[list
         "batch_size": "auto" if engine == "vllm" else 8,
         "mark": MARK,
     }
-    key = value_key("lm-eval", version, way.model.identity, way.model.template, engine, dtype, name, config.limit, way.chat)
+    own = _own_tasks(config.lm_eval_tasks)
+    key = value_key("lm-eval", version, way.model.identity, way.model.template, engine, dtype, name, config.limit, way.chat, own)
     kept = folder / "lm_eval" / f"{key[:32]}.json"
     if kept.exists():
         return read_json(kept), 0

@@ -61,16 +61,13 @@ class Comparison:
 
     def told(self) -> str:
         """Write it for people."""
-        line = f"{self.model} − {self.baseline}: {self.metric} {100 * self.difference:+.1f} points"
+        line = f"{self.model} − {self.baseline}: {self.metric} {_signed(self.difference)} points"
         if self.interval is not None:
-            line += f" (95 % {100 * self.interval.low:+.1f} to {100 * self.interval.high:+.1f})"
+            line += f" (95 % {_signed(self.interval.low)} to {_signed(self.interval.high)})"
         line += f", p {self.p_adjusted:.2g}: {'significant' if self.p_adjusted <= 0.05 else 'not significant'}"
-        size = (
-            "too few questions to find any difference" if self.detectable is None else f"{100 * self.detectable:.1f} points would be found"
-        )
-        return (
-            f"{line}; {size} four times in five".replace("-", "−") if self.detectable is not None else f"{line}; {size}".replace("-", "−")
-        )
+        if self.detectable is None:
+            return f"{line}; too few questions to find any difference"
+        return f"{line}; {100 * self.detectable:.1f} points would be found four times in five"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +111,10 @@ class TaskResult:
                 table.append((name, *told_shares, tokens, other, f"{self.generated[name]:,}"))
             lines += aligned(table)
         return "\n".join([*lines, *(each.told() for each in self.comparisons)])
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", "−")
 
 
 def _percent(share: float | None) -> str:

@@ -113,7 +113,11 @@ def _shaped(source: str, known: DataSet, shape: Callable[[Row, str], list[Row]])
     splits = ("dev", "test") if "/" in source and not Path(source).expanduser().exists() else ("",)
     for split in splits:
         for place, row in iterate_rows(source, **({"split": split} if split else {})):
-            for shaped in shape(row, split):
+            try:
+                several = shape(row, split)
+            except UserError as error:
+                raise UserError(f"{place}: {error}") from None
+            for shaped in several:
                 missing = [each for each in known.columns if each not in shaped]
                 if missing:
                     raise UserError(f"{place}: found the columns {', '.join(row)}; expected {', '.join(known.columns)}")
@@ -123,9 +127,14 @@ def _shaped(source: str, known: DataSet, shape: Callable[[Row, str], list[Row]])
 def _mmlu(row: Row, split: str) -> list[Row]:
     """Read the Hub's shape too: choices as a list, the answer as their number."""
     if isinstance(row.get("choices"), list) and isinstance(row.get("answer"), int):
+        if len(row["choices"]) != len(LETTERS) or not 0 <= row["answer"] < len(LETTERS):
+            found = f"{len(row['choices'])} choices and the answer {row['answer']}"
+            raise UserError(f"found {found}; expected four choices and their number, 0 to 3")
         choices = dict(zip(LETTERS, row["choices"], strict=True))
         row = {"subject": row.get("subject"), "question": row.get("question"), **choices, "answer": LETTERS[row["answer"]]}
         row["split"] = split or "test"
+    elif row.get("answer", "A") not in (*LETTERS,):
+        raise UserError(f"the answer is {row['answer']!r}; expected A, B, C or D")
     return [row]
 
 

@@ -32,6 +32,10 @@ def check_schema(answer: str, schema: dict[str, Any]) -> str | None:
         first = jsonschema.exceptions.best_match(kind(schema, registry=Registry()).iter_errors(value))
     except Unresolvable as error:
         raise UserError(f"json schema: refers to {_short(str(error))}, which is not in it; put it under $defs") from None
+    except RecursionError:
+        return "$: nests too deeply to be checked, or the schema refers to itself without end"
+    except OverflowError as error:
+        return f"$: holds a number that cannot be checked: {_short(str(error))}"
     return None if first is None else f"{first.json_path}: {_short(first.message)}"
 
 

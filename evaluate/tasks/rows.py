@@ -1,9 +1,10 @@
 """A user's own task: one file of questions, each with what its answer is held against and how."""
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import regex
 
 from ...core.checks.code import extract_program, run_tests
 from ...core.checks.numbers import canonical, extract_number
@@ -15,6 +16,8 @@ from ...core.sources import iterate_rows
 from ..config import TasksConfig
 from .base import Item, Mark, Task
 from .humaneval import told
+
+SECONDS = 20  # a user's pattern may take on one answer; a sound one takes none, one that backtracks would take years
 
 
 def _exact(target: Mapping[str, Any], answer: str) -> Mark:
@@ -29,7 +32,13 @@ def _numeric(target: Mapping[str, Any], answer: str) -> Mark:
 
 
 def _regex(target: Mapping[str, Any], answer: str) -> Mark:
-    found = re.search(target["pattern"], answer, re.MULTILINE)
+    try:
+        found = regex.search(target["pattern"], answer, regex.MULTILINE, timeout=SECONDS)
+    except TimeoutError:
+        raise UserError(
+            f"pattern {target['pattern']!r}: takes more than {SECONDS} s on an answer of {len(answer):,} characters;"
+            " write it without nested repeats"
+        ) from None
     return Mark(float(found is not None), True, found[0][:200] if found else "")
 
 
@@ -82,7 +91,7 @@ def load(source: str, config: TasksConfig) -> Task:
         if scoring not in SCORING:
             raise unknown_name("scoring", scoring, SCORING, place)
         _check(target, scoring, place, list(row))
-        name = str(target.get("id") or _unused(content_id(messages), places))
+        name = str(target["id"]) if "id" in target else _unused(content_id(messages), places)
         if name in places:
             raise UserError(f"{place}: the id {name!r} is that of {places[name]} too; give each question its own")
         places[name] = place
@@ -122,12 +131,20 @@ def _check(target: Mapping[str, Any], scoring: str, place: str, columns: list[st
     column = SCORING[scoring][1]
     if target.get(column) is None:
         raise UserError(f"{place}: scoring {scoring!r} needs a column {column}; found {', '.join(columns)}")
+    if column == "answer":
+        golds = _several(target["answer"])
+        if not golds or not all(isinstance(each, (str, int, float)) and str(each).strip() for each in golds):
+            raise UserError(f"{place}: answer is {str(target['answer'])[:60]!r}; expected a text, a number or a list of them, none empty")
+    elif column != "schema" and not (isinstance(target[column], str) and target[column].strip()):
+        raise UserError(f"{place}: {column} is {str(target[column])[:60]!r}; expected a text")
+    if not isinstance(target.get("entry_point", ""), str):
+        raise UserError(f"{place}: entry_point is {str(target['entry_point'])[:60]!r}; expected the name of a function")
     if scoring == "numeric" and any(extract_number(str(each)) is None for each in _several(target["answer"])):
         raise UserError(f"{place}: scoring 'numeric' needs a number as answer; found {str(target['answer'])[:60]!r}")
     if scoring == "regex":
         try:
-            re.compile(str(target["pattern"]))
-        except re.error as error:
+            regex.compile(target["pattern"])
+        except regex.error as error:
             raise UserError(f"{place}: pattern {target['pattern']!r} is not a regular expression: {error}") from None
     if scoring == "json-schema":
         check_schema("null", target["schema"])

@@ -222,6 +222,15 @@ def test_data_sets_come_along_or_are_fetched(cache: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"rows.jsonl:1: found the columns question; expected split, subject, question, A, B, C, D, answer"):
         task_data.fetch_data("mmlu", str(write_rows(tmp_path / "rows.jsonl", [{"question": "a"}])))
     hub = {"question": "What?", "subject": "a_subject", "choices": ["1", "2", "3", "4"], "answer": 2}
+    for wrong, message in (
+        ({"answer": 4}, "4 choices and the answer 4"),
+        ({"choices": ["1", "2", "3"]}, "3 choices"),
+        ({"answer": -1}, "answer -1"),
+    ):
+        with pytest.raises(UserError, match=rf"rows.jsonl:1: found .*{message}.*; expected four choices and their number, 0 to 3"):
+            task_data.fetch_data("mmlu", str(write_rows(tmp_path / "rows.jsonl", [{**hub, **wrong}])))
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the answer is 'E'; expected A, B, C or D"):
+        task_data.fetch_data("mmlu", str(write_rows(tmp_path / "rows.jsonl", [{**mmlu_rows()[0], "answer": "E"}])))
     assert task_data.fetch_data("mmlu", str(write_rows(tmp_path / "rows.jsonl", [hub])))[1] == 1
     assert task_data.read_data("mmlu")[0]["answer"] == "C"
     with pytest.raises(UserError, match="gsm8k comes with sftkit"):
@@ -266,6 +275,12 @@ BAD: list[tuple[list[dict[str, Any]], str]] = [
     ([{"prompt": "a", "scoring": "numeric", "answer": "b"}], r"needs a number as answer; found 'b'"),
     ([{"prompt": "a", "scoring": "regex", "pattern": "("}], r"pattern '\(' is not a regular expression"),
     ([{"prompt": "a", "scoring": "json-schema", "schema": {"type": "x"}}], r"json schema: is not valid"),
+    ([{"prompt": "a", "scoring": "regex", "pattern": 5}], r"rows.jsonl:1: pattern is '5'; expected a text"),
+    ([{"prompt": "a", "scoring": "unit-test", "tests": ["assert 1"]}], r"rows.jsonl:1: tests is .*; expected a text"),
+    ([{"prompt": "a", "scoring": "unit-test", "tests": " "}], r"rows.jsonl:1: tests is ' '; expected a text"),
+    ([{"prompt": "a", "scoring": "unit-test", "tests": "f()", "entry_point": 5}], r"entry_point is '5'; expected the name of a function"),
+    ([{"prompt": "a", "scoring": "contains", "answer": []}], r"answer is '\[\]'; expected a text, a number or a list of them, none empty"),
+    ([{"prompt": "a", "scoring": "contains", "answer": ""}], r"answer is ''; expected a text, a number or a list of them, none empty"),
     ([{"prompt": "a", "answer": "b"}], r"rows.jsonl:1: says no scoring; add a column scoring, or give .*rows.jsonl:SCORING"),
     ([{"prompt": "a", "answer": "b", "scoring": "exat"}], r"rows.jsonl:1: unknown scoring 'exat': did you mean 'exact'"),
     ([{"prompt": "a", "answer": "b", "scoring": "judge"}], r"scoring 'judge' is what `sftkit evaluate judge` does"),
@@ -280,6 +295,15 @@ BAD: list[tuple[list[dict[str, Any]], str]] = [
 def test_bad_rows_are_named(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         open_task(str(write_rows(tmp_path / "rows.jsonl", rows)), settings())
+
+
+def test_a_pattern_that_backtracks_without_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sftkit.evaluate.tasks.rows.SECONDS", 0.2)
+    row = {"id": 0, "prompt": "a", "scoring": "regex", "pattern": r"^(.*)(.*)(.*)(.*)(.*)(.*)\1\2[xyz]$"}
+    task = open_task(str(write_rows(tmp_path / "rows.jsonl", [row])), settings())
+    assert task.items[0].id == "0"
+    with pytest.raises(UserError, match=r"takes more than 0.2 s on an answer of 4,002 characters"):
+        task.score(task.items[0], "z" + "a" * 4000 + "!")
 
 
 LONG = ["a" * 100_000, "\n" * 100_000, " " * 100_000, "```\n" * 25_000, r"\boxed{" * 14_000, "#### " * 20_000, "1 1/2 " * 16_000, "(A" * 50_000, "<" * 100_000]  # fmt: skip
@@ -376,6 +400,7 @@ def test_comparisons_are_paired_and_adjusted_over_tasks() -> None:
     scored = compare_marks("t", "m", {"a": marks(0.1, 0.2, 0.3), "b": marks(0.2, 0.3, 0.4)}, [None] * 3, DRAWN)
     assert scored[0].p_value == pytest.approx(0.25)
     assert scored[0].difference == pytest.approx(0.1)
+    assert replace(compared[0], model="a-b", difference=-0.1).told().startswith("a-b − a: m −10.0 points (95 % ")
     assert adjust([]) == []
 
 

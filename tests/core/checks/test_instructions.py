@@ -143,6 +143,13 @@ def test_schemas(answer: str, reason: str | None) -> None:
     assert found == reason or (reason is not None and found is not None and found.startswith(reason))
 
 
+def test_what_cannot_be_checked_is_a_reason_and_no_crash() -> None:
+    deep = "[" * 400 + "]" * 400
+    assert "nests too deeply" in str(check_schema(deep, {"items": {"$ref": "#"}}))
+    assert "refers to itself without end" in str(check_schema("1", {"$ref": "#"}))
+    assert "cannot be checked: int too large" in str(check_schema("1" + "0" * 400, {"multipleOf": 0.5}))
+
+
 def test_bad_schemas_are_named() -> None:
     with pytest.raises(UserError, match=r"json schema: is not valid at \$\.type: 'nothing' is not valid"):
         check_schema("1", {"type": "nothing"})
