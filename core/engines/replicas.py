@@ -29,6 +29,7 @@ AHEAD = 64  # requests that a process is sent beyond those its engine has taken
 PARTS = 16  # into which the requests are split that one of them must have killed an engine
 DEATHS_IN_A_ROW = 8  # without any answer in between: then it is not a request that kills the engine
 STARTS_IN_A_ROW = 3
+SECONDS_TO_START = 3600.0  # a large model from a slow disk takes half an hour; without an end one that hangs would be waited for for ever
 SECONDS_TO_END = 30.0
 SECONDS_TO_DUMP = 5.0
 
@@ -55,7 +56,7 @@ class Process:
         self._outbox.put(opening)
 
     def _send(self) -> None:
-        with contextlib.suppress(OSError):  # it has ended: whoever reads from it learns that, too
+        with contextlib.suppress(OSError, TypeError):  # it has ended (TypeError: just now): whoever reads from it learns that, too
             while True:
                 self.connection.send(self._outbox.get())
 
@@ -148,10 +149,10 @@ class Place:
 class Replicas:
     """Several processes with the same model. See `core.engines.base.Engine`.
 
-    A process that dies, or gives no token for `stall_seconds`, is started anew, and the others go on meanwhile. What it was
-    answering is asked again. Requests that were under way at two deaths are then asked apart from the others, in ever smaller
-    parts, until the one is found at which the engine dies: that one comes back with its error. Raises EngineDied when an engine
-    dies again and again without answering anything.
+    A process that dies, gives no token for `stall_seconds`, or does not start within an hour is started anew, and the others go
+    on meanwhile. What it was answering is asked again. Requests that were under way at two deaths are then asked apart from the
+    others, in ever smaller parts, until the one is found at which the engine dies: that one comes back with its error. Raises
+    EngineDied when an engine dies again and again without answering anything.
     """
 
     def __init__(self, module: str, model: str, config: EngineConfig, *, revision: str | None, chat: Chat | None) -> None:
@@ -283,9 +284,12 @@ class Replicas:
             except (EOFError, OSError):
                 events += self._bury(slot, process)
         for slot, each in enumerate(self._processes):
-            if each and each.in_flight and each.ready and now - each.moved > self._stall_seconds:
-                log.warning("%s: an engine gave no token for %g s; where it stood follows", self._model, self._stall_seconds)
-                each.ending = f"gave no token for {self._stall_seconds:g} s"
+            if each is None or not (each.in_flight or each.ready is None):
+                continue
+            limit = SECONDS_TO_START if each.ready is None else self._stall_seconds
+            if now - each.moved > limit:
+                each.ending = f"gave no {'sign' if each.ready is None else 'token'} for {limit:g} s"
+                log.warning("%s: an engine %s; where it stood follows", self._model, each.ending)
                 each.dump_and_kill()
                 events += self._bury(slot, each)
         return events

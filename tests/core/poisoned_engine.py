@@ -64,4 +64,6 @@ def open(model: str, config: EngineConfig, *, revision: str | None = None) -> Po
     poison = Path(os.environ["SFTKIT_TEST_POISON"])
     if poison.read_text() == "no start":
         os.kill(os.getpid(), signal.SIGSEGV)
+    if poison.read_text() == "never starts":
+        threading.Event().wait()
     return Poisoned(poison)

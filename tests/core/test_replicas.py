@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from sftkit.core.engines import replicas
 from sftkit.core.engines.base import Completion, EngineConfig, EngineDied, Request, Sampling, ScoreRequest
 from sftkit.core.engines.registry import open_engine
 from sftkit.core.engines.replicas import Replicas
@@ -134,12 +135,12 @@ def test_the_request_at_which_an_engine_dies_is_found_and_fails_alone(
 
 
 def test_an_engine_that_hangs_is_dumped_and_started_again(poison: Path, poisoned: Open, capfd: pytest.CaptureFixture[str]) -> None:
-    engine = poisoned(stall_seconds=2)
+    engine = poisoned(stall_seconds=5)
     poison.write_text("hang 303")
     found = by_key(engine.generate(requests(4)))
     failed = {key: each.error for key, each in found.items() if each.error}
     assert list(failed) == ["3"]
-    assert "gave no token for 2 s" in str(failed["3"])
+    assert "gave no token for 5 s" in str(failed["3"])
     said = capfd.readouterr().err
     assert "Fatal Python error: Aborted" in said  # where every thread stood
     assert "poisoned_engine.py" in said
@@ -165,6 +166,14 @@ def test_an_engine_that_cannot_start_is_said_at_once(poison: Path, poisoned: Ope
         poisoned()
     with pytest.raises(UserError, match=r"device cuda: this machine has no usable GPU"):
         open_engine(str(tiny_model), config(device="cuda"))  # said by the process, raised here
+    assert_no_process_left()
+
+
+def test_an_engine_that_hangs_while_it_starts_is_not_waited_for(poison: Path, poisoned: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "SECONDS_TO_START", 1.0)
+    poison.write_text("never starts")
+    with pytest.raises(EngineDied, match=r"^model: its engine gave no sign for 1 s while it started$"):
+        poisoned()
     assert_no_process_left()
 
 
@@ -202,7 +211,7 @@ def test_left_early_it_forgets_what_it_was_asked(poisoned: Open) -> None:
     assert by_key(engine.generate([*wanted])).keys() == {"0", "1", "2"}
 
 
-@pytest.mark.parametrize("replicas", ["0", "many", -1])
-def test_how_many_there_can_be(tiny_model: Path, replicas: object) -> None:
+@pytest.mark.parametrize("count", ["0", "many", -1])
+def test_how_many_there_can_be(tiny_model: Path, count: object) -> None:
     with pytest.raises(UserError, match="replicas: expected a whole number from 1, or auto"):
-        open_engine(str(tiny_model), config(replicas=replicas))
+        open_engine(str(tiny_model), config(replicas=count))
