@@ -10,7 +10,7 @@ ASKING = "\n\nAnswer with the letter of the right choice alone."
 SHOTS = 5  # as many as the data has for each subject
 # the letter where an answer names it: "answer is (B)", "B.", "**B**", "(b) because"
 SAID = re.compile(
-    r"\banswer\b\W{0,4}(?:is|:)?\W{0,6}\(?([A-Da-d])\b(?!')"
+    r"\banswer\b\W{0,4}(?:is|:)?\W{0,6}\(?([A-D]\b(?!')|[a-d](?=\W*$|[).:,;*]))"  # "the answer is a matter" names none
     r"|^\W{0,4}\(?([A-D])\b(?![' ][a-z])|\(([A-D])\)|^\W{0,4}([A-D])$",
     re.MULTILINE,
 )

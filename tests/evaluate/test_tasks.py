@@ -261,7 +261,7 @@ def test_gsm8k_is_marked_in_three_ways() -> None:
 
 @pytest.mark.parametrize(
     ("answer", "letter"),
-    [("B", "B"), (" (C)", "C"), ("The answer is D.", "D"), ("The correct answer is: (a) because", "A"), ("B. 2", "B"), ("A man walks", ""), ("none", ""), ("**B**", "B")],
+    [("B", "B"), (" (C)", "C"), ("The answer is D.", "D"), ("The correct answer is: (a) because", "A"), ("B. 2", "B"), ("The answer is a matter of taste. (C)", "C"), ("answer: b", "B"), ("The answer is c.", "C"), ("A man walks", ""), ("none", ""), ("**B**", "B")],
 )  # fmt: skip
 def test_the_letter_of_a_written_choice(cache: Path, tmp_path: Path, answer: str, letter: str) -> None:
     task_data.fetch_data("mmlu", str(write_rows(tmp_path / "rows.jsonl", mmlu_rows())))
