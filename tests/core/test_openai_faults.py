@@ -48,7 +48,8 @@ def assert_right(found: dict[str, Completion]) -> None:
 
 
 def test_every_prompt_is_accounted_for_in_a_storm(proxied: Proxied, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_engine, "LONGEST_ANSWER", 1.5)
+    monkeypatch.setattr(openai_engine, "LONGEST_ANSWER", 4.0)
+    monkeypatch.setattr(openai_engine, "ATTEMPTS", 40)  # with ten, one of 150 fails by chance every hundredth time
     proxy = proxied(storm(0.4, seed=1))
     assert_right(answers([proxy], 150))
     assert set(proxy.done) == {*FAULTS, "passed"}
@@ -76,7 +77,7 @@ def test_a_request_that_is_always_put_off_fails_in_the_end(server: Server, monke
 
 
 def test_a_dripping_answer_is_not_waited_for(proxied: Proxied, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_engine, "LONGEST_ANSWER", 1.5)
+    monkeypatch.setattr(openai_engine, "LONGEST_ANSWER", 4.0)
     drips = chain(["drip"] * 4, repeat(None))
     assert_right(answers([proxied(lambda: next(drips))], 20))
 
@@ -117,7 +118,7 @@ def test_several_servers_share_the_work_by_load(server: Server, proxied: Proxied
     held = threading.Event()
 
     def wait() -> None:
-        held.wait(20)
+        held.wait(120)
 
     slow.fault = wait  # its four slots are taken, and no more is sent to it
     engine = open_engine("m", EngineConfig(base_url=f"{slow.url},{quick.url}", concurrency=4))
