@@ -161,6 +161,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def _stop(self, number: int, _frame: Any) -> None:
         if self.stopped:  # asked a second time
+            if torch.distributed.is_initialized():
+                return  # by torchrun, which asks twice and kills after 30 s: the checkpoint is being written
             raise KeyboardInterrupt
         log.info("stopping after this step, with a checkpoint; once more stops at once")
         self.stopped = True
