@@ -128,7 +128,7 @@ def test_whatever_ends_it_the_same_command_goes_on(distillation: Distillation) -
     assert "Traceback" not in said
     assert "leaked" not in said.rpartition("starting vLLM")[2]  # the one before was killed, and could not clear away
     after_interrupt = distillation.stored()
-    assert after_death.items() < after_interrupt.items()
+    assert after_death.items() <= after_interrupt.items()
     assert len(after_interrupt) < PROMPTS * K
 
     process = distillation.start()
