@@ -108,10 +108,8 @@ def shared_data() -> Path:
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[int, str, str]]]:
-    """Run the command line in this process; return exit code, stdout, stderr. Afterwards the log is as it was."""
-    logger = logging.getLogger("sftkit")
-    before = logger.handlers, logger.level, logger.propagate
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process; return exit code, stdout, stderr."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sftkit", *map(str, arguments)])
@@ -123,5 +121,15 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         said = capsys.readouterr()
         return code, said.out, said.err
 
-    yield call
-    logger.handlers, logger.level, logger.propagate = before
+    return call
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was() -> Iterator[None]:
+    """Give the log back as it was before the test: a command sets its level, and a later test would hear more than it asked for."""
+    logger = logging.getLogger("sftkit")
+    before = logger.handlers, logger.propagate
+    logger.setLevel(logging.NOTSET)
+    yield
+    logger.handlers, logger.propagate = before
+    logger.setLevel(logging.NOTSET)
