@@ -13,12 +13,12 @@ import polars as pl
 from ..core.engines.base import ChoiceRequest, Engine, Request, Sampling, ScoreRequest, choice_logprobs
 from ..core.engines.registry import choose
 from ..core.errors import UserError
-from ..core.example import Message, Sample
+from ..core.example import Message
 from ..core.named_models import NamedModel
 from ..core.progress import Progress
 from ..core.store import SampleStore, decisive_settings, sample_key, sample_seed
 from ..core.values import ValueStore, value_key
-from .compare import Answer
+from .compare import Answer, answer_into
 from .config import TasksConfig
 from .tasks.base import Item, Task, cut
 
@@ -213,29 +213,9 @@ def _generate(
         for key, each in list(missing.items()):
             yield Request(key=key, prompt_ids=each.ids, messages=list(each.messages), sampling=sampling, seed=sample_seed(key))
 
-    with Progress(f"{label}: ask {asked.name}", total=len(missing), unit="answers") as progress:
-
-        def durable(samples: int, tokens: int) -> None:
-            progress.advance(samples, tokens=tokens)
-
-        with store.writer(durable) as writer:
-            for completion in engine().generate(requests()):
-                each = missing[completion.key]
-                if completion.finish_reason == "error":
-                    writer.put_failure(completion.key, each.item.id, each.index, completion.error or "the engine gave no reason")
-                    continue
-                sample = Sample(
-                    example_id=each.item.id,
-                    index=each.index,
-                    text=completion.text,
-                    finish_reason=completion.finish_reason,
-                    num_tokens=completion.num_tokens,
-                    logprob=completion.logprob,
-                    model=model.reference,
-                    sampling_key=sampling_key,
-                )
-                writer.put(completion.key, sample)
-    return progress.done
+    places = {key: (each.item.id, each.index) for key, each in missing.items()}
+    told = f"{label}: ask {asked.name}"
+    return answer_into(store, engine(), requests(), places, label=told, model=model.reference, sampling_key=sampling_key)
 
 
 def _cut(answer: Answer, stops: tuple[str, ...]) -> Answer:

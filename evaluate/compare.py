@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 
 from ..core.config import to_mapping
-from ..core.engines.base import Request, Sampling
+from ..core.engines.base import Engine, Request, Sampling
 from ..core.errors import UserError
 from ..core.example import Example, Message, Sample, content_id
 from ..core.files import write_atomically
@@ -243,30 +243,44 @@ def _generate(model: NamedModel, wanted: Sequence[_Wanted], store: SampleStore, 
         Request(key=key, prompt_ids=each.ids, messages=each.question.messages, sampling=sampling, seed=sample_seed(key))
         for key, each in missing.items()
     ]
-    with model.running() as engine, Progress(f"ask {model.name}", total=len(missing), unit="answers") as progress:
+    places = {key: (each.question.id, 0) for key, each in missing.items()}
+    with model.running() as engine:
+        return answer_into(store, engine, requests, places, label=f"ask {model.name}", model=model.reference, sampling_key=sampling_key)
+
+
+def answer_into(
+    store: SampleStore,
+    engine: Engine,
+    requests: Iterable[Request],
+    places: Mapping[str, tuple[str, int]],  # by the request's key: whose answer it is, and which
+    *,
+    label: str,
+    model: str,
+    sampling_key: str,
+) -> int:
+    """Put the engine's answers to the requests, and why it failed at some, into the store; return how many came."""
+    with Progress(label, total=len(places), unit="answers") as progress:
 
         def durable(samples: int, tokens: int) -> None:
             progress.advance(samples, tokens=tokens)
 
         with store.writer(durable) as writer:
             for completion in engine.generate(requests):
-                question = missing.pop(completion.key).question
+                example_id, index = places[completion.key]
                 if completion.finish_reason == "error":
-                    writer.put_failure(completion.key, question.id, 0, completion.error or "the engine gave no reason")
+                    writer.put_failure(completion.key, example_id, index, completion.error or "the engine gave no reason")
                     continue
-                writer.put(
-                    completion.key,
-                    Sample(
-                        example_id=question.id,
-                        index=0,
-                        text=completion.text,
-                        finish_reason=completion.finish_reason,
-                        num_tokens=completion.num_tokens,
-                        logprob=completion.logprob,
-                        model=model.reference,
-                        sampling_key=sampling_key,
-                    ),
+                sample = Sample(
+                    example_id=example_id,
+                    index=index,
+                    text=completion.text,
+                    finish_reason=completion.finish_reason,
+                    num_tokens=completion.num_tokens,
+                    logprob=completion.logprob,
+                    model=model,
+                    sampling_key=sampling_key,
                 )
+                writer.put(completion.key, sample)
     return progress.done
 
 
