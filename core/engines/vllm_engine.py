@@ -25,6 +25,12 @@ CPU_CACHE_BYTES = 2 << 30
 SECONDS_TO_END = 30.0
 SHARE_OF_WEIGHTS = 0.85  # of the free memory: the rest is for the cache and the step's own tensors
 GIB_TO_SPARE = 0.5  # a context of CUDA, and what the driver rounds up
+# Tokens of a step for which a graph is kept. vLLM's own sizes end at 512, and a larger step is launched kernel by kernel, though it
+# takes a thousand sequences at once and their prompts besides; sizes a fifth apart are fewer in all and start as fast.
+GRAPH_SIZES = (
+    *(1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512),
+    *(640, 768, 896, 1024, 1152, 1280, 1536, 1792, 2048),
+)
 
 T = TypeVar("T", Request, ScoreRequest)
 
@@ -303,6 +309,13 @@ def _arguments(ref: ModelRef, config: EngineConfig) -> dict[str, Any]:
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
+    scheduler = "GatheringScheduler"
+    if not current_platform.is_cpu():
+        scheduler = "GatheringAsyncScheduler"
+        arguments["async_scheduling"] = True
+        if not config.enforce_eager:
+            arguments["compilation_config"] = {"cudagraph_capture_sizes": list(GRAPH_SIZES)}  # those beyond a step's tokens are left out
+    arguments["scheduler_cls"] = f"{__package__}.vllm_scheduler.{scheduler}"
     if current_platform.is_cpu():
         arguments["gpu_memory_utilization"] = min(config.gpu_memory_utilization, CPU_SHARE)
         arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES  # VLLM_CPU_KVCACHE_SPACE wins over it
