@@ -24,6 +24,8 @@ from .tasks.base import Item, Task, cut
 
 log = logging.getLogger(__name__)
 
+TOGETHER = 256  # items whose texts are cut into tokens at once, on all cores
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -92,9 +94,9 @@ def loaded_when_needed(model: NamedModel) -> Iterator[Callable[[], Engine]]:
 
 def ask(asked: Asked, task: Task, store: SampleStore, config: TasksConfig, engine: Callable[[], Engine]) -> tuple[list[list[Answer]], int]:
     """Return each item's answers, and how many were generated now. A completion is cut where it goes on to something else."""
-    sampling = _sampling(task, config)
-    wanted = [_prepare(asked, item, index, sampling, config) for item in task.items for index in range(config.samples)]
-    generated = _generate(asked, wanted, sampling, store, task.name, engine)
+    sampling, identity = _sampling(task, config), _identity(asked.model)
+    wanted = [_prepare(asked, item, index, sampling, identity) for item in task.items for index in range(config.samples)]
+    generated = _generate(asked, wanted, sampling, identity, store, task.name, engine)
     keys = [each.key for each in wanted]
     stored = {row["key"]: row for row in store.frame().filter(pl.col("key").is_in(keys)).iter_rows(named=True)}
     failed = dict(store.failures().select("key", "error").iter_rows())
@@ -115,7 +117,7 @@ def choose_likeliest(asked: Asked, task: Task, store: ValueStore, engine: Callab
 
     The question is given as a text to go on from, for every model. Servers tell no probabilities: see `ways`.
     """
-    wanted = [_choices(asked.model, item) for item in task.items]
+    wanted = _choices(asked.model, task.items)
     errors: dict[str, str] = {}
     asks = {request.key: request for each in wanted for request in each.requests if request.key not in store}
     if asks:
@@ -149,12 +151,22 @@ class _Choices:
     error: str | None = None
 
 
-def _choices(model: NamedModel, item: Item) -> _Choices:
+def _choices(model: NamedModel, items: Sequence[Item]) -> list[_Choices]:
+    """Return what to ask for each item. Long prompts cost a millisecond for each text, so that many are cut into tokens at once."""
     assert model.chat is not None
     tokenizer, identity = model.chat.tokenizer, _identity(model)
-    before = tuple(tokenizer(item.completion)["input_ids"])
-    continued = [tuple(tokenizer(item.completion + choice)["input_ids"]) for choice in item.choices]
-    if model.context is not None and max(map(len, continued)) > model.context:
+    found = []
+    for first in range(0, len(items), TOGETHER):
+        part = items[first : first + TOGETHER]
+        ids = iter(tokenizer([item.completion + choice for item in part for choice in ("", *item.choices)])["input_ids"])
+        for item in part:
+            before, *continued = [tuple(next(ids)) for _ in ("", *item.choices)]
+            found.append(_requests(before, continued, identity, model.context))
+    return found
+
+
+def _requests(before: tuple[int, ...], continued: Sequence[tuple[int, ...]], identity: str, context: int | None) -> _Choices:
+    if context is not None and max(map(len, continued)) > context:
         return _Choices(error="too_long")
     if all(each[:-1] == before for each in continued):
         tokens = tuple(each[-1] for each in continued)
@@ -175,7 +187,7 @@ def _sampling(task: Task, config: TasksConfig) -> Sampling:
     return Sampling(temperature=config.temperature, top_p=config.top_p, max_new_tokens=longest, seed=config.seed)
 
 
-def _prepare(asked: Asked, item: Item, index: int, sampling: Sampling, config: TasksConfig) -> _Wanted:
+def _prepare(asked: Asked, item: Item, index: int, sampling: Sampling, identity: str) -> _Wanted:
     model = asked.model
     ids: tuple[int, ...] = ()
     if model.chat is not None:
@@ -186,7 +198,7 @@ def _prepare(asked: Asked, item: Item, index: int, sampling: Sampling, config: T
             return _Wanted(item, index, error="refused_by_template")
         if model.context is not None and len(ids) + sampling.max_new_tokens > model.context:
             return _Wanted(item, index, error="too_long")
-    key = sample_key(prompt=ids or item.messages, model_identity=_identity(model), sampling=sampling, index=index)
+    key = sample_key(prompt=ids or item.messages, model_identity=identity, sampling=sampling, index=index)
     return _Wanted(item, index, key, ids, tuple(item.messages))
 
 
@@ -199,14 +211,20 @@ def _identity(model: NamedModel) -> str:
 
 
 def _generate(
-    asked: Asked, wanted: Sequence[_Wanted], sampling: Sampling, store: SampleStore, label: str, engine: Callable[[], Engine]
+    asked: Asked,
+    wanted: Sequence[_Wanted],
+    sampling: Sampling,
+    identity: str,
+    store: SampleStore,
+    label: str,
+    engine: Callable[[], Engine],
 ) -> int:
     model = asked.model
     stored = store.keys()
     missing = {each.key: each for each in wanted if not each.error and each.key not in stored}
     if not missing:
         return 0
-    settings: dict[str, Any] = {**decisive_settings(_identity(model), sampling)}
+    settings: dict[str, Any] = {**decisive_settings(identity, sampling)}
     sampling_key = store.remember(model.reference, settings)
 
     def requests() -> Iterator[Request]:
