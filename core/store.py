@@ -88,7 +88,9 @@ def sample_key(*, prompt: Sequence[int] | Sequence[Message], model_identity: str
 
 def decisive_settings(model_identity: str, sampling: Sampling) -> dict[str, Any]:
     """Return what the key of a sample holds beside its prompt and its index."""
-    schema = {} if sampling.json_schema is None else {"json_schema": sampling.json_schema}  # keys from before there were any stay valid
+    # what is not used is not in the key: keys from before there was any stay valid
+    schema = {} if sampling.json_schema is None else {"json_schema": sampling.json_schema}
+    stop = {"stop": list(sampling.stop)} if sampling.stop else {}
     return {
         "model": model_identity,
         "temperature": float(sampling.temperature),
@@ -96,6 +98,7 @@ def decisive_settings(model_identity: str, sampling: Sampling) -> dict[str, Any]
         "max_new_tokens": sampling.max_new_tokens,
         "seed": sampling.seed,
         **schema,
+        **stop,
     }
 
 

@@ -54,6 +54,7 @@ class Sampling:
     max_new_tokens: int = setting(512, "Longest answer, in tokens; a longer one is cut and never eligible.")
     seed: int = setting(0, "Each sample has its own stream of random numbers, drawn from this, its prompt and its index.")
     json_schema: str | None = setting(None, "JSON schema that every answer follows, a file or its text; not with the transformers engine.")
+    stop: tuple[str, ...] = setting((), "Texts before which an answer ends; a token of theirs counts, and they are not in its text.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

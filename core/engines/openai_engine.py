@@ -42,7 +42,7 @@ DISPENSABLE = {  # what is left out from the first refusal on, and what is lost 
     "seed": "an answer cannot be made a second time",
     "n": "nothing is lost",
 }
-DECISIVE = ("temperature", "top_p", "response_format")
+DECISIVE = ("temperature", "top_p", "response_format", "stop")
 REFUSAL = re.compile(
     r"unsupported|not (?:be )?(?:supported|allowed|permitted|available|enabled|compatible)|do(?:es)?(?: not|n't) support"
     r"|unrecogni[sz]ed|unknown|unexpected|extra (?:input|field)|disabled|invalid parameter|cannot be (?:used|set)"
@@ -178,6 +178,8 @@ class OpenAIEngine:
         if sampling.json_schema is not None:
             schema = {"name": "answer", "schema": json.loads(sampling.json_schema), "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        if sampling.stop:
+            body["stop"] = list(sampling.stop)
         return {name: value for name, value in body.items() if name not in self._refused}
 
     def _adapts(self, server: Server, body: dict[str, Any], response: httpx.Response) -> bool:

@@ -18,6 +18,7 @@ from ..hardware import half_precision, pick_device
 from ..head import Scorer
 from ..models import context_length, load_model, model_identity, resolve_model
 from .base import ChoiceRequest, Completion, EngineConfig, Request, ScoreRequest, TokenLogprobs
+from .stops import StopTexts
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +39,13 @@ class _Row:
     logprob: float = 0.0  # sum over its tokens
     done: bool = False
 
-    def finish(self, chat: Chat, reason: str) -> Completion:
-        """Return the completion; a stop token is counted and not part of the text."""
+    def finish(self, chat: Chat, reason: str, before: str | None) -> Completion:
+        """Return the completion; a stop token is counted and not part of the text. `before` is the text before a stop text."""
         text_ids = self.ids[:-1] if reason == "stop" else self.ids
         return Completion(
             key=self.request.key,
-            text=chat.decode(text_ids),
-            finish_reason="stop" if reason == "stop" else "length",
+            text=chat.decode(text_ids) if before is None else before,
+            finish_reason="length" if reason == "length" and before is None else "stop",
             num_tokens=len(self.ids),
             logprob=self.logprob / len(self.ids),
             token_ids=tuple(self.ids),
@@ -65,6 +66,7 @@ class TransformersEngine:
         self._cache_argument = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
         self.steps = 0
         self._stop = torch.tensor(chat.stop_ids, device=model.device)
+        self._stop_texts = StopTexts(chat.decode)
         self._runner = BatchRunner(batch_tokens, model.device.type)
         self._scorer: Any = Scorer(model)
 
@@ -145,12 +147,14 @@ class TransformersEngine:
                     continue
                 row.ids.append(token)
                 row.logprob += logprob
-                row.done = stop or step == row.request.sampling.max_new_tokens or not np.isfinite(logprob)
+                texts = row.request.sampling.stop
+                before = self._stop_texts.ended(row.ids, texts) if texts and not stop else None
+                row.done = stop or before is not None or step == row.request.sampling.max_new_tokens or not np.isfinite(logprob)
                 if not np.isfinite(logprob):
                     error = f"the model gave no finite probability at token {step}"
                     yield Completion(key=row.request.key, finish_reason="error", error=error)
                 elif row.done:
-                    yield row.finish(self._chat, "stop" if stop else "length")
+                    yield row.finish(self._chat, "stop" if stop else "length", before)
             left = [line for line, row in enumerate(rows) if not row.done]
             ids = tokens[:, None]
             positions = positions[:, -1:] + 1

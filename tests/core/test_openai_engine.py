@@ -57,6 +57,11 @@ def test_an_answer_and_what_was_asked(server: Server, monkeypatch: pytest.Monkey
     assert threads() == []
 
 
+def test_stop_texts_are_the_servers_to_obey(server: Server) -> None:
+    next(iter(engine(server).generate([request("hi", stop=("\nQuestion:", "x"))])))
+    assert server.asked[-1]["stop"] == ["\nQuestion:", "x"]
+
+
 def test_no_key_no_header(server: Server) -> None:
     answers(engine(server), ["hi"])
     assert "authorization" not in {name.lower() for name in server.headers[0]}

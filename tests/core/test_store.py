@@ -49,6 +49,8 @@ def test_the_keys_stay_what_they_are() -> None:
     said = sample_key(prompt=messages, model_identity="openai:m", sampling=sampling, index=0)
     assert said == "4cc38b334c392daa48328ff53956d8111256a0615b45e87b7401e4f66e36b4dd"
     assert sampling_key(decisive_settings("sha256:abc", sampling)) == "62596143940cc95b"
+    stopped = sample_key(prompt=[1, 2, 70_000], model_identity="sha256:abc", sampling=replace(sampling, stop=("\nQuestion:",)), index=3)
+    assert stopped == "f130acd463466fb8be284f2f669306172b9851bcc80c467f9ef755862195d5b2"
     assert sample_seed(ids) == int(ids[:16], 16) // 2 < 2**63
 
 
@@ -60,7 +62,7 @@ def test_everything_that_decides_a_sample_changes_its_key_and_nothing_else_does(
         {"prompt": [{"role": "user", "content": "hi!"}]},
         {"model_identity": "n"},
         {"index": 1},
-        *({"sampling": Sampling(**{"temperature": 1.0} | change)} for change in ({"temperature": 0.9}, {"top_p": 1.0}, {"max_new_tokens": 9}, {"seed": 1})),
+        *({"sampling": Sampling(**{"temperature": 1.0} | change)} for change in ({"temperature": 0.9}, {"top_p": 1.0}, {"max_new_tokens": 9}, {"seed": 1}, {"stop": ("x",)}, {"stop": ("x", "y")})),
     ]  # fmt: skip
     keys = [sample_key(**base), *(sample_key(**{**base, **change}) for change in changes)]
     assert len(set(keys)) == len(keys)

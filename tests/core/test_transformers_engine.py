@@ -1,6 +1,7 @@
 """The embedded engine: each row as if it were alone, streamed as it finishes, faults as data."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from sftkit.core.engines.base import Completion, EngineConfig, Request, Sampling, ScoreRequest
 from sftkit.core.engines.registry import choose, open_engine
+from sftkit.core.engines.stops import StopTexts
 from sftkit.core.engines.transformers_engine import TransformersEngine, sample
 from sftkit.core.errors import UserError
 
@@ -123,6 +125,43 @@ def test_stop_tokens_are_counted_and_not_in_the_text(engine: TransformersEngine)
         else:
             assert found.num_tokens == 200
     assert reasons["stop"] > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_ends_before_the_first_of_its_stop_texts_and_is_otherwise_the_same(
+    engine: TransformersEngine, temperature: float
+) -> None:
+    assert engine.chat
+    plain = Sampling(temperature=temperature, top_p=1.0, max_new_tokens=60)
+    whole = answers(engine, requests(engine, plain, copies=2))
+    texts = sorted(each.text for each in whole.values())
+    stops = (texts[0][10:13], texts[-1][20:22], "never in any of these")
+    cut = answers(engine, requests(engine, replace(plain, stop=stops), copies=2))
+    ended = 0
+    for key, each in cut.items():
+        before = whole[key]
+        places = [before.text.find(stop) for stop in stops if stop in before.text]
+        if not places:
+            assert each == before
+            continue
+        ended += 1
+        assert (each.text, each.finish_reason) == (before.text[: min(places)], "stop")
+        assert before.token_ids[: each.num_tokens] == each.token_ids  # not a token more than completes the stop
+        assert not any(stop in engine.chat.decode(each.token_ids[:-1]) for stop in stops)
+    assert ended >= 2
+
+
+def test_a_stop_text_over_several_tokens_and_in_parts_of_characters_is_found() -> None:
+    pieces = {1: "a\n", 2: "\nQuest", 3: "ion", 4: ":", 5: " x", 6: "\ufffd", 7: "\ufffd"}
+
+    def decode(ids: Sequence[int]) -> str:
+        return "".join(pieces[each] for each in ids).replace("\ufffd\ufffd", "é")
+
+    stops = StopTexts(decode)
+    assert [stops.ended(ids, ("\nQuestion:",)) for ids in ([1], [1, 2], [1, 2, 3])] == [None, None, None]
+    assert stops.ended([1, 2, 3, 4], ("\nQuestion:",)) == "a\n"
+    assert stops.ended([4, 5], ("\nQuestion:",)) is None
+    assert (stops.ended([5, 6], ("xé",)), stops.ended([5, 6, 7], ("xé",))) == (None, " ")
 
 
 def test_rows_are_given_as_they_finish(engine: TransformersEngine) -> None:
