@@ -1,7 +1,7 @@
 """Where a step of vLLM goes: one engine after another, on each several ways to sample, and the clocks of its processes.
 
     python benchmarks/distill_study.py TOKENIZER [--shape 1.5b] [--engines vllm,gathering,graphs,sftkit] [--requests 2048]
-        [--new-tokens 128] [--seconds 400] [--out study.jsonl] [--texts study/]
+        [--new-tokens 128] [--seconds 240] [--out study.jsonl] [--texts study/]
 
 TOKENIZER is a folder with a tokenizer and a chat template (SmolLM2's, Qwen's), of which the teacher takes no more than that: it has a real
 shape and random weights, and every answer has --new-tokens. The engines:
@@ -13,11 +13,13 @@ shape and random weights, and every answer has --new-tokens. The engines:
     sync        vLLM at its defaults, but not a step ahead of the card
     v1          vLLM at its defaults, with its older model runner
 
-The ways to sample, each on the same requests: plain (temperature 0.8, top-p 0.95), logprobs (with that of the sampled token), seeds (each
-request its own), both (what sftkit asks), no-top-p, greedy. During `plain` and `both` the engine's process is looked into: milliseconds of a
-step in all, of its main thread, of scheduling, of taking the results in, of packing; then cProfile and the card's kernels, as text
-files in --texts. In this process: milliseconds a step of unpacking and of taking the outputs in. Runs on a CPU with --shape tiny --requests 40.
-About 60 to 100 s for an engine (the first compiles), 6 measurements of 5 to 10 s each. No engine is begun after --seconds.
+The ways to sample, each on the same requests: plain (temperature 0.8, top-p 0.95), logprobs (with that of the sampled token), seeds
+(each request its own), both (what sftkit asks), no-top-p, greedy. With `plain` and `both` the engine's process is looked into: milliseconds
+of a step in all, of its main thread, of scheduling, of taking results in, of packing; then cProfile and the card's kernels, as text
+files in --texts. In this process: milliseconds a message of unpacking and of taking the outputs in.
+
+An engine starts in 60 to 100 s (the first compiles) and is measured eight times, 5 to 10 s each; none is begun after --seconds.
+To see on a CPU that it runs, in three minutes: --shape tiny --requests 24 --engines sftkit --ways both --new-tokens 60
 """
 
 import argparse
@@ -124,7 +126,7 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--requests", type=int, default=2048)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--seconds", type=float, default=400.0)
+    parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--out", default="study.jsonl")
     parser.add_argument("--texts", default="study")
     given = parser.parse_args()

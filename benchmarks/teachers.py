@@ -63,9 +63,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # as their makers publish them
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 SPREAD = 0.1  # of the embeddings, and so of the logits: at 0.02 every token would be as likely as the next, and top-p would cut nothing
-WORDS = (
-    "a train leaves the station with sixty apples and travels north for several hours while her brother counts boxes of red paint".split()
-)
+TALE = "a train leaves the station with sixty apples and travels north for several hours while her brother counts boxes of red paint"
 
 
 def random_teacher(shape: str, tokenizer: Path, folder: Path) -> str:
@@ -105,6 +103,6 @@ def write_questions(path: Path, count: int) -> Path:
     chance = random.Random(0)
     with open(path, "w", encoding="utf-8") as file:
         for number in range(count):
-            words = " ".join(chance.choices(WORDS, k=chance.randint(20, 120)))
+            words = " ".join(chance.choices(TALE.split(), k=chance.randint(20, 120)))
             file.write(json.dumps({"prompt": f"Question {number}: {words}. How many are left?"}) + "\n")
     return path
