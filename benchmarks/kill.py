@@ -1,13 +1,18 @@
-"""`kill -9` at 20 random moments of a distillation, of its process or of the engine's: what is lost, changed, made twice, made anew.
+"""`kill -9` at 20 random moments of distillations, of the process or of its engine's: what is lost, changed, made twice, made anew.
 
-    python benchmarks/kill.py MODEL [--prompts 2000] [-k 4] [--kills 20] [--replicas 2]
+    python benchmarks/kill.py MODEL [--prompts 2000] [-k 4] [--kills 20] [--replicas 2]                    a tiny model, on a CPU
+    python benchmarks/kill.py TOKENIZER --shape 135m --engine vllm --lanes 5 [--seconds 420] [--out FILE]        on a GPU
 
-The model is any that the transformers engine runs; a tiny one will do. After each kill SQLite checks every page, and what was
-committed before must stand there unchanged. Of the work that is lost the bound is told: the time from the last commit to the kill.
-With `--replicas` every second kill is of an engine's process, after which the run has to go on by itself. In the end the rows are
-compared with those of a run in one piece: the same keys in the same order. Each sample has its own random numbers, but what shares
-its batch changes the last bits of its logits, and a draw that falls on the edge between two tokens then takes the other one: how many
-texts differ is told, and more than a hundredth is an error.
+Several runs (`--lanes`) go on beside each other, each with its own folder, and one more that nobody disturbs. When all of them have
+answers that are new since the last kill, each is killed within the next two seconds: in turns the command itself, the process that
+holds its engine, and vLLM's own engine process below that. After the first the command is given again; after the others the run has to go
+on by itself. Each time SQLite checks every page, and what was committed before must stand there unchanged. Of the work that is lost the
+bound is told: the time from the last commit to the kill. In the end the rows are compared with those of the undisturbed run: the
+same keys in the same order. Each sample has its own random numbers, but what shares its batch changes the last bits of its logits, and a
+draw that falls on the edge between two tokens then takes the other one: how many texts differ is told, and with 32-bit numbers
+more than a hundredth is an error. With --shape the model has random weights and the folder's tokenizer.
+
+vLLM starts in about 25 s without graphs, five at once in a little more: 20 kills take four rounds of 40 s, and what is left a minute.
 """
 
 import argparse
@@ -20,111 +25,201 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 Row = tuple[object, ...]
+WINDOW = 2.0  # seconds within which the runs of a round are killed
+ENGINES: dict[str, dict[str, Any]] = {
+    "transformers": {"device": "cpu", "dtype": "float32", "batch_tokens": 4096},
+    # a cache of a given size: what is left of a card cannot be measured while others start on it, or end
+    "vllm": {"enforce_eager": True, "kv_cache_gib": 4.0, "max_num_seqs": 128, "max_num_batched_tokens": 2048, "max_model_len": 1024},
+}
 
 
-def committed(store: Path) -> dict[bytes, Row]:
-    """Return the samples in a store by their keys, after SQLite has checked it. Raises AssertionError for damage, or one that is twice."""
-    connection = sqlite3.connect(store)
-    assert connection.execute("pragma integrity_check").fetchall() == [("ok",)]
-    rows = connection.execute("select * from samples").fetchall()
-    connection.close()
-    assert len({row[0] for row in rows}) == len(rows) == len({row[1:3] for row in rows})
-    return {row[0]: row for row in rows}
+class Lane:
+    """One distillation in a folder of its own, and what is known to be safe in it."""
 
+    def __init__(self, name: str, folder: Path, options: list[str]) -> None:
+        self.name, self.folder, self.options = name, folder / name, options
+        self.store = self.folder / "curate" / "samples.sqlite"
+        self.log = folder / f"{name}.log"
+        self.safe: dict[bytes, Row] = {}
+        self.process: subprocess.Popen[bytes] | None = None
+        self.count, self.since = 0, time.monotonic()  # committed, and since when
 
-def count(store: Path) -> int:
-    """Return how many samples are committed now, without disturbing who writes."""
-    try:
-        connection = sqlite3.connect(f"file:{store}?mode=ro", uri=True, timeout=5)
-        found = int(connection.execute("select count(*) from samples").fetchone()[0])
+    def start(self) -> None:
+        """Give the command, again if it was given before."""
+        command = [sys.executable, "-m", "sftkit", "curate", "distill", *self.options[:1], "-o", str(self.folder), *self.options[1:]]
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                command, env={**os.environ, "PYTHONSAFEPATH": "1"}, cwd="/", stdout=subprocess.DEVNULL, stderr=log
+            )
+
+    def ended(self) -> bool:
+        """Look whether it has finished. Raises AssertionError if it failed."""
+        code = None if self.process is None else self.process.poll()
+        assert code in (None, 0, -signal.SIGKILL), f"{self.name} ended with {code}: {self.log.read_text(errors='replace')[-3000:]}"
+        return code == 0
+
+    def look(self) -> None:
+        """Count what is committed now, without disturbing who writes."""
+        try:
+            connection = sqlite3.connect(f"file:{self.store}?mode=ro", uri=True, timeout=5)
+            found = int(connection.execute("select count(*) from samples").fetchone()[0])
+            connection.close()
+        except sqlite3.OperationalError:  # not there yet
+            return
+        if found != self.count:
+            self.count, self.since = found, time.monotonic()
+
+    def committed(self) -> dict[bytes, Row]:
+        """Return the samples in the store by their keys, checked. Raises AssertionError for damage, or one that is twice, or changed."""
+        connection = sqlite3.connect(self.store)
+        assert connection.execute("pragma integrity_check").fetchall() == [("ok",)]
+        rows = connection.execute("select * from samples").fetchall()
         connection.close()
-    except sqlite3.OperationalError:  # not there yet
-        return 0
-    return found
+        found = {row[0]: row for row in rows}
+        assert len(found) == len(rows) == len({row[1:3] for row in rows}), f"{self.name}: a sample is there twice"
+        assert {key: found.get(key) for key in self.safe} == self.safe, f"{self.name}: a committed sample was lost or changed"
+        return found
 
+    def victims(self, kind: str) -> list[psutil.Process]:
+        """Return the processes of a kind."""
+        assert self.process is not None
+        own = psutil.Process(self.process.pid)
+        if kind == "the command":
+            return [own]
+        workers = [each for each in own.children() if "sftkit.core.engines.worker" in " ".join(each.cmdline())]
+        if kind == "the engine's process":
+            return workers
+        return [each for worker in workers for each in worker.children(recursive=True) if each.name().startswith("VLLM::EngineCor")]
 
-def engines(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """Return the processes of its engines."""
-    return [each for each in psutil.Process(process.pid).children() if "sftkit.core.engines.worker" in " ".join(each.cmdline())]
+    def kill(self, kind: str, chance: random.Random) -> float:
+        """Kill one of its processes; return the seconds since the last commit."""
+        self.look()
+        age = time.monotonic() - self.since
+        chance.choice(self.victims(kind)).send_signal(signal.SIGKILL)
+        if kind == "the command":
+            assert self.process is not None
+            self.process.wait()
+        return age
+
+    def order(self) -> list[str]:
+        """Return the ids in its data set."""
+        return [json.loads(line)["id"] for line in (self.folder / "curate" / "dataset.jsonl").read_text().splitlines()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
+    parser.add_argument("--shape")
+    parser.add_argument("--engine", default="transformers", choices=ENGINES)
+    parser.add_argument("--lanes", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=2000)
     parser.add_argument("-k", type=int, default=4)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--replicas", type=int)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="no round is begun later")
+    parser.add_argument("--out", default="kill.jsonl")
     given = parser.parse_args()
+    began = time.monotonic()
+
+    def note(row: dict[str, Any]) -> None:
+        print(json.dumps({"after": round(time.monotonic() - began), **row}), flush=True)
+        with open(given.out, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
     with tempfile.TemporaryDirectory() as scratch:
         folder, chance = Path(scratch), random.Random(20261124)
+        model = given.model
+        if given.shape:
+            from teachers import random_teacher
+
+            model = random_teacher(given.shape, Path(given.model), folder / "model")
         prompts, settings = folder / "prompts.jsonl", folder / "settings.yaml"
         prompts.write_text("".join(json.dumps({"prompt": f"Tell me about the number {n}."}) + "\n" for n in range(given.prompts)))
-        engine = {"engine": "transformers", "device": "cpu", "dtype": "float32", "batch_tokens": 4096, "replicas": given.replicas}
+        share = {"gpu_memory_utilization": 0.6 / (given.lanes + 1)} if given.engine == "vllm" else {}
+        engine = {"engine": given.engine, **ENGINES[given.engine], **share, "replicas": given.replicas}
         settings.write_text(json.dumps({"engine": engine}))
+        asked = ["--teacher", model, "-k", given.k, "--max-new-tokens", given.max_new_tokens, "--config", settings]
+        options = [str(each) for each in (prompts, *asked)]
+        lanes = [Lane(f"run{number}", folder, options) for number in range(given.lanes)]
+        whole, total = Lane("whole", folder, options), given.prompts * given.k
+        try:
+            measure(given, lanes, whole, total, chance, note, began)
+        finally:
+            for lane in (*lanes, whole):
+                if lane.process is not None and lane.process.poll() is None:
+                    lane.process.kill()
+                    lane.process.wait()
 
-        def start(run: Path) -> subprocess.Popen[bytes]:
-            options = ["--teacher", given.model, "-k", given.k, "--max-new-tokens", given.max_new_tokens, "--config", settings]
-            command = [sys.executable, "-m", "sftkit", "curate", "distill", *map(str, [prompts, "-o", run, *options])]
-            surroundings = {**os.environ, "PYTHONSAFEPATH": "1"}
-            return subprocess.Popen(command, env=surroundings, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-        run, whole = folder / "run", folder / "whole"
-        store, total = run / "curate" / "samples.sqlite", given.prompts * given.k
-        moments = sorted(chance.randrange(1, total) for _ in range(given.kills))  # in samples that are committed
-        safe: dict[bytes, Row] = {}
-        ages, process = [], start(run)
-        for number, moment in enumerate(moments):
-            if process.poll() is not None:
-                process = start(run)
-            seen, since = count(store), time.monotonic()
-            while seen < max(moment, len(safe) + 1):  # it has gone on since the last kill
-                assert process.poll() is None, f"ended with {process.returncode} at {seen} of {total} samples"
+def measure(given: argparse.Namespace, lanes: list[Lane], whole: Lane, total: int, chance: random.Random, note: Any, began: float) -> None:
+    """Kill as often as asked, let the runs finish, and compare."""
+    kinds = ["the command"]
+    if given.engine == "vllm" or given.replicas:
+        kinds.append("the engine's process")
+    if given.engine == "vllm":
+        kinds.append("vLLM's engine process")
+        whole.start()  # beside the others
+    kind, ages, rounds = cycle(kinds), [], -(-given.kills // len(lanes))
+    for number in range(rounds):
+        if time.monotonic() - began > given.seconds:
+            note({"rounds left out": rounds - number})
+            break
+        for lane in lanes:
+            if lane.process is None or lane.process.poll() is not None:
+                lane.start()
+        # so far that the kills are spread over the run, and that it has gone on since the last one
+        least = {
+            lane.name: max(len(lane.safe) + 1, chance.randrange(total * number // rounds, total * (number + 1) // rounds)) for lane in lanes
+        }
+        if given.engine == "vllm":  # they wait for each other, and go on meanwhile
+            least = {lane.name: len(lane.safe) + chance.randrange(1, total // (20 * rounds)) for lane in lanes}
+        while any(lane.count < least[lane.name] for lane in lanes):
+            for lane in lanes:
+                assert not lane.ended(), f"{lane.name} has finished before kill {len(ages) + 1}: give more prompts"
+                lane.look()
+            time.sleep(0.005)
+        due = {lane.name: time.monotonic() + chance.uniform(0, WINDOW if len(lanes) > 1 else 0.5) for lane in lanes}
+        for lane in sorted(lanes, key=lambda lane: due[lane.name]):
+            while time.monotonic() < due[lane.name]:
+                for each in lanes:
+                    each.look()
                 time.sleep(0.005)
-                now = count(store)
-                if now != seen:
-                    seen, since = now, time.monotonic()
-            time.sleep(chance.uniform(0, 0.5))
-            if process.poll() is not None:
-                print(f"kill {number + 1}: had already finished", flush=True)
+            if len(ages) == given.kills:
                 break
-            of_engine = bool(given.replicas) and number % 2 == 1
-            if (now := count(store)) != seen:
-                since = time.monotonic()
-            ages.append(time.monotonic() - since)
-            if of_engine:
-                chance.choice(engines(process)).send_signal(signal.SIGKILL)
-            else:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-            found = committed(store)
-            assert {key: found[key] for key in safe} == safe, "a committed sample was lost or changed"
-            what = "an engine's process" if of_engine else "the process"
-            print(
-                f"kill {number + 1:2} of {what} at {len(found):5,} of {total:,} samples, {ages[-1]:.2f} s after a commit: sound", flush=True
-            )
-            safe = found
-        if process.poll() is not None:
-            process = start(run)
-        assert process.wait() == 0
-        final = committed(store)
-        assert len(final) == total
-        assert {key: final[key] for key in safe} == safe
-        assert start(whole).wait() == 0
-        expected = committed(whole / "curate" / "samples.sqlite")
-        assert final.keys() == expected.keys()
+            what = next(kind)
+            ages.append(lane.kill(what, chance))
+            found = lane.committed()
+            note({"kill": len(ages), "run": lane.name, "of": what, "samples": len(found), "seconds after a commit": round(ages[-1], 2)})
+            lane.safe = found
+    for lane in lanes:
+        if lane.process is None or lane.process.poll() is not None:
+            lane.start()
+    for lane in (*lanes, whole):
+        if lane.process is None:
+            lane.start()
+        assert lane.process is not None
+        lane.process.wait()
+        assert lane.ended(), f"{lane.name} was killed by another"
+    expected, order = whole.committed(), whole.order()
+    assert len(expected) == total
+    for lane in lanes:
+        final = lane.committed()
+        assert final.keys() == expected.keys(), f"{lane.name}: other samples than in one piece"
+        assert lane.order() == order, f"{lane.name}: another order than in one piece"
         differ = sum(row[4] != expected[key][4] for key, row in final.items())
-        order = [[json.loads(line)["id"] for line in (each / "curate" / "dataset.jsonl").read_text().splitlines()] for each in (run, whole)]
-        assert order[0] == order[1]
-        assert differ <= total / 100, f"{differ} texts differ from those of a run in one piece: more than rounding explains"
-        print(f"{len(ages)} kills: nothing lost, changed or twice; the longest time from the last commit to a kill {max(ages):.2f} s;")
-        print(f"all {total:,} rows in the order of a run in one piece, {differ} with another text: rounding, other rows shared their batch")
+        note({"run": lane.name, "samples": len(final), "same keys and order": True, "texts that differ by rounding": differ})
+        assert given.engine == "vllm" or differ <= total / 100, f"{differ} texts differ: more than rounding explains"
+    note({"kills": len(ages), "longest seconds after a commit": round(max(ages), 2), "nothing lost, changed or twice": True})
+    if max(ages) > 1.0:
+        print("the time since a commit is not all lost work: between two commits of a slow engine no answer may have finished")
 
 
 if __name__ == "__main__":

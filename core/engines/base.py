@@ -32,6 +32,10 @@ class EngineConfig:
     device: str | None = setting(None, "Where the transformers engine runs: cpu, cuda, cuda:1; found by itself when not given.")
     dtype: str = setting("auto", "Number format of the weights.", choices=("auto", "bfloat16", "float16", "float32"))
     gpu_memory_utilization: float = setting(0.9, "Share of the GPU's memory that vLLM may take.")
+    kv_cache_gib: float | None = setting(
+        None,
+        "GiB that each vLLM process takes for its cache; not given, it measures what is left of its share, which one at a time can do.",
+    )
     max_num_seqs: int | None = setting(None, "Sequences vLLM runs at once; its own default when not given.")
     replicas: str | int | None = setting(
         None, "Engine processes, each with the whole model, spread over the GPUs; auto: one for each GPU. One that dies is started again."

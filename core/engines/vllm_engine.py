@@ -316,9 +316,11 @@ def _arguments(ref: ModelRef, config: EngineConfig) -> dict[str, Any]:
         if not config.enforce_eager:
             arguments["compilation_config"] = {"cudagraph_capture_sizes": list(GRAPH_SIZES)}  # those beyond a step's tokens are left out
     arguments["scheduler_cls"] = f"{__package__}.vllm_scheduler.{scheduler}"
+    if config.kv_cache_gib is not None:
+        arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
     if current_platform.is_cpu():
         arguments["gpu_memory_utilization"] = min(config.gpu_memory_utilization, CPU_SHARE)
-        arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES  # VLLM_CPU_KVCACHE_SPACE wins over it
+        arguments.setdefault("kv_cache_memory_bytes", CPU_CACHE_BYTES)  # VLLM_CPU_KVCACHE_SPACE wins over it
     return arguments
 
 
