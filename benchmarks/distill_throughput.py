@@ -1,30 +1,35 @@
-"""Tokens per second of distillation with vLLM, every answer durable, against vLLM given all requests at once and storing nothing.
+"""Tokens per second of distillation with vLLM, every answer durable, against vLLM's own `LLM.chat`, which stores nothing.
 
-    python benchmarks/distill_throughput.py MODEL PROMPTS [-k 4] [--limit 1000] [--max-new-tokens 256] [--tune 30] [--out FILE]
+    python benchmarks/distill_throughput.py TOKENIZER --shape 1.5b [--engines vllm,sftkit,process,2] [--requests 4096]
+        [--new-tokens 128] [--repetitions 3] [--long-tailed] [--seconds 400] [--out FILE]
+    python benchmarks/distill_throughput.py MODEL --prompts FILE [-k 4]
 
-Each variant opens one engine, warms it up, and is measured three times with another seed each; medians and their ratios come last.
+With --shape the teacher has a real shape, random weights and the tokenizer of the folder: every answer has --new-tokens. The engines:
 
-    raw          every request is added, then vLLM steps until all are done, as `LLM.generate` does
-    raw-seeds    the same with the seed that sftkit gives each sample
-    chunks       the same in blocking chunks of 512 requests, as the peers feed it
-    inside       `distill` into a run folder, the engine in this process
-    sftkit       `distill` as the command runs it: the engine in a process of its own, which is started again when it dies
-    tuned        the same with what `--tune SECONDS` (or `sftkit curate tune` before) found the fastest
+    vllm      LLM at its defaults: `chat`, and `chat-asked`, which asks for what sftkit asks (a seed and a log-probability each)
+    sftkit    LLM with sftkit's settings: `chat` and `chat-asked` again; `raw`, rendered requests all at once; `chunks` of 512 of them, each
+              waited for, as the peers do; and `distill` into a run folder, fed by sftkit in this process
+    process   `distill` as the command runs it: the engine in a process of its own, which is started again when it dies
+    2, 3      so many of them on the card
 
-Start-up is told apart. The share of time that the card was busy is nvidia-smi's, sampled twice a second, where that is there.
-`--long-tailed` lets every eighth answer take eight times --max-new-tokens. `--random` takes the config and tokenizer of MODEL with
-random weights. `--engine transformers --variants inside,sftkit,tuned` runs without a GPU.
+On one engine the ways take turns, each time with another seed; a round that warms up is not counted. `chat` renders its prompts itself, so
+`with prompts` adds to `distill` the time to read, render and key them. Then medians and the ratios that count, each the median over the
+rounds. Start-up is told apart. The share of time that the card is busy is nvidia-smi's, twice a second. --long-tailed lets every eighth
+answer take eight times as long. A round takes 5 to 25 s for each way, an engine 60 to 100 s to start; none is begun after --seconds.
+To see on a CPU that it runs: --shape tiny --requests 16 --new-tokens 16 --repetitions 1 --engines sftkit,process
 """
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,35 +37,83 @@ from typing import Any
 
 from sftkit.core.engines.base import EngineConfig
 from sftkit.core.engines.registry import open_engine
-from sftkit.core.engines.tuning import tuned
+from sftkit.core.models import model_identity, resolve_model
 from sftkit.curate.config import DistillConfig
 from sftkit.curate.distill import Wanted, distillation, wanted_sample
-from sftkit.curate.estimate import tune_teacher
+from teachers import random_teacher, write_questions
 
-VARIANTS = ("raw", "raw-seeds", "chunks", "inside", "sftkit", "tuned")
 CHUNK = 512
+CONTEXT = 4096
+WAYS = {"vllm": ("chat", "chat-asked"), "sftkit": ("chat", "chat-asked", "raw", "chunks", "distill")}
+BARS = (  # of the first to the second, and what is asked of it
+    ("sftkit distill", "sftkit chat", 0.97),
+    ("process distill", "sftkit chat", 0.97),
+    ("sftkit distill", "sftkit chat-asked", 0.97),
+    ("sftkit distill", "vllm chat", 1.5),
+    ("process distill", "vllm chat", 1.5),
+    ("2 distill", "vllm chat", 1.5),
+    ("3 distill", "vllm chat", 1.5),
+    ("sftkit distill", "vllm chat-asked", 1.5),
+    ("sftkit distill", "sftkit chunks", 1.25),
+)
 
 
-def raw(engine: Any, wanted: list[Wanted], *, seeded: bool, chunk: int | None = None) -> tuple[int, float]:
-    """Return tokens and seconds of vLLM itself."""
+def open_vllm(model: str, config: EngineConfig, *, tuned: bool) -> tuple[Any, Any]:
+    """Open vLLM's LLM, at its defaults or with sftkit's settings; return it, and sftkit's engine around it."""
+    from sftkit.core.chat import load_chat
+    from sftkit.core.engines.vllm_engine import VllmEngine, _arguments, _prepare_environment
+    from sftkit.core.engines.vllm_processes import Processes
+
+    ref, processes = resolve_model(model), Processes()
+    _prepare_environment()
+    from vllm import LLM
+
+    arguments = _arguments(ref, config)
+    if not tuned:
+        kept = ("model", "max_model_len", "gpu_memory_utilization", "kv_cache_memory_bytes", "generation_config")
+        arguments = {name: value for name, value in arguments.items() if name in kept}
+    try:
+        llm = processes.start(lambda: LLM(**arguments))
+    except BaseException:
+        processes.close()
+        raise
+    return llm, VllmEngine(llm.llm_engine, processes, load_chat(ref), identity=model_identity(ref))
+
+
+def chat(llm: Any, wanted: list[Wanted], *, asked: bool) -> int:
+    """Let `LLM.chat` answer; return the tokens."""
+    from vllm import SamplingParams
+
+    def params(each: Wanted) -> Any:
+        more = {"seed": each.seed, "logprobs": 0} if asked else {}
+        sampling = each.sampling
+        return SamplingParams(temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_new_tokens, **more)
+
+    outputs = llm.chat([each.prompt.messages for each in wanted], [params(each) for each in wanted], use_tqdm=False)
+    return sum(len(each.outputs[0].token_ids) for each in outputs)
+
+
+def raw(engine: Any, wanted: list[Wanted], chunk: int | None = None) -> int:
+    """Give vLLM all requests, or one chunk after the other, with what sftkit asks; return the tokens."""
     inner, start, tokens = engine._engine, time.perf_counter(), 0
     for first in range(0, len(wanted), chunk or len(wanted)):
         for number, each in enumerate(wanted[first : first + (chunk or len(wanted))]):
-            params = engine._params(each.sampling, **({"seed": each.seed} if seeded else {}), logprobs=0)
+            params = engine._params(each.sampling, seed=each.seed, logprobs=0)
             inner.add_request(f"raw-{start}-{first + number}", {"type": "token", "prompt_token_ids": list(each.prompt.ids)}, params)
         while inner.has_unfinished_requests():
             tokens += sum(len(each.outputs[0].token_ids) for each in inner.step() if each.finished)
-    return tokens, time.perf_counter() - start
+    return tokens
 
 
 @contextmanager
 def busy_share(found: list[float]) -> Iterator[None]:
-    """Append the share of time that the first card was busy, in percent, while the block runs."""
+    """Append the share of time that the card was busy, in percent, while the block runs."""
     if shutil.which("nvidia-smi") is None:
         yield
         return
     ended, samples = threading.Event(), []
-    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0"]
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", f"--id={card}"]
 
     def watch() -> None:
         while not ended.wait(0.5):
@@ -68,22 +121,13 @@ def busy_share(found: list[float]) -> Iterator[None]:
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    yield
-    ended.set()
-    thread.join()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
     if samples:
         found.append(statistics.mean(samples))
-
-
-def random_model(source: Path, folder: Path) -> Path:
-    """Write a model with the config and tokenizer of `source` and random weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    return folder
 
 
 def lengthened(wanted: list[Wanted], teacher: Any) -> list[Wanted]:
@@ -94,63 +138,116 @@ def lengthened(wanted: list[Wanted], teacher: Any) -> list[Wanted]:
     return [wanted_sample(teacher, each.prompt, each.index, sampling) for each, sampling in zip(wanted, longest, strict=True)]
 
 
+class Rounds:
+    """Measures ways on open engines, and keeps what it found."""
+
+    def __init__(self, given: argparse.Namespace, base: DistillConfig, prompts: Path, scratch: Path) -> None:
+        self.given, self.base, self.prompts, self.scratch = given, base, prompts, scratch
+        self.rates: dict[str, list[float]] = defaultdict(list)
+
+    def note(self, row: dict[str, Any]) -> None:
+        """Print a finding and write it to the file."""
+        print(json.dumps(row), flush=True)
+        with open(self.given.out, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def measure(self, name: str, engine: Any, llm: Any, ways: tuple[str, ...]) -> None:
+        """Let the ways take turns on one engine."""
+        for repetition in range(self.given.repetitions + 1):
+            for way in ways:
+                folder = self.scratch / f"{name}-{way}-{repetition}"
+                begin = time.perf_counter()
+                with distillation(self.prompts, folder, replace(self.base, seed=repetition)) as work:
+                    wanted = lengthened(work.wanted, work.teacher) if self.given.long_tailed else work.wanted
+                    if not repetition:
+                        wanted = wanted[: max(1, len(wanted) // 4)]
+                    prepared = time.perf_counter() - begin
+                    doing: dict[str, Callable[[], int]] = {
+                        "chat": lambda wanted=wanted: chat(llm, wanted, asked=False),
+                        "chat-asked": lambda wanted=wanted: chat(llm, wanted, asked=True),
+                        "raw": lambda wanted=wanted: raw(engine, wanted),
+                        "chunks": lambda wanted=wanted: raw(engine, wanted, CHUNK),
+                        "distill": lambda wanted=wanted, work=work: work.generate(wanted)[1],
+                    }
+                    work.teacher._engine = engine
+                    share: list[float] = []
+                    with busy_share(share):
+                        start = time.perf_counter()
+                        tokens = doing[way]()
+                        seconds = time.perf_counter() - start
+                    work.teacher._engine = None  # it is used again
+                if not repetition:
+                    continue
+                self.rates[f"{name} {way}"].append(tokens / seconds)
+                row = {"engine": name, "way": way, "round": repetition, "tokens": tokens, "seconds": round(seconds, 3)}
+                row |= {"rate": round(tokens / seconds), "busy %": round(share[0]) if share else None}
+                if way == "distill":
+                    row |= {"rate with prompts": round(tokens / (seconds + prepared)), "prepared in": round(prepared, 2)}
+                self.note(row)
+
+    def summary(self) -> None:
+        """Print medians, and the bars."""
+        for name, rates in self.rates.items():
+            print(f"{name:22} {statistics.median(rates):10,.0f} tokens/s")
+        for first, second, bar in BARS:
+            if self.rates.get(first) and self.rates.get(second):
+                ratio = statistics.median(one / other for one, other in zip(self.rates[first], self.rates[second], strict=False))
+                self.note({"ratio": f"{first} / {second}", "is": round(ratio, 3), "asked": bar})
+
+
+def wait_for_all(engine: Any) -> float:
+    """Wait until every process of an engine is ready; return the seconds."""
+    start = time.perf_counter()
+    while hasattr(engine, "_processes") and any(each is None or each.ready is None for each in engine._processes):
+        engine._start_missing()
+        engine._listen()
+    return time.perf_counter() - start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
-    parser.add_argument("prompts")
+    parser.add_argument("--shape")
+    parser.add_argument("--prompts")
     parser.add_argument("-k", type=int, default=4)
-    parser.add_argument("--limit", type=int, default=1000)
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--requests", type=int, default=4096)
+    parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--engine", default="vllm")
-    parser.add_argument("--variants", default=",".join(VARIANTS))
-    parser.add_argument("--tune", type=float, help="seconds of each measurement")
+    parser.add_argument("--engines", default="vllm,sftkit,process,2")
+    parser.add_argument("--ways", help="on the engine sftkit, parted by commas")
     parser.add_argument("--long-tailed", action="store_true")
-    parser.add_argument("--random", action="store_true")
+    parser.add_argument("--max-num-seqs", type=int)
+    parser.add_argument("--seconds", type=float, default=400.0)
     parser.add_argument("--out", default="distill_throughput.jsonl")
     given = parser.parse_args()
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        model = str(random_model(Path(given.model), Path(scratch) / "model")) if given.random else given.model
-        plain = EngineConfig(engine=given.engine)
-        base = DistillConfig(teacher=model, k=given.k, limit=given.limit, max_new_tokens=given.max_new_tokens, engine=plain)
-        if given.tune:
-            print("tuning", flush=True)
-            tune_teacher(given.prompts, base, seconds=given.tune, tell=lambda trial: print(f"  {trial}", flush=True))
-        medians: dict[str, float] = {}
-        for variant in given.variants.split(","):
-            with distillation(given.prompts, Path(scratch) / f"look-{variant}", base) as work:
-                identity = work.teacher.identity
-            config = {"sftkit": replace(plain, replicas=1), "tuned": tuned(plain, identity)}.get(variant, plain)
-            if variant == "tuned" and config.replicas is None:
-                config = replace(config, replicas=1)
-            start = time.perf_counter()
-            with closing(open_engine(model, config)) as engine:
-                started, rates, busy = time.perf_counter() - start, [], []
-                for repetition in range(given.repetitions + 1):  # the first warms up and is not counted
-                    with distillation(given.prompts, Path(scratch) / f"{variant}-{repetition}", replace(base, seed=repetition)) as work:
-                        work.teacher._engine = engine
-                        wanted = lengthened(work.wanted, work.teacher) if given.long_tailed else work.wanted
-                        share: list[float] = []
-                        with busy_share(share):
-                            if variant in ("raw", "raw-seeds", "chunks"):
-                                tokens, seconds = raw(engine, wanted, seeded=variant != "raw", chunk=CHUNK if variant == "chunks" else None)
-                            else:
-                                work.wanted = wanted
-                                _, tokens, seconds = work.generate(wanted)
-                        work.teacher._engine = None  # it is used again
-                    if repetition:
-                        rates.append(tokens / seconds)
-                        busy += share
-                        with open(given.out, "a", encoding="utf-8") as file:
-                            row = {"variant": variant, "tokens": tokens, "seconds": round(seconds, 3), "start": round(started, 1)}
-                            file.write(json.dumps({**row, "busy": share[0] if share else None}) + "\n")
-            medians[variant] = statistics.median(rates)
-            told = f", card busy {statistics.mean(busy):.0f} %" if busy else ""
-            print(f"{variant:10} {medians[variant]:10,.0f} tokens/s (start {started:.0f} s{told})", flush=True)
-        for over in ("raw", "raw-seeds", "chunks", "sftkit"):
-            for variant in ("inside", "sftkit", "tuned"):
-                if over in medians and variant in medians and over != variant:
-                    print(f"{variant} / {over}: {medians[variant] / medians[over]:.3f}")
+        folder = Path(scratch)
+        model = random_teacher(given.shape, Path(given.model), folder / "model") if given.shape else given.model
+        limit = -(-given.requests // given.k)
+        prompts = Path(given.prompts) if given.prompts else write_questions(folder / "prompts.jsonl", limit)
+        plain = EngineConfig(engine="vllm", max_model_len=CONTEXT, max_num_seqs=given.max_num_seqs)
+        base = DistillConfig(teacher=model, k=given.k, limit=limit, max_new_tokens=given.new_tokens, engine=plain)
+        rounds = Rounds(given, base, prompts, folder)
+        for name in given.engines.split(","):
+            if time.monotonic() - began > given.seconds:
+                rounds.note({"engine": name, "left out": "no time"})
+                continue
+            try:
+                start = time.perf_counter()
+                if name in WAYS:
+                    llm, engine = open_vllm(model, plain, tuned=name == "sftkit")
+                    ways = tuple(given.ways.split(",")) if given.ways and name == "sftkit" else WAYS[name]
+                else:
+                    replicas = 1 if name == "process" else int(name)
+                    llm, engine, ways = None, open_engine(model, replace(plain, replicas=replicas)), ("distill",)
+                    wait_for_all(engine)
+                with closing(engine):
+                    rounds.note({"engine": name, "start": round(time.perf_counter() - start, 1)})
+                    rounds.measure(name, engine, llm, ways)
+            except Exception as error:  # noqa: BLE001  one that does not run does not keep the others from it
+                rounds.note({"engine": name, "error": f"{type(error).__name__}: {str(error)[:500]}"})
+        rounds.summary()
 
 
 if __name__ == "__main__":
