@@ -36,6 +36,7 @@ def train() -> None:
 @config_option(TrainConfig, "max_hours")
 @config_option(TrainConfig, "trackers", "--tracker")
 @config_option(TrainConfig, "gpus")
+@config_option(TrainConfig, "parallel")
 @config_option(TrainConfig, "auto")
 @config_option(TrainConfig, "memory_gb")
 @click.option("--config", "settings", type=click.Path(path_type=Path), help="YAML file with all settings; options win over it.")

@@ -36,6 +36,11 @@ class TrainConfig:
     )
     auto: bool = setting(True, "On a GPU, choose batch_tokens and gradient_checkpointing by the memory plan, where they are not given.")
     gpus: int = setting(1, "Processes that train together, one per GPU (on a CPU: for tests); the updates stay the same.")
+    parallel: str = setting(
+        "auto",
+        "How several GPUs share a run: ddp keeps the whole model on each, fsdp a share of it; auto is ddp where the model fits.",
+        choices=("auto", "ddp", "fsdp"),
+    )
     memory_gb: float | None = setting(None, "Most memory of the GPU that is taken, in GB; on a CPU the plan is made for as much.")
     compile: bool | None = setting(
         None, "Compile the layers: a minute at the start, then up to twice as fast; on a GPU for long runs by itself."
@@ -93,6 +98,8 @@ class TrainConfig:
             raise UserError(f"epochs: expected more than 0, found {self.epochs:g}")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise UserError(f"learning_rate: expected more than 0, as 2e-5, found {self.learning_rate:g}")
+        if self.qlora and self.parallel == "fsdp":
+            raise UserError("parallel: fsdp does not take 4-bit weights apart; leave qlora out, or take ddp")
         for name in ("validation", "warmup", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}: expected a share from 0 to below 1, found {getattr(self, name):g}")

@@ -234,6 +234,11 @@ class Choice:
     memory: Memory | None = None
     card: Card | None = None
 
+    @property
+    def fits(self) -> bool:
+        """Say whether it is expected to fit; what was not planned is."""
+        return not (self.memory and self.card) or self.memory.peak * SLACK <= self.card.memory - CONTEXT
+
     def facts(self) -> dict[str, Any]:
         """Return it as plain values, for plan.json."""
         told: dict[str, Any] = {"batch_tokens": self.batch_tokens, "gradient_checkpointing": self.checkpointing}

@@ -1,7 +1,8 @@
 """One run on several processes of this machine, one per GPU: the same updates, and so the same losses, as on one.
 
 The parent prepares the rows and finishes the model; between them torchrun starts the processes, each of which takes its share of every
-update's packs (DistributedDataParallel). Gradients are added up over processes and divided by the tokens of the whole update.
+update's packs, with the whole model (DistributedDataParallel) or a share of that, too (train.sharded). Gradients are added up over
+processes and divided by the tokens of the whole update.
 """
 
 import fcntl
@@ -15,6 +16,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from .rendering import end_with_parent
 log = logging.getLogger(__name__)
 
 JOB, STATUS, TRAINED = "job.pickle", "status.json", "trained.pt"
+PATIENCE = timedelta(hours=1)  # with which the processes wait for one that writes a checkpoint, or answers prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +58,15 @@ def train_on_processes(job: Job) -> Any:
 
     folder = job.room / "processes"
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.config.gpus)]
+    command = [sys.executable, "-m", "sftkit.train.processes", "start", str(job.config.gpus), str(folder)]
     threads = str(max(1, (os.cpu_count() or 1) // job.config.gpus))
     environment = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
-    log.info("training on %d processes", job.config.gpus)
+    log.info("training on %d processes, %s", job.config.gpus, job.config.parallel)
     with _alone(folder) as lock:
         (folder / STATUS).unlink(missing_ok=True)
         (folder / JOB).write_bytes(pickle.dumps(job))
         process = subprocess.Popen(
-            [*command, "-m", "sftkit.train.processes", str(folder)],
+            command,
             env=environment, preexec_fn=end_with_parent, start_new_session=True, pass_fds=(lock,),
         )  # fmt: skip
         here = threading.current_thread() is threading.main_thread()
@@ -113,12 +117,53 @@ def _trained(job: Job, weights: dict[str, Any]) -> Any:
     return model if job.config.qlora else model.to(job.device)
 
 
-def main(folder: Path) -> None:
+def over_processes(*numbers: float) -> tuple[float, ...]:
+    """Return the sum of each number over all processes. The machines' processors do it: no GPU is waited for."""
+    import torch
+
+    if not torch.distributed.is_initialized():
+        return numbers
+    total = torch.tensor(numbers, dtype=torch.float64)
+    torch.distributed.all_reduce(total, group=_processors())
+    return tuple(total.tolist())
+
+
+@cache
+def _processors() -> Any:
+    import torch
+
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def start(count: int, folder: Path) -> None:
+    """Be torchrun, whose traceback says nothing that a process has not said: only how one ended that was killed is written down."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    for name in [
+        each for each in logging.root.manager.loggerDict if each.startswith(("torch.distributed.elastic", "torch.distributed.run"))
+    ]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        torchrun(["--standalone", "--nproc-per-node", str(count), "-m", "sftkit.train.processes", "work", str(folder)])
+    except SignalException:
+        sys.exit(1)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if not (folder / STATUS).exists():
+            how = f"by {failure.signal_name()}" if failure.exitcode < 0 else f"with exit code {failure.exitcode}"
+            write_json(folder / STATUS, {"ended": f"as process {rank} did, {how}"})
+        sys.exit(1)
+
+
+def work(folder: Path) -> None:
     """Do the work of one process; the first of them writes how it ended."""
     import torch
 
     from ..core.cli import start_talking
     from .sft import run_trainer
+    from .sharded import whole_weights
     from .trainer import unwrapped
 
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
@@ -128,7 +173,7 @@ def main(folder: Path) -> None:
     job: Job = pickle.loads((folder / JOB).read_bytes())
     if job.device != "cpu":
         torch.cuda.set_device(local)
-    torch.distributed.init_process_group("gloo" if job.device == "cpu" else "nccl")
+    torch.distributed.init_process_group("gloo" if job.device == "cpu" else "nccl", timeout=PATIENCE)
 
     def ended(how: str, said: str = "") -> None:
         if not rank or how in ("error", "memory"):
@@ -147,13 +192,16 @@ def main(folder: Path) -> None:
     except KeyboardInterrupt as stop:
         ended("stopped", str(stop))
     else:
+        weights = whole_weights(unwrapped(trainer), trained=True)
         if not rank:
-            model = unwrapped(trainer)
-            torch.save({name: each.detach().cpu() for name, each in model.named_parameters() if each.requires_grad}, folder / TRAINED)
+            torch.save(weights, folder / TRAINED)
         ended("done")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if sys.argv[1] == "start":
+        start(int(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        work(Path(sys.argv[2]))

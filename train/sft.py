@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 FREE = (  # settings that do not decide what the model becomes
     *("data", "model", "revision", "logging_steps", "save_minutes", "max_hours", "stop_check", "samples"),
-    *("batch_tokens", "compile", "eval_steps", "gradient_checkpointing", "auto", "memory_gb", "gpus", "trackers"),
+    *("batch_tokens", "compile", "eval_steps", "gradient_checkpointing", "auto", "memory_gb", "gpus", "parallel", "trackers"),
 )
 PREVIEW_ROWS = 20
 CPU_TOKENS, GPU_TOKENS = 2048, 32_768  # in one forward pass, to begin with
@@ -182,7 +182,8 @@ def _train(
     start = _start(ref, chat, config, room / "start") if config.init is not None else ref
     own = torch.bfloat16 if start.path is not None and start.path.is_file() else load_settings(start).dtype or torch.float32
     choice = _choose(load_settings(start), data.report, config, device, own)
-    tokens, settings = choice.batch_tokens, replace(config, gradient_checkpointing=choice.checkpointing)
+    parallel = config.parallel if config.parallel != "auto" else "ddp" if choice.fits or config.qlora else "fsdp"
+    tokens, settings = choice.batch_tokens, replace(config, gradient_checkpointing=choice.checkpointing, parallel=parallel)
     _note(room, choice)
     while True:
         try:

@@ -32,6 +32,7 @@ from .config import TrainConfig
 from .data import Row
 from .head import loss_sum
 from .packing import Packs
+from .processes import over_processes
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +61,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return self.accelerator.prepare(DataLoader(self.packs, batch_size=1, collate_fn=_only, **ahead))
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> torch.Tensor:
-        count = torch.tensor(sum(batch.get("weight", batch["num_targets"]) for batch in batch_samples), device=device)
-        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+        (count,) = over_processes(sum(batch.get("weight", batch["num_targets"]) for batch in batch_samples))
+        return torch.full((), count, device=device)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -89,23 +90,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
                 total += self.model(packed={**batch, "weights": None})  # all answers count alike, whatever their rows' weights
             count += batch["num_targets"]
         self.model.train(training)
-        count = self._summed(count)
-        metrics = {f"{metric_key_prefix}_loss": self._summed(float(total)) / count, f"{metric_key_prefix}_tokens": float(count)}
+        summed, count = over_processes(float(total), count)
+        metrics = {f"{metric_key_prefix}_loss": summed / count, f"{metric_key_prefix}_tokens": float(count)}
         self.log(dict(metrics))
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _summed(self, number: float) -> float:
-        """Return the sum of a number over all processes."""
-        if self.args.world_size == 1:
-            return number
-        total = torch.tensor(number, dtype=torch.float64, device=self.args.device)
-        torch.distributed.all_reduce(total)
-        return float(total)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the tokens so far."""
-        super().log({**logs, "num_tokens": round(self._summed(self.num_tokens))} if "loss" in logs else logs, start_time)
+        super().log({**logs, "num_tokens": round(over_processes(self.num_tokens)[0])} if "loss" in logs else logs, start_time)
 
 
 def _only(packs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -177,7 +170,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if self._progress:
             self._progress.advance()
         self.late = self._deadline is not None and time.monotonic() > self._deadline
-        self.stopped, self.late, due = _agreed(args, self.stopped, self.late, time.monotonic() - self._saved > self._save_seconds)
+        due = time.monotonic() - self._saved > self._save_seconds
+        # what one process wants, all have to do, at the same step
+        self.stopped, self.late, due = map(bool, over_processes(self.stopped, self.late, due))
         if self.stopped or self.late:
             control.should_save = control.should_training_stop = True
         elif due:
@@ -240,15 +235,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             signal.signal(number, former)
 
 
-def _agreed(args: Any, *wishes: bool) -> list[bool]:
-    """Return of each wish whether any process has it: what one does all have to do, at the same step."""
-    if args.world_size == 1:
-        return list(wishes)
-    told = torch.tensor([float(each) for each in wishes], device=args.device)
-    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-    return [bool(each) for each in told.tolist()]
-
-
 def make_trainer(
     model: Any, chat: Chat, train: Sequence[Row], validation: Sequence[Row], config: TrainConfig, *,
     checkpoints: Path, device: str, half: torch.dtype | None, batch_tokens: int, watch: Watch, peft_config: Any = None,
@@ -273,7 +259,10 @@ def make_trainer(
         arguments = arguments_of(config, checkpoints, device, half, packs.parts // workers, steps, bool(validation), **pack)
         _ = arguments.n_gpu  # looks for cards
         arguments._n_gpu = 1  # one process, one card: replicas inside a process would each get a part of a pack
-    trainer = Trainer(
+    kind = Trainer
+    if config.gpus > 1 and config.parallel == "fsdp":
+        from .sharded import ShardedTrainer as kind  # which this file's Trainer is the base of
+    trainer = kind(
         model=model,
         args=arguments,
         train_dataset=_dataset(train[:1]),  # SFTTrainer wants one to look at; the packs are what is trained on

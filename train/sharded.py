@@ -1,0 +1,107 @@
+"""FSDP2: each process keeps its share of the weights, gradients and optimizer state, and borrows a layer's weights while it computes.
+
+The numbers are those of one GPU: weights are gathered in their own format, products are made in 16 bits by autocast, gradients are added
+up in float32. A checkpoint is written whole, tensor by tensor, as a run on one GPU writes it: any number of processes goes on from it.
+PyTorch's fully_shard is called here, since accelerate's plugin saves one checkpoint for each count of processes, and an adapter's with
+the whole base. Zhao et al. 2023, arXiv 2304.11277.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
+from .trainer import Trainer
+
+
+class ShardedTrainer(Trainer):
+    """The trainer on shards. The model stays on the CPU, whole, until the optimizer is made: then a checkpoint is in it already."""
+
+    def _move_model_to_device(self, model: Any, device: Any) -> None:
+        """Leave it where it is: layer by layer, it moves when it is sharded."""
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Shard the model, then make the optimizer of its shards."""
+        if not isinstance(self.model, FSDPModule):
+            shard(self.model, self.args.device.type)
+            plain = self.accelerator.prepare_model
+            # all but DistributedDataParallel around it, which an evaluation does not get either
+            self.accelerator.prepare_model = lambda model, **_: plain(model, device_placement=False, evaluation_mode=True)
+        return super().create_optimizer(*args, **kwargs)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        found = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return found.full_tensor() if isinstance(found, DTensor) else found
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the whole model, of an adapter's model the adapter alone."""
+        weights = whole_weights(self.model, trained=hasattr(self.model, "get_base_model"))
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = whole_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+            self.optimizer.load_state_dict(sharded_state(self.optimizer, state))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+
+def shard(model: Any, device: str) -> None:
+    """Give each process its share of every tensor, layer by layer; what stands outside of layers is gathered for the whole of a step."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
+    layers = set(base._no_split_modules or ())
+    for each in [module for module in base.modules() if type(module).__name__ in layers]:
+        fully_shard(each, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def whole_weights(model: Any, *, trained: bool = False) -> dict[str, torch.Tensor]:
+    """Return a model's weights (with `trained` only those) whole, on the CPU, to the first process; all processes have to ask.
+
+    A model that is not sharded has them already. What is tied comes once.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after an evaluation the outermost weights still stand gathered
+    known = set(model.state_dict(keep_vars=True))
+    named = [*model.named_parameters(), *((name, each) for name, each in model.named_buffers() if name in known)]
+    whole = {name: _whole(each) for name, each in named if each.requires_grad or not trained}
+    return {name: each for name, each in whole.items() if each is not None}
+
+
+def whole_state(optimizer: Any) -> dict[str, Any]:
+    """Return an optimizer's state whole, on the CPU, to the first process; all processes have to ask."""
+    state: dict[str, Any] = optimizer.state_dict()
+    whole = {
+        place: {name: _whole(each) if isinstance(each, torch.Tensor) else each for name, each in values.items()}
+        for place, values in state["state"].items()  # these are the optimizer's own, and stay as they are
+    }
+    return {**state, "state": whole}
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Gather a tensor; return it to the first process alone, so that a machine's memory holds it once."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu() if torch.distributed.get_rank() == 0 else None
+
+
+def sharded_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """Return a whole state with this process's share of each tensor."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for place, values in state["state"].items():
+        weight = weights[place]
+        for name, each in values.items():
+            if isinstance(weight, DTensor) and isinstance(each, torch.Tensor) and each.shape == weight.shape:
+                values[name] = distribute_tensor(each, weight.device_mesh, weight.placements, src_data_rank=None)
+    return state
