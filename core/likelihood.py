@@ -24,8 +24,13 @@ class HeldOut:
 
     example: Example
     prompt_id: str  # rows of the same prompt are not independent
-    num_bytes: int  # of its answers, in UTF-8
+    turn_bytes: tuple[int, ...]  # of each of its answers, in UTF-8
     error: str | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of all its answers."""
+        return sum(self.turn_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,8 @@ class Likelihood:
     sum_logprob: float | None = None
     num_ends: int | None = None  # of these tokens, those that end a turn
     end_logprob: float | None = None
+    turn_tokens: tuple[int, ...] | None = None  # of each answer
+    turn_logprobs: tuple[float, ...] | None = None
     error: str | None = None
 
 
@@ -57,7 +64,7 @@ def read_row(example: Example) -> HeldOut:
     error = None if answers else "no_assistant_turn"
     if any(not each.strip() for each in answers):
         error = "empty_answer"
-    return HeldOut(example, content_id(split_prompt(example)[0]), sum(len(each.encode()) for each in answers), error)
+    return HeldOut(example, content_id(split_prompt(example)[0]), tuple(len(each.encode()) for each in answers), error)
 
 
 def _text(answer: Message) -> str:
@@ -73,7 +80,7 @@ def likelihoods(model: NamedModel, rows: Sequence[HeldOut], store: ValueStore) -
         Reading(error=row.error) if row.error else read_conversation(model, row.example.messages, where=row.example.source) for row in rows
     ]
     errors, computed = compute(model, readings, store)
-    return [_sum(each, store, errors) for each in readings], computed
+    return [_sum(each, len(row.turn_bytes), store, errors) for row, each in zip(rows, readings, strict=True)], computed
 
 
 def read_conversation(model: NamedModel, messages: Sequence[Message], *, where: str, train_on: str = "all") -> Reading:
@@ -129,8 +136,18 @@ def compute(model: NamedModel, readings: Iterable[Reading], store: ValueStore) -
     return errors, len(missing) - len(errors)
 
 
-def _sum(reading: Reading, store: ValueStore, errors: Mapping[str, str]) -> Likelihood:
+def _sum(reading: Reading, turns: int, store: ValueStore, errors: Mapping[str, str]) -> Likelihood:
     if reading.error or reading.key not in store:
         return Likelihood(error=reading.error or errors.get(reading.key, "the engine gave no probabilities"))
     values, ends = store[reading.key].astype(np.float64), np.asarray(reading.ends)
-    return Likelihood(reading.key, len(values), float(values.sum()), int(ends.sum()), float(values[ends].sum()))
+    # the turn of each token: how many ended before it; an answer whose template ends it several times is one all the same
+    turn = np.minimum(np.cumsum(ends) - ends, turns - 1)
+    return Likelihood(
+        key=reading.key,
+        num_tokens=len(values),
+        sum_logprob=float(values.sum()),
+        num_ends=int(ends.sum()),
+        end_logprob=float(values[ends].sum()),
+        turn_tokens=tuple(np.bincount(turn, minlength=turns).tolist()),
+        turn_logprobs=tuple(np.bincount(turn, weights=values, minlength=turns).tolist()),
+    )

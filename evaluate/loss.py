@@ -16,13 +16,13 @@ from ..core.config import to_mapping
 from ..core.engines.base import EngineConfig
 from ..core.engines.registry import choose
 from ..core.errors import UserError
-from ..core.example import Example
 from ..core.files import write_atomically
 from ..core.formats import iterate_examples
 from ..core.likelihood import HeldOut, Likelihood, likelihoods, read_row
 from ..core.named_models import NamedModel, find_models
 from ..core.values import ValueStore
 from .config import LossConfig
+from .loss_parts import Pieces, by_source, by_turn
 from .results import aligned, counted, finish_section, left_out, open_section, told
 from .statistics import Estimate, bootstrap_ratio, bootstrap_ratio_difference, cluster_sums, holm, sign_flip
 
@@ -38,12 +38,13 @@ LOSSES: dict[str, Any] = {
     "sum_logprob": pl.Float64,
     "num_ends": pl.Int64,
     "end_logprob": pl.Float64,
+    "turn_tokens": pl.List(pl.Int64),  # of each answer of the conversation
+    "turn_logprobs": pl.List(pl.Float64),
     "key": pl.String,
     "error": pl.String,  # why this model has no loss here
     "left_out": pl.String,  # why the row counts for no model
 }
 
-MOST_SOURCES = 20
 FEW = 20  # prompts below which a bootstrap interval covers clearly less often than it says
 
 Columns = Mapping[str, NDArray[np.float64]]  # the numbers of Likelihood, one for each row that counts
@@ -70,7 +71,8 @@ class ModelLoss:
     text_loss: float  # the loss without the ends of turn
     end_loss: float | None  # of the ends of turn alone; None where the template writes none
     scored: int  # rows in this call; the others were stored
-    by_source: dict[str, Estimate]  # the loss of each source's rows; empty where there is one source alone, or more than MOST_SOURCES
+    by_source: dict[str, Estimate]  # the loss of each source's rows; empty where there is one source alone, or too many
+    by_turn: dict[str, Estimate]  # of the first answers of conversations, the second, and so on; empty where there is one turn alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,8 @@ class LossDifference:
     p_value: float  # sign flips of the prompts' differences
     p_adjusted: float  # Holm, over the models
     rows_better: int
+    by_source: dict[str, Estimate]  # the loss, or bits per byte where there is no loss, of each part; as in ModelLoss
+    by_turn: dict[str, Estimate]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,16 +127,26 @@ class LossResult:
             numbers = [*_numbers(each.loss), f"{each.macro_loss:.3f}", f"{each.text_loss:.3f}", end, *_numbers(each.bits_per_byte)]
             table.append((each.name, *numbers, f"{each.tokens:,}", f"{each.scored:,}"))
         lines += aligned(table)
-        sources = list(self.models[0].by_source)
-        if sources:
-            parts: list[tuple[str, ...]] = [("loss by source (95 %)", *sources)]
-            for each in self.models:
-                parts.append((each.name, *("{} ({})".format(*_numbers(each.by_source[source])) for source in sources)))
-            lines += aligned(parts)
+        for kind in ("source", "turn"):
+            lines += self._parts(kind)
         lines += [_told_difference(each, self.used) for each in self.differences]
         if 1 < self.prompts < FEW:
             lines.append(f"{self.prompts} prompts are few: the intervals are rough, and narrower than they should be if anything")
         return "\n".join([*lines, *([f"losses: {self.folder / 'losses.parquet'}"] if self.folder else [])])
+
+    def _parts(self, kind: str) -> list[str]:
+        """Return a table of the losses of parts of the data, and of the differences in them."""
+        field = f"by_{kind}"
+        names = list(getattr(self.models[0], field))
+        if not names:
+            return []
+        rows: list[tuple[str, ...]] = [(f"loss by {kind} (95 %)", *names)]
+        for each in self.models:
+            rows.append((each.name, *("{} ({})".format(*_numbers(getattr(each, field)[name])) for name in names)))
+        for change in self.differences:
+            label = f"{change.model} − {change.baseline}" + ("" if change.loss else ", bits per byte")
+            rows.append((label, *("{} ({})".format(*_numbers(getattr(change, field)[name], "+.3f")) for name in names)))
+        return aligned(rows)
 
 
 def _numbers(estimate: Estimate, form: str = ".3f") -> tuple[str, str]:
@@ -240,7 +254,8 @@ def _result(
         for name, each in scored.items()
     }
     drawn = {"clusters": prompts, "resamples": config.resamples, "seed": config.seed}
-    sources = [source_name(rows[place].example) for place in used]
+    kept = [rows[place] for place in used], {name: [each[place] for place in used] for name, each in scored.items()}
+    pieces = by_source(*kept), by_turn(*kept)
     return LossResult(
         folder=folder,
         heldout=heldout,
@@ -249,31 +264,13 @@ def _result(
         prompts=len(set(prompts)),
         num_bytes=int(sizes.sum()),
         left_out=counts,
-        models=[_model_loss(model, columns[model.name], sizes, sources, new[model.name], drawn) for model in found],
-        differences=_differences(columns, sizes, drawn),
+        models=[_model_loss(model, columns[model.name], sizes, pieces, new[model.name], drawn) for model in found],
+        differences=_differences(columns, sizes, pieces, drawn),
     )
 
 
-def source_name(example: Example) -> str:
-    """Return where a row comes from: what its column source or dataset says, else the file that it stands in."""
-    named = next((example.meta[column] for column in ("source", "dataset") if isinstance(example.meta.get(column), str)), None)
-    return str(named or Path(example.source.rpartition(":")[0]).name)
-
-
-def _by_source(columns: Columns, sources: Sequence[str], drawn: Mapping[str, Any]) -> dict[str, Estimate]:
-    names = sorted(set(sources))
-    if not 1 < len(names) <= MOST_SOURCES:
-        return {}
-    found = {}
-    for name in names:
-        places = [place for place, source in enumerate(sources) if source == name]
-        own = {**drawn, "clusters": [drawn["clusters"][place] for place in places]}
-        found[name] = bootstrap_ratio(-columns["sum_logprob"][places], columns["num_tokens"][places], **own)
-    return found
-
-
 def _model_loss(
-    model: NamedModel, columns: Columns, sizes: NDArray[np.float64], sources: Sequence[str], new: int, drawn: Mapping[str, Any]
+    model: NamedModel, columns: Columns, sizes: NDArray[np.float64], pieces: Sequence[Pieces], new: int, drawn: Mapping[str, Any]
 ) -> ModelLoss:
     nats, tokens = -columns["sum_logprob"], columns["num_tokens"]
     end_nats, ends = -columns["end_logprob"].sum(), columns["num_ends"].sum()
@@ -291,11 +288,13 @@ def _model_loss(
         text_loss=float((nats.sum() - end_nats) / (tokens.sum() - ends)),
         end_loss=float(end_nats / ends) if ends else None,
         scored=new,
-        by_source=_by_source(columns, sources, drawn),
+        **{f"by_{each.kind}": each.losses(model.name, drawn) for each in pieces},
     )
 
 
-def _differences(columns: Mapping[str, Columns], sizes: NDArray[np.float64], drawn: Mapping[str, Any]) -> list[LossDifference]:
+def _differences(
+    columns: Mapping[str, Columns], sizes: NDArray[np.float64], pieces: Sequence[Pieces], drawn: Mapping[str, Any]
+) -> list[LossDifference]:
     """Compare the first model with each other, row by row."""
     (baseline, first), *others = columns.items()
     changes = [first["sum_logprob"] - second["sum_logprob"] for _, second in others]  # nats; below zero the other is better
@@ -319,6 +318,7 @@ def _differences(columns: Mapping[str, Columns], sizes: NDArray[np.float64], dra
                 p_value=p_value,
                 p_adjusted=adjusted,
                 rows_better=int((change < 0).sum()),
+                **{f"by_{each.kind}": each.differences(name, baseline, drawn) for each in pieces},
             )
         )
     return differences

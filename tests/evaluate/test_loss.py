@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,28 @@ def test_each_source_has_its_loss(tmp_path: Path, tiny_model: Path) -> None:
     assert long.models[0].by_source == {}
     assert "loss by source" in result.summary()
     assert "loss by source" not in long.summary()
+
+
+def test_each_turn_has_its_loss_and_the_turns_are_the_whole(tmp_path: Path, tiny_model: Path, trained_model: Path) -> None:
+    rows = [turns("hi", "hello"), turns("hi", "hello", "and?", "The sea."), turns("1+1", "2", "2+2", "4", "3+3", "The answer is 6.")]
+    models = {"base": str(tiny_model), "sft": str(trained_model)}
+    result = loss(write_rows(tmp_path / "rows.jsonl", rows), models, tmp_path / "run", settings())
+    base, sft = result.models
+    assert list(base.by_turn) == ["1", "2", "3"]
+    table = pl.read_parquet(tmp_path / "run" / "evaluate" / "losses.parquet").filter(pl.col("model") == "base")
+    assert table["turn_tokens"].list.len().to_list() == [1, 2, 3]
+    assert table["turn_tokens"].list.sum().to_list() == table["num_tokens"].to_list()
+    assert table["turn_logprobs"].list.sum().to_list() == pytest.approx(table["sum_logprob"].to_list())
+    # the first answer is read after the same words, whatever follows
+    single = loss(write_rows(tmp_path / "one.jsonl", [turns("hi", "hello")]), models, None, settings())
+    assert -table["turn_logprobs"][1][0] / table["turn_tokens"][1][0] == pytest.approx(single.models[0].loss.value, abs=1e-4)
+    assert single.models[0].by_turn == {}
+    (change,) = result.differences
+    for turn in ("1", "2", "3"):
+        assert change.by_turn[turn].value == pytest.approx(sft.by_turn[turn].value - base.by_turn[turn].value)
+    assert change.by_turn["3"].interval is None  # one conversation is that long
+    assert re.search(r"loss by turn \(95 %\) +1 +2 +3\n(.*\n){2}sft − base ", result.summary())
+    assert "loss by turn" not in single.summary()
 
 
 def test_nothing_is_computed_twice(tmp_path: Path, tiny_model: Path, trained_model: Path, heldout: Path, watch: Any) -> None:
