@@ -1,0 +1,495 @@
+"""Two GPUs of one host against one of them: training by DDP and FSDP2, distillation and tasks by replicas, and what a kill costs.
+
+    python benchmarks/two_gpus.py CHATS TOKENIZER [--only equal,speed,kill,distill,tasks] [--shapes 0.5b,1.5b] [--out FILE]
+
+CHATS is a data file with conversations, TOKENIZER a model folder whose tokenizer and template render them. Models have real shapes and
+random weights. The stages, with what each needs on two H200s:
+
+    equal    the losses of eight updates on one GPU and on two, by the same rows: in float32, and in bfloat16 products       (1.5 min)
+    speed    tokens a second and peak memory of one GPU and of two, at the same forward passes on each; --compile, too       (3 min)
+    kill     `sftkit train sft --gpus 2` killed (SIGKILL), gone on with on two and on one, against a run in one piece        (2.5 min)
+    distill  one replica and two, the same rows; then one of the two is killed on the way                                    (5 min)
+    tasks    `sftkit evaluate tasks` with one replica and with two                                                           (4 min)
+
+A line of JSON goes to FILE as soon as something is measured; a stage that fails is told, and the next one begins. Without GPUs (two
+processes on the CPU) give `--shapes tiny --step-tokens 1024`, to see that the script is sound.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from sftkit.core.chat import Chat, load_chat
+from sftkit.core.engines.base import EngineConfig
+from sftkit.core.engines.registry import open_engine
+from sftkit.core.files import read_json, read_json_lines
+from sftkit.core.formats import read_examples
+from sftkit.core.models import resolve_model
+from sftkit.train.config import TrainConfig
+from sftkit.train.data import Row, prepare
+from train_speed import SHAPES, build
+from transformers import TrainerCallback
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+WAYS = ("one", "ddp", "fsdp")
+MICRO = {"135m": 65_536, "0.5b": 32_768, "1.5b": 16_384}  # tokens of a forward pass
+STEPS, SKIPPED = 12, 4
+BAR = {"speed": 1.85, "distill": 1.9}
+
+
+class Clock(TrainerCallback):  # type: ignore[misc]
+    """Takes the time, once the device is done, after the first steps and after the last; between them nothing waits for it."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step in (SKIPPED, state.max_steps):
+            if GPU:
+                torch.cuda.synchronize()
+            self.times.append(time.perf_counter())
+
+
+class Report:
+    """Prints what was measured and appends it to a file."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.lines = place, list[str]()
+
+    def add(self, stage: str, told: str, **facts: Any) -> None:
+        line = f"{stage:8} {told}"
+        self.lines.append(line)
+        print(line, flush=True)
+        with open(self.place, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, "card": torch.cuda.get_device_name() if GPU else "CPU", **facts}) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------- training: what a process does
+
+
+def rows_of(chats: str, chat: Chat) -> list[Row]:
+    return prepare(read_examples(chats), chat, TrainConfig(validation=0), context=8192).train
+
+
+def trained(rows: list[Row], chat: Chat, task: dict[str, Any], parallel: str) -> dict[str, Any]:
+    """Train in this process; return rates, peak memory, losses."""
+    from sftkit.train.sft import adapter_config
+    from sftkit.train.trainer import Watch, make_trainer
+
+    gpus, lora, shape = task["gpus"], task["lora"], task["shape"]
+    mean = sum(len(row) for row in rows) / len(rows)
+    size = round(task["step_tokens"] * (gpus if task["weak"] else 1) / mean)  # weak: as many tokens for each process as for one
+    chosen = rows[: size * task["steps"]]
+    config = TrainConfig(
+        batch_size=size, validation=0, logging_steps=1 if task["losses"] else 1000, lora=lora, warmup=0.0, gpus=gpus,
+        compile=task["compile"], parallel=parallel,
+    )  # fmt: skip
+    half = torch.bfloat16 if task["half"] and GPU else None
+    model = build(shape, torch.bfloat16 if lora and half else torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = Path(folder) / "metrics.jsonl"
+        watch, clock = Watch(metrics, chat, save_minutes=1e9), Clock()
+        trainer = make_trainer(
+            model, chat, chosen, [], config, checkpoints=Path(folder), device=DEVICE, half=half, batch_tokens=task["batch_tokens"],
+            watch=watch, peft_config=adapter_config(config) if lora else None,
+        )  # fmt: skip
+        trainer.add_callback(clock)
+        parts = trainer.packs.parts
+        sizes = [sum(len(chosen[row]) for row in pack) for pack in trainer.packs.rows()]
+        tokens = [sum(sizes[start : start + parts]) for start in range(0, len(sizes), parts)]
+        if GPU:
+            torch.cuda.empty_cache()
+        trainer.train()
+        watch.close()
+        losses = [line["loss"] for line in read_json_lines(metrics) if "loss" in line] if int(os.environ.get("RANK", 0)) == 0 else []
+    found = {"rate": sum(tokens[SKIPPED:]) / (clock.times[1] - clock.times[0]), "losses": losses, "parts": parts, "tokens": tokens[0]}
+    return found | {"peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if GPU else 0.0}
+
+
+def work(order: Path) -> None:
+    """Do all tasks of an order in this process, and write what came out."""
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    told = json.loads(order.read_text())
+    rank = int(os.environ.get("RANK", 0))
+    if GPU:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("nccl" if GPU else "gloo")
+    chat = load_chat(resolve_model(told["tokenizer"]))
+    rows = rows_of(told["chats"], chat)
+    with open(told["out"], "a", encoding="utf-8") as file:
+        for task in told["tasks"]:
+            if GPU:
+                torch.cuda.reset_peak_memory_stats()
+            began = time.perf_counter()
+            try:
+                found = trained(rows, chat, task, task["way"] if task["way"] != "one" else "ddp")
+            except Exception as error:  # noqa: BLE001  what one task died of is told, and the others are still measured
+                found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+                traceback.print_exc()
+                if "RANK" in os.environ and task["gpus"] > 1:  # the other process may be waiting for this one
+                    file.write(json.dumps({**task, **found}) + "\n")
+                    file.flush()
+                    os._exit(1)
+            if rank == 0:
+                file.write(json.dumps({**task, **found, "seconds": round(time.perf_counter() - began, 1)}) + "\n")
+                file.flush()
+            gc.collect()
+            if GPU:
+                torch.cuda.empty_cache()
+    if "RANK" in os.environ:
+        torch.distributed.destroy_process_group()
+
+
+def ordered(given: argparse.Namespace, tasks: list[dict[str, Any]], gpus: int) -> list[dict[str, Any]]:
+    """Let `gpus` new processes do the tasks; return what came out, also where they died on the way."""
+    with tempfile.TemporaryDirectory() as scratch:
+        order, out = Path(scratch) / "order.json", Path(scratch) / "out.jsonl"
+        order.write_text(json.dumps({"chats": given.chats, "tokenizer": given.tokenizer, "out": str(out), "tasks": tasks}))
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)] if gpus > 1 else []
+        threads = str(max(1, (os.cpu_count() or 1) // gpus))
+        subprocess.run([sys.executable, *launch, __file__, "work", str(order)], env={"OMP_NUM_THREADS": threads, **os.environ}, check=False)
+        return list(read_json_lines(out)) if out.exists() else []
+
+
+# ---------------------------------------------------------------------------------------------- training: stages
+
+
+def task_of(given: argparse.Namespace, way: str, **more: Any) -> dict[str, Any]:
+    usual = {"step_tokens": given.step_tokens, "steps": STEPS, "compile": False, "half": True, "weak": True, "lora": False, "losses": False}
+    return {**usual, "way": way, "gpus": 1 if way == "one" else 2, **more}
+
+
+def both_counts(given: argparse.Namespace, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Do tasks of one process and of two."""
+    return [found for gpus in (1, 2) if (some := [each for each in tasks if each["gpus"] == gpus]) for found in ordered(given, some, gpus)]
+
+
+def equal(given: argparse.Namespace, report: Report) -> None:
+    """Hold the losses of two GPUs against one's. The rows of an update stand in the same two packs, done after or beside each other."""
+    shape = given.shapes.split(",")[0]
+    few = min(given.step_tokens, 16_384)
+    tasks = [
+        task_of(
+            given, way, shape=shape, lora=lora, half=half, weak=False, losses=True, steps=8, step_tokens=few, batch_tokens=round(few * 0.6)
+        )
+        for half in ((False, True) if GPU else (False,))
+        for lora in (False, True)
+        for way in WAYS
+    ]
+    found = both_counts(given, tasks)
+    for half in (False, True):
+        for lora in (False, True):
+            those = {each["way"]: each for each in found if each["half"] == half and each["lora"] == lora}
+            for way in ("ddp", "fsdp"):
+                name = f"{shape} {'lora' if lora else 'full'} {way}, {'bf16 products' if half else 'float32'}"
+                facts = {"shape": shape, "lora": lora, "way": way, "half": half}
+                if way not in those or "error" in (each := those[way]) or "error" in (one := those["one"]):
+                    if half <= GPU:
+                        report.add("equal", f"{name}: FAILED {those.get(way, {}).get('error', 'no result')}", **facts, error=True)
+                    continue
+                apart = [abs(a - b) for a, b in zip(one["losses"], each["losses"], strict=True)]
+                parts = (one["parts"], each["parts"])
+                report.add("equal", f"{name}: {len(apart)} updates of {parts} packs, losses apart by at most {max(apart):.1e} (first"
+                           f" {one['losses'][0]:.4f}, last {one['losses'][-1]:.4f})", **facts, apart=max(apart), losses=each["losses"],
+                           one=one["losses"], parts=parts)  # fmt: skip
+
+
+def speed(given: argparse.Namespace, report: Report) -> None:
+    """Measure tokens a second."""
+    for compiled in (False, True) if given.compile else (False,):
+        for shape in given.shapes.split(","):
+            tasks = [
+                task_of(given, way, shape=shape, lora=lora, compile=compiled, batch_tokens=MICRO.get(shape, 1024))
+                for lora in (False, True)
+                for way in WAYS
+            ]
+            found = both_counts(given, tasks)
+            for lora in (False, True):
+                those = {each["way"]: each for each in found if each["lora"] == lora}
+                for way in WAYS:
+                    name = f"{shape} {'lora' if lora else 'full'} {way}{', compiled' if compiled else ''}"
+                    each = those.get(way, {"error": "no result"})
+                    facts = {"shape": shape, "lora": lora, "way": way, "compile": compiled}
+                    if "error" in each:
+                        report.add("speed", f"{name}: FAILED {each['error']}", **facts, error=each["error"])
+                        continue
+                    ratio = each["rate"] / those["one"]["rate"] if "rate" in those.get("one", {}) else math.nan
+                    told = "" if way == "one" else f" = {ratio:.2f} x one {'ok' if ratio >= BAR['speed'] else 'BELOW THE BAR'}"
+                    passes = each["parts"] // each["gpus"]
+                    report.add("speed", f"{name:28} {each['rate']:10,.0f} tokens/s{told}, {each['peak_gb']:.1f} GB a card, {passes} passes"
+                               f" of {each['tokens'] // each['parts']:,} tokens ({each['seconds']:.0f} s)", **facts, rate=each["rate"],
+                               ratio=ratio, peak_gb=each["peak_gb"], passes=passes, seconds=each["seconds"])  # fmt: skip
+
+
+def kill(given: argparse.Namespace, report: Report) -> None:
+    """Kill runs, and go on with them on two GPUs and on one. The three kinds of runs go beside each other."""
+    shape = "135m" if GPU else "tiny"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = random_model(shape, given.tokenizer, folder / "model")
+        # many processes on one machine: a run that dies takes only itself
+        kinds = [("full", "fsdp"), ("lora", "fsdp"), ("lora", "ddp")]
+        threads = [threading.Thread(target=guarded, args=(report, "kill", killed, given, report, folder, model, *kind)) for kind in kinds]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+
+
+def killed(given: argparse.Namespace, report: Report, folder: Path, model: Path, method: str, way: str) -> None:
+    place = folder / f"{method}-{way}"
+    place.mkdir()
+    settings = place / "settings.yaml"
+    rows = 600 if GPU else 60
+    told = {
+        "limit": rows, "batch_size": 16, "logging_steps": 1, "save_minutes": 0.02, "validation": 0.05, "stop_check": 0, "compile": False,
+        "batch_tokens": 4096 if GPU else 512, "lora": method == "lora", "parallel": way, "learning_rate": 1e-3,
+    }  # fmt: skip
+    settings.write_text(json.dumps(told))
+
+    def command(run: Path, gpus: int) -> list[str]:
+        model_and_place = ["--model", str(model), "-o", str(run), "--config", str(settings), "--gpus", str(gpus)]
+        return [sys.executable, "-P", "-m", "sftkit", "train", "sft", given.chats, *model_and_place]
+
+    def done(run: Path, gpus: int) -> list[float]:
+        with open(place / f"{run.name}.log", "a") as log:
+            code = subprocess.run(command(run, gpus), stderr=log, stdout=log, cwd="/", check=False).returncode
+        if code:
+            raise RuntimeError(f"{method} {way}: {run.name} on {gpus} ended with {code}: {(place / f'{run.name}.log').read_text()[-1500:]}")
+        return [line["loss"] for line in read_json_lines(run / "train" / "metrics.jsonl") if "loss" in line]
+
+    whole, run = place / "whole", place / "run"
+    one_piece = done(whole, 2)
+    began, steps = time.monotonic(), len(one_piece)
+    moment = steps // 3
+    with open(place / "run.log", "a") as log:
+        process = subprocess.Popen(command(run, 2), stderr=log, stdout=log, cwd="/")
+    while (newest := newest_checkpoint(run)) < moment:
+        if process.poll() is not None or time.monotonic() - began > 240:
+            raise RuntimeError(f"{method} {way}: no checkpoint to kill it at: {(place / 'run.log').read_text()[-1500:]}")
+        time.sleep(0.02)
+    for each in psutil.Process(process.pid).children(recursive=True):
+        each.kill()
+    process.kill()
+    process.wait()
+    last = run / "train" / "checkpoints" / f"checkpoint-{newest}"
+    sizes = {file.name: file.stat().st_size for file in last.iterdir()}
+    shutil.copytree(run, place / "copy")
+    gone_on = {2: done(run, 2), 1: done(place / "copy", 1)}
+    apart = {gpus: max(abs(a - b) for a, b in zip(one_piece, losses, strict=True)) for gpus, losses in gone_on.items()}
+    facts: dict[str, Any] = {"method": method, "way": way, "steps": steps, "killed_at": newest, "apart": apart}
+    size = ""
+    if method == "lora":
+        adapter = (whole / "train" / "adapter" / "adapter_model.safetensors").stat().st_size
+        weights = sizes["adapter_model.safetensors"]
+        facts |= {"adapter_bytes": adapter, "checkpoint_bytes": weights, "checkpoint_all_bytes": sum(sizes.values())}
+        size = f"; adapter {adapter / 1e6:.1f} MB, in a checkpoint {weights / 1e6:.1f} MB ({weights / adapter:.2f} x)"
+    else:
+        facts |= {"checkpoint_all_bytes": sum(sizes.values())}
+    result = read_json(run / "train" / "results.json")
+    report.add("kill", f"{shape_name(model)} {method} {way}: killed after step {newest} of {steps}; losses apart from a run in one piece:"
+               f" gone on with two {apart[2]:.1e}, with one {apart[1]:.1e}{size}", **facts, result=result)  # fmt: skip
+
+
+def shape_name(model: Path) -> str:
+    return f"{read_json(model / 'config.json')['num_hidden_layers']} layers"
+
+
+def newest_checkpoint(run: Path) -> int:
+    from sftkit.train.trainer import last_checkpoint
+
+    found = last_checkpoint(run / "train" / "checkpoints")
+    return int(found.name.rpartition("-")[2]) if found else -1
+
+
+def random_model(shape: str, tokenizer: str, folder: Path) -> Path:
+    """Write a model of a shape, with random weights that give different answers to different prompts."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    config = SHAPES[shape]()
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    config.eos_token_id, config.bos_token_id, config.pad_token_id = words.eos_token_id, None, None
+    config.max_position_embeddings = min(config.max_position_embeddings, 8192)
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if GPU else torch.float32)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    del model
+    if GPU:
+        torch.cuda.empty_cache()
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------- engines
+
+
+def prompts_of(given: argparse.Namespace, folder: Path) -> Path:
+    """Write the first message of each conversation as a prompt."""
+    place = folder / "prompts.jsonl"
+    texts = {each.messages[0].content: None for each in read_examples(given.chats) if each.messages and each.messages[0].role == "user"}
+    place.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in list(texts)[: given.prompts]))
+    return place
+
+
+def distill(given: argparse.Namespace, report: Report) -> None:
+    """Measure one replica and two on the same prompts, then kill one of two on the way."""
+    from sftkit.curate.config import DistillConfig
+    from sftkit.curate.distill import distillation
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model, prompts = random_model(given.teacher, given.tokenizer, folder / "model"), prompts_of(given, folder)
+        kind = EngineConfig(engine=given.engine, device=None if GPU else "cpu", batch_tokens=16_384 if GPU else 2_048)
+        base = DistillConfig(teacher=str(model), k=given.k, max_new_tokens=given.max_new_tokens, engine=kind)
+        rates: dict[int, float] = {}
+        rows: dict[int, dict[str, str]] = {}
+        for count in (1, 2):
+            start = time.perf_counter()
+            with closing(open_engine(str(model), replace(kind, replicas=count))) as engine:
+                engines: Any = engine
+                while not all(each and each.ready for each in engines._processes):
+                    engines._listen()
+                started = time.perf_counter() - start
+                for name in ("warm", "measured", *(("killed",) if count == 2 else ())):
+                    config = replace(base, seed=1 if name == "warm" else 0, limit=64 if name == "warm" else None)
+                    with distillation(prompts, folder / f"{count}-{name}", config) as work_:
+                        work_.teacher._engine = engine
+                        store = folder / f"{count}-{name}" / "curate" / "samples.sqlite"
+                        victim = Victim(engines, store, len(work_.wanted)) if name == "killed" else None
+                        made, tokens, seconds = work_.generate(work_.wanted)
+                        work_.teacher._engine = None  # it is used again
+                        frame, missing = work_.samples(), len(work_.missing())
+                    if name == "measured":
+                        rates[count], rows[count] = tokens / seconds, dict(frame.select("key", "text").iter_rows())
+                        ratio = rates[count] / rates[1]
+                        verdict = "" if count == 1 else f" = {ratio:.2f} x one {'ok' if ratio >= BAR['distill'] else 'BELOW THE BAR'}"
+                        report.add("distill", f"{count} replica{'s' if count > 1 else ''} of {given.teacher}: {rates[count]:,.0f} tokens/s"
+                                   f"{verdict}; {made:,} samples of {tokens / made:.0f} tokens, start {started:.0f} s", replicas=count,
+                                   rate=rates[count], ratio=ratio, samples=made, tokens=tokens, seconds=seconds, start=started)  # fmt: skip
+                    elif victim:
+                        final = dict(frame.select("key", "text").iter_rows())
+                        lost = sum(final.get(key) != text for key, text in victim.committed.items())  # fmt: skip
+                        report.add("distill", f"one of two killed after {len(victim.committed):,} of {made:,} samples: {missing} missing in"
+                                   f" the end, {lost} committed ones lost or changed, {tokens / seconds:,.0f} tokens/s", killed=True,
+                                   committed=len(victim.committed), missing=missing, lost=lost, rate=tokens / seconds)  # fmt: skip
+        same = rows[1].keys() == rows[2].keys()
+        differ = sum(rows[2][key] != text for key, text in rows[1].items() if key in rows[2])
+        report.add("distill", f"rows of one and of two replicas: {'the same' if same else 'NOT THE SAME'}, {differ:,} of {len(rows[1]):,}"
+                   " with another text (rounding: other rows shared their batches)", same_rows=same, differ=differ)  # fmt: skip
+
+
+class Victim(threading.Thread):
+    """Kills the second engine's process when a third of the samples are committed, after reading what is."""
+
+    def __init__(self, engines: Any, store: Path, total: int) -> None:
+        super().__init__(daemon=True)
+        self.engines, self.store, self.total = engines, store, total
+        self.committed: dict[str, str] = {}
+        self.start()
+
+    def run(self) -> None:
+        import sqlite3
+
+        while len(self.committed) < self.total / 3:
+            time.sleep(0.1)
+            with closing(sqlite3.connect(f"file:{self.store}?mode=ro", uri=True, timeout=5)) as connection:
+                self.committed = {key.hex(): text for key, text in connection.execute("select key, text from samples")}
+        process = psutil.Process(self.engines._processes[1]._popen.pid)
+        for each in [*process.children(recursive=True), process]:
+            each.send_signal(signal.SIGKILL)
+
+
+def tasks(given: argparse.Namespace, report: Report) -> None:
+    """Ask two tasks' questions of one replica and of two."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = random_model("0.5b" if GPU else "tiny", given.tokenizer, folder / "model")
+        scores: dict[int, Any] = {}
+        for count in (1, 2):
+            settings = folder / f"{count}.yaml"
+            engine = {"engine": given.engine, "replicas": count, "device": None if GPU else "cpu"}
+            settings.write_text(json.dumps({"limit": given.questions, "max_new_tokens": given.max_new_tokens, "engine": engine}))
+            names = ["--model", f"m={model}", "--tasks", "gsm8k,mmlu", "-o", str(folder / str(count)), "--config", str(settings)]
+            start = time.perf_counter()
+            found = subprocess.run(
+                [sys.executable, "-P", "-m", "sftkit", "evaluate", "tasks", *names], capture_output=True, text=True, cwd="/", check=False
+            )
+            seconds = time.perf_counter() - start
+            if found.returncode:
+                raise RuntimeError(f"evaluate tasks with {count}: {found.stderr[-1500:]}")
+            scores[count] = read_json(folder / str(count) / "evaluate" / "results.json")
+            report.add("tasks", f"{count} replica{'s' if count > 1 else ''}: gsm8k and mmlu, {given.questions} questions each,"
+                       f" {seconds:.0f} s with the start", replicas=count, seconds=seconds)  # fmt: skip
+        report.add("tasks", f"done by both: {sorted(scores[1]) == sorted(scores[2])}", scores=scores)
+
+
+# ---------------------------------------------------------------------------------------------- all
+
+
+STAGES = {"equal": equal, "speed": speed, "kill": kill, "distill": distill, "tasks": tasks}
+
+
+def guarded(report: Report, name: str, stage: Any, *arguments: Any) -> None:
+    """Run a stage; tell what it died of."""
+    try:
+        stage(*arguments)
+    except Exception as error:  # noqa: BLE001  told, and the next one begins
+        traceback.print_exc()
+        report.add(name, f"FAILED {type(error).__name__}: {' '.join(str(error).split())[-600:]}", error=True)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["work"]:
+        work(Path(sys.argv[2]))
+        return
+    parser = argparse.ArgumentParser()
+    parser.add_argument("chats")
+    parser.add_argument("tokenizer")
+    parser.add_argument("--only", default=",".join(STAGES))
+    parser.add_argument("--shapes", default="0.5b,1.5b")
+    parser.add_argument("--step-tokens", type=int, default=65_536, help="of an update, on one GPU")
+    parser.add_argument("--compile", action="store_true", help="measure compiled layers, too")
+    parser.add_argument("--teacher", default="1.5b", help="shape of the model that is distilled")
+    parser.add_argument("--engine", default="vllm" if GPU else "transformers")
+    parser.add_argument("--prompts", type=int, default=1000)
+    parser.add_argument("-k", type=int, default=4)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--questions", type=int, default=400)
+    parser.add_argument("--out", default="two_gpus.jsonl")
+    given = parser.parse_args()
+    given.chats, given.tokenizer = str(Path(given.chats).resolve()), str(Path(given.tokenizer).resolve())
+    report = Report(Path(given.out).resolve())
+    if GPU and torch.cuda.device_count() < 2:
+        print(f"this machine has {torch.cuda.device_count()} GPU: two are needed")
+    for name in given.only.split(","):
+        began = time.perf_counter()
+        guarded(report, name, STAGES[name], given, report)
+        print(f"-- {name}: {time.perf_counter() - began:.0f} s", flush=True)
+    print("\n".join(["", *report.lines]))
+
+
+if __name__ == "__main__":
+    main()
