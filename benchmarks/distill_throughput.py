@@ -195,15 +195,6 @@ class Rounds:
                 self.note({"ratio": f"{first} / {second}", "is": round(ratio, 3), "asked": bar})
 
 
-def wait_for_all(engine: Any) -> float:
-    """Wait until every process of an engine is ready; return the seconds."""
-    start = time.perf_counter()
-    while hasattr(engine, "_processes") and any(each is None or each.ready is None for each in engine._processes):
-        engine._start_missing()
-        engine._listen()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
@@ -241,7 +232,7 @@ def main() -> None:
                 else:
                     replicas = 1 if name == "process" else int(name)
                     llm, engine, ways = None, open_engine(model, replace(plain, replicas=replicas)), ("distill",)
-                    wait_for_all(engine)
+                    engine.wait_for_all()
                 with closing(engine):
                     rounds.note({"engine": name, "start": round(time.perf_counter() - start, 1)})
                     rounds.measure(name, engine, llm, ways)

@@ -198,6 +198,12 @@ class Replicas:
 
         return [place(slot) for slot in range(count)]
 
+    def wait_for_all(self) -> None:
+        """Wait until every process is ready, or is given up; asked right away, the first ones answer alone."""
+        while any(slot not in self._given_up and not (each and each.ready) for slot, each in enumerate(self._processes)):
+            self._start_missing()
+            self._listen()
+
     def close(self) -> None:
         """End all processes."""
         left = [each for each in self._processes if each]

@@ -103,6 +103,8 @@ def _measure(
     except UserError as error:
         return Trial(settings, 0.0, time.perf_counter() - start, str(error)), ""
     with closing(engine):
+        if hasattr(engine, "wait_for_all"):
+            engine.wait_for_all()  # several processes on one card start one after another
         started = time.perf_counter() - start
         try:
             return Trial(settings, rate(engine, requests, warm_up, seconds), started), engine.identity
