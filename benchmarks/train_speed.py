@@ -1,20 +1,26 @@
 """Tokens per second of full fine-tuning on one GPU: sftkit beside TRL's defaults, TRL's packing and the course notebook's recipe.
 
-    python benchmarks/train_speed.py CHATS TOKENIZER [--shapes 135m,0.5b,1.5b,lora-0.6b] [--out FILE]
-    python benchmarks/train_speed.py CHATS TOKENIZER --shapes lora-0.6b --variants "fp32 weights, compiled;fused"     LoRA two ways
+    python benchmarks/train_speed.py CHATS TOKENIZER [--shapes 135m,0.5b,1.5b,lora-0.6b] [--out FILE]      the table, 4 to 5 minutes
+    python benchmarks/train_speed.py CHATS TOKENIZER --shapes lora-0.6b --variants "fp32 weights;fused" --profile
+    python benchmarks/train_speed.py CHATS TOKENIZER --shapes 1.5b,lora-0.6b --variants "40 GB"     the same updates in less memory
+    python benchmarks/train_speed.py CHATS TOKENIZER --losses                              each step's loss beside TRL's plain path
+    python benchmarks/train_speed.py CHATS TOKENIZER --shapes tiny,lora-tiny --tiny         on a CPU: that the script is sound
 
 CHATS is a data file with real conversations (their lengths are what counts), TOKENIZER a model folder whose tokenizer renders them.
 The models have the shapes of SmolLM2-135M, Qwen2.5-0.5B and 1.5B, and Qwen3-0.6B with LoRA, and random weights: the speed does
-not depend on what the weights say. Every variant runs on the same rows in this process, one after another; the first steps (kernels
-are compiled, memory is taken) are not counted. A line of JSON per variant goes to FILE as soon as it is measured.
+not depend on what the weights say. Every variant runs on the same rows in this process, one after another, each with code compiled
+for it anew; the first steps (kernels are compiled, memory is taken) are not counted, then --seconds are. A line of JSON per variant
+goes to FILE as soon as it is measured. --profile writes what two more steps spent their time on beside FILE.
 """
 
 import argparse
 import gc
 import json
+import statistics
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +30,19 @@ from sftkit.core.chat import Chat, load_chat
 from sftkit.core.formats import read_examples
 from sftkit.core.hardware import measured_peak
 from sftkit.core.models import resolve_model
+from sftkit.train.adapters import fuse_adapters
 from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row, prepare
+from sftkit.train.sft import adapter_config
 from sftkit.train.trainer import Watch, make_trainer, token_flops
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 warnings.simplefilter("ignore")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU runs the shape `tiny`, to see that the script is sound
+STEPS = 24
 
 SHAPES: dict[str, Any] = {
     "lora-tiny": lambda: LlamaConfig(
@@ -61,17 +71,33 @@ SHAPES: dict[str, Any] = {
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
-    """Takes the time, once the device is done, after the first `skip` steps and after the last; between them nothing waits for it."""
+    """Takes the time of the steps after the first `skip`, until `seconds` are over; waits for the device only at both ends.
 
-    def __init__(self, skip: int) -> None:
-        self.skip = skip
+    With a `profile` two more steps follow, and what they spent their time on is written there.
+    """
+
+    def __init__(self, *, skip: int, seconds: float, profile: Path | None = None) -> None:
+        self.skip, self.seconds, self.profile = skip, seconds, profile
         self.times: dict[int, float] = {}
+        self.profiler: Any = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step in (self.skip, state.max_steps):
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            self.times[state.global_step] = time.perf_counter()
+        step, now = state.global_step, time.perf_counter()
+        if len(self.times) < 2:
+            over = step > self.skip and (now - self.times[self.skip] > self.seconds or step >= state.max_steps - (2 if self.profile else 0))
+            if step == self.skip or over:
+                synchronize()
+                self.times[step] = time.perf_counter()
+            if over and self.profile:
+                self.profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if DEVICE == "cuda" else [])])
+                self.profiler.__enter__()
+            control.should_training_stop = over and not self.profile
+        elif self.profile and step == max(self.times) + 2:
+            synchronize()
+            self.profiler.__exit__(None, None, None)
+            key = "self_cuda_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
+            self.profile.write_text(self.profiler.key_averages().table(sort_by=key, row_limit=45, max_name_column_width=90))
+            control.should_training_stop = True
 
     def rate(self, tokens: list[int]) -> float:
         """Return the tokens a second between the two, given the tokens of each step."""
@@ -79,69 +105,9 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         return sum(tokens[first:last]) / (end - start)
 
 
-class FusedAdapter(torch.autograd.Function):
-    """x Wᵀ + s (x Aᵀ) Bᵀ with W frozen: the narrow products are added inside the wide ones' outputs (addmm), not in passes of their own.
-
-    PEFT's layer writes its product out, scales it and adds it, and takes x through float32: passes over memory, which bind LoRA.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
-        """x [N, in], weight [out, in], down [r, in], up [out, r], all of one 16-bit format → [N, out]."""
-        narrow = x @ down.T
-        ctx.save_for_backward(x, weight, down, up, narrow)
-        ctx.scale = scale
-        return torch.addmm(x @ weight.T, narrow, up.T, alpha=scale)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, weight, down, up, narrow = ctx.saved_tensors
-        (grad,) = grads
-        inner = (grad @ up) * ctx.scale
-        grad_x = torch.addmm(grad @ weight, inner, down) if ctx.needs_input_grad[0] else None
-        return grad_x, None, inner.T @ x, (grad.T @ narrow) * ctx.scale, None
-
-
-def fuse_adapters(model: Any) -> int:
-    """Let PEFT's LoRA layers compute through FusedAdapter; return how many."""
-    from peft.tuners.lora.layer import Linear
-
-    layers = [each for each in model.modules() if isinstance(each, Linear)]
-    for layer in layers:
-
-        def forward(x: torch.Tensor, *_: Any, layer: Any = layer, **__: Any) -> torch.Tensor:
-            base, half = layer.base_layer, torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-            down, up = (part["default"].weight.to(half) for part in (layer.lora_A, layer.lora_B))
-            flat = x.reshape(-1, x.shape[-1]).to(half)
-            out = FusedAdapter.apply(flat, base.weight.to(half), down, up, layer.scaling["default"])
-            out = out if base.bias is None else out + base.bias.to(half)
-            return out.reshape(*x.shape[:-1], -1)
-
-        layer.forward = forward
-    return len(layers)
-
-
-def check_fused() -> None:
-    """Hold fused adapters against PEFT's on a small model, forward and back; raise AssertionError where they differ."""
-    from peft import get_peft_model
-    from sftkit.train.sft import adapter_config
-
-    torch.manual_seed(0)
-    model = get_peft_model(AutoModelForCausalLM.from_config(SHAPES["tiny"](), dtype=torch.float32), adapter_config(TrainConfig(lora=True)))
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.1)
-    ids = torch.randint(0, 1000, (1, 64))
-    found = []
-    for fused in (False, True):
-        if fused:
-            assert fuse_adapters(model) == 14
-        model.zero_grad()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        found.append([loss.detach(), *(each.grad for each in model.parameters() if each.requires_grad)])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def build(shape: str, dtype: torch.dtype) -> Any:
@@ -154,17 +120,19 @@ def ours(
     shape: str,
     rows: list[Row],
     chat: Chat,
+    clock: Clock,
     *,
-    step_tokens: int,
     batch_tokens: int,
-    steps: int,
-    compiled: bool,
-    dtype: str,
+    step_tokens: int,
+    compiled: bool = True,
+    dtype: str = "auto",
     fused: bool = False,
+    stream: bool = False,
 ) -> Any:
+    """Train with the trainer of `sftkit train sft`. `stream`: what goes from layer to layer is bfloat16 under float32 weights, too."""
     mean = sum(len(row.ids) for row in rows) / len(rows)
-    size = round(step_tokens / mean)
-    chosen = rows[: size * steps]
+    size = max(1, round(step_tokens / mean))
+    chosen = rows[: size * STEPS]
     lora = shape.startswith("lora")
     config = TrainConfig(
         batch_size=size, batch_tokens=batch_tokens, validation=0, compile=compiled, dtype=dtype, logging_steps=1000, lora=lora, warmup=0.0
@@ -172,35 +140,28 @@ def ours(
     weights = torch.bfloat16 if dtype == "bfloat16" or lora else torch.float32
     model = build(shape, weights)
     half = None if dtype == "bfloat16" else torch.bfloat16
-    peft = None
-    if lora:
-        from sftkit.train.sft import adapter_config
-
-        peft = adapter_config(config)
+    if stream:
+        model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, out: out.to(half))
     with tempfile.TemporaryDirectory() as folder:
-        watch, clock = Watch(Path(folder) / "metrics.jsonl", chat, save_minutes=1e9), Clock(skip=8)
+        watch = Watch(Path(folder) / "metrics.jsonl", chat, save_minutes=1e9)
         trainer = make_trainer(
             model, chat, chosen, [], config, checkpoints=Path(folder), device=DEVICE, half=half, batch_tokens=batch_tokens, watch=watch,
-            peft_config=peft,
+            peft_config=adapter_config(config) if lora else None,
         )  # fmt: skip
         trainer.add_callback(clock)
         if fused:
-            fuse_adapters(trainer.model)
+            assert fuse_adapters(trainer.model)
         parts = trainer.packs.parts
         sizes = [sum(len(chosen[row].ids) for row in pack) for pack in trainer.packs.rows()]
         tokens = [sum(sizes[start : start + parts]) for start in range(0, len(sizes), parts)]
         trainer.train()
         watch.close()
         flops = token_flops(trainer.model, mean)
-    return {
-        "tokens_per_second": clock.rate(tokens),
-        "flops": flops,
-        "parts": parts,
-        "step_tokens": tokens[0],
-    }
+    return {"tokens_per_second": clock.rate(tokens), "flops": flops, "parts": parts, "step_tokens": tokens[0]}
 
 
-def theirs(shape: str, rows: list[Row], chat: Chat, *, name: str, steps: int) -> Any:
+def theirs(shape: str, rows: list[Row], chat: Chat, clock: Clock, *, name: str) -> Any:
+    """Train with TRL's own trainer, as `name` says."""
     settings: dict[str, dict[str, Any]] = {
         "notebook recipe": {
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "gradient_checkpointing": False, "bf16": False
@@ -214,114 +175,185 @@ def theirs(shape: str, rows: list[Row], chat: Chat, *, name: str, steps: int) ->
     model = build(shape, torch.float32)
     data = Dataset.from_dict({"input_ids": [row.ids for row in rows[:4000]], "labels": [row.labels for row in rows[:4000]]})
     with tempfile.TemporaryDirectory() as folder:
-        clock = Clock(skip=3)
         arguments = SFTConfig(
-            output_dir=folder,
-            use_cpu=DEVICE == "cpu",
-            max_steps=steps,
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1000,
-            save_strategy="no",
-            **chosen,
-        )
-        peft = None
-        if shape.startswith("lora"):
-            from peft import LoraConfig
-
-            peft = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+            output_dir=folder, use_cpu=DEVICE == "cpu", max_steps=STEPS, report_to="none", disable_tqdm=True, logging_steps=1000,
+            save_strategy="no", **chosen,
+        )  # fmt: skip
+        lora = adapter_config(TrainConfig(lora=True)) if shape.startswith("lora") else None
         trainer = SFTTrainer(
-            model=model, args=arguments, train_dataset=data, processing_class=chat.tokenizer, callbacks=[clock], peft_config=peft
+            model=model, args=arguments, train_dataset=data, processing_class=chat.tokenizer, callbacks=[clock], peft_config=lora
         )
-        counts: list[int] = []
+        counts: list[Any] = []
         plain = trainer.training_step
 
         def counted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            ids = inputs["input_ids"]
-            counts.append(int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else ids.numel())
+            mask = inputs.get("attention_mask")
+            counts.append(inputs["input_ids"].numel() if mask is None else mask.sum())  # read at the end: nothing waits for it here
             return plain(model, inputs, *args, **kwargs)
 
         trainer.training_step = counted
         trainer.train()
         each = arguments.gradient_accumulation_steps
-        tokens = [sum(counts[start : start + each]) for start in range(0, len(counts), each)]
+        tokens = [int(sum(counts[start : start + each])) for start in range(0, len(counts), each)]
     return {"tokens_per_second": clock.rate(tokens), "step_tokens": tokens[0]}
+
+
+def losses_beside_trl(shape: str, rows: list[Row], chat: Chat, *, updates: int, size: int) -> dict[str, Any]:
+    """Train the same weights on the same updates, packed and compiled here, padded through PyTorch's own attention in TRL's trainer.
+
+    Return the losses of both, and how far the mean of the last quarter is off.
+    """
+    chosen = rows[: updates * size]
+    config = TrainConfig(
+        batch_size=size, batch_tokens=65_536, validation=0, compile=DEVICE == "cuda", schedule="constant", warmup=0.0, logging_steps=1,
+        learning_rate=3e-4, lora=shape.startswith("lora"),
+    )  # fmt: skip
+    weights = torch.bfloat16 if config.lora else torch.float32
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        watch = Watch(Path(folder) / "metrics.jsonl", chat, save_minutes=1e9)
+        trainer = make_trainer(
+            build(shape, weights), chat, chosen, [], config, checkpoints=Path(folder), device=DEVICE, half=torch.bfloat16,
+            batch_tokens=65_536, watch=watch, peft_config=adapter_config(config) if config.lora else None,
+        )  # fmt: skip
+        order = [row for number in range(len(chosen) // size) for row in trainer.packs.update(number)]
+        if config.lora:
+            torch.manual_seed(0)
+            start = {name: each.detach().clone() for name, each in trainer.model.named_parameters() if each.requires_grad}
+        trainer.train()
+        watch.close()
+        found["sftkit"] = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        del trainer
+    with tempfile.TemporaryDirectory() as folder:
+        data = Dataset.from_dict({"input_ids": [chosen[row].ids for row in order], "labels": [chosen[row].labels for row in order]})
+        arguments = SFTConfig(
+            output_dir=folder, use_cpu=DEVICE == "cpu", num_train_epochs=1, report_to="none", disable_tqdm=True, logging_steps=1,
+            save_strategy="no", per_device_train_batch_size=size, gradient_checkpointing=False, bf16=True, learning_rate=config.rate,
+            lr_scheduler_type="constant", max_length=None, train_sampling_strategy="sequential", shuffle_dataset=False,
+        )  # fmt: skip
+        plain = SFTTrainer(
+            model=build(shape, weights), args=arguments, train_dataset=data, processing_class=chat.tokenizer,
+            peft_config=adapter_config(config) if config.lora else None,
+        )  # fmt: skip
+        if config.lora:
+            for name, each in plain.model.named_parameters():
+                if each.requires_grad:
+                    each.data = start[name].to(each.device, torch.float32)
+        plain.train()
+        found["TRL"] = [line["loss"] for line in plain.state.log_history if "loss" in line]
+    assert len(found["sftkit"]) == len(found["TRL"]) == len(order) // size
+    off = [one / other - 1 for one, other in zip(found["sftkit"], found["TRL"], strict=True)]
+    last = max(1, len(off) // 4)
+    ends = {name: statistics.mean(losses[-last:]) for name, losses in found.items()}
+    return {
+        "updates": len(off), "off_at_the_end": ends["sftkit"] / ends["TRL"] - 1, "most_off": max(off, key=abs), "first": off[0],
+        **{f"{name} at the end": value for name, value in ends.items()}, **found,
+    }  # fmt: skip
+
+
+def variants_of(shape: str, *, step_tokens: int, large: bool) -> list[tuple[str, Any]]:
+    """Return what is measured of a shape: names, and functions of (shape, rows, chat, clock)."""
+    lora = shape.startswith("lora")
+    tokens = {"135m": 65_536, "0.5b": 32_768, "1.5b": 16_384, "lora-0.6b": 32_768}.get(shape, 1024)
+    told: dict[str, Any] = {
+        "step_tokens": step_tokens,
+        "batch_tokens": tokens if large else min(tokens, 16_384),
+        "compiled": DEVICE == "cuda",
+    }
+    small = {"0.5b": (16_384, 32_768), "1.5b": (4_096, 8_192), "lora-0.6b": (16_384, 16_384)}.get(shape)
+    found: list[tuple[str, Any]] = []
+    if shape != "1.5b":
+        found += [(name, partial(theirs, name=name)) for name in ("notebook recipe", "TRL defaults", "TRL packing")]
+    found.append(("sftkit fp32 weights", partial(ours, **told)))
+    if lora:
+        found.append(("sftkit fp32 weights, fused adapters", partial(ours, **told, fused=True)))
+    else:
+        found.append(("sftkit bf16 weights", partial(ours, **told, dtype="bfloat16")))
+    if small:
+        sizes = dict(zip(("auto", "bfloat16"), small, strict=True))
+        for dtype in ("auto",) if lora else ("auto", "bfloat16"):
+            less = {**told, "batch_tokens": sizes[dtype]}
+            name = f"sftkit {'bf16' if dtype == 'bfloat16' else 'fp32'} weights within 40 GB"
+            found.append((name, partial(ours, **less, dtype=dtype, fused=lora)))
+    if not lora:
+        found.append(("sftkit fp32 weights, bf16 stream", partial(ours, **told, stream=True)))
+    found.append(("sftkit fp32 weights, as it is", partial(ours, **{**told, "compiled": False})))
+    return found
+
+
+EXTRA = ("40 GB", "stream", "as it is")  # measured where --variants names them
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("chats")
     parser.add_argument("tokenizer")
-    parser.add_argument("--shapes", default="135m,0.5b,1.5b,lora-0.6b")
+    parser.add_argument("--shapes", default="135m,0.5b,lora-0.6b,1.5b")
     parser.add_argument("--out", default="train_speed.jsonl")
     parser.add_argument("--step-tokens", type=int, default=65_536)
-    parser.add_argument(
-        "--variants", default="", help="words of which a variant's name must hold one, separated by semicolons; all without"
-    )
+    parser.add_argument("--seconds", type=float, default=8.0, help="that are counted of a variant")
+    parser.add_argument("--variants", default="", help="words of which a variant's name must hold one, separated by semicolons")
+    parser.add_argument("--profile", action="store_true", help="write what two more steps spent their time on")
+    parser.add_argument("--losses", action="store_true", help="compare the losses with TRL's plain path instead")
+    parser.add_argument("--tiny", action="store_true", help="few tokens a step, for a CPU")
     arguments = parser.parse_args()
-    check_fused()
     chat = load_chat(resolve_model(arguments.tokenizer))
-    quiet = TrainConfig(validation=0)
-    rows = prepare(read_examples(arguments.chats), chat, quiet, context=8192).train
+    rows = prepare(read_examples(arguments.chats), chat, TrainConfig(validation=0), context=8192).train
     card, peak = (torch.cuda.get_device_name(), measured_peak("cuda")) if DEVICE == "cuda" else ("CPU", 1e12)
     mean = sum(len(row.ids) for row in rows) / len(rows)
-    print(f"{card}, {peak / 1e12:.0f} TFLOP/s in a matrix product; {len(rows):,} rows, {mean:.0f} tokens on average", flush=True)
+    longest = max(len(row.ids) for row in rows)
+    print(f"{card}, {peak / 1e12:.0f} TFLOP/s in a matrix product; {len(rows):,} rows, {mean:.0f} tokens on average, {longest:,} at most",
+          flush=True)  # fmt: skip
     large = DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory > 100e9
-    table = []
+    table, begun = [], time.perf_counter()
     for shape in arguments.shapes.split(","):
-        micro = {"135m": 65_536, "0.5b": 32_768, "1.5b": 16_384, "lora-0.6b": 32_768}.get(shape, 1024) if large else 16_384
-        variants: list[tuple[str, Any]] = [
-            ("notebook recipe", lambda s: theirs(s, rows, chat, name="notebook recipe", steps=8)),
-            ("TRL defaults", lambda s: theirs(s, rows, chat, name="TRL defaults", steps=8)),
-            ("TRL packing", lambda s: theirs(s, rows, chat, name="TRL packing", steps=8)),
-        ]
-        for dtype in ("auto", "bfloat16"):
-            for compiled in (False, True):
-                name = f"sftkit {'bf16 weights' if dtype == 'bfloat16' else 'fp32 weights'}{', compiled' if compiled else ''}"
-                variants.append(
-                    (
-                        name,
-                        lambda s, d=dtype, c=compiled, m=micro: ours(
-                            s, rows, chat, step_tokens=arguments.step_tokens, batch_tokens=m, steps=24, compiled=c, dtype=d
-                        ),
-                    )
-                )
-        if shape.startswith("lora"):
-            told = {
-                "step_tokens": arguments.step_tokens,
-                "batch_tokens": micro,
-                "steps": 24,
-                "compiled": True,
-                "dtype": "auto",
-                "fused": True,
-            }
-            variants.append(("sftkit fused adapters, compiled", lambda s, t=told: ours(s, rows, chat, **t)))
+        variants = variants_of(shape, step_tokens=512 if arguments.tiny else arguments.step_tokens, large=large)
+        if arguments.losses:
+            updates, size = (6, 4) if arguments.tiny else (60, 32)
+            variants = [("losses beside TRL", lambda s, r, c, _, u=updates, n=size: losses_beside_trl(s, r, c, updates=u, size=n))]
         for name, measure in variants:
-            if arguments.variants and not any(word in name for word in arguments.variants.split(";")):
+            wanted = arguments.variants.split(";") if arguments.variants else []
+            if not any(word in name for word in wanted) if wanted else any(word in name for word in EXTRA):
                 continue
-            torch.cuda.empty_cache()
+            gc.collect()
+            torch._dynamo.reset()  # code is compiled for each, as in a process of its own
             if DEVICE == "cuda":
+                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
+            table_at = Path(f"{arguments.out}.{shape}.{name.replace(' ', '-')}.txt") if arguments.profile and "sftkit" in name else None
+            clock = Clock(skip=3 if "sftkit" not in name else 4, seconds=arguments.seconds, profile=table_at)
             start = time.perf_counter()
             try:
-                found = measure(shape)
+                found = measure(shape, rows, chat, clock)
             except torch.OutOfMemoryError:
-                found = {"tokens_per_second": 0.0, "error": "out of memory"}
+                found = {"error": "out of memory"}
             except Exception as error:  # noqa: BLE001  one variant's fault is told, and the others are still measured
-                found = {"tokens_per_second": 0.0, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+                found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
             found |= {
                 "shape": shape, "variant": name, "card": card, "peak_tflops": round(peak / 1e12),
                 "seconds": round(time.perf_counter() - start, 1),
-                "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1),
+                "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if DEVICE == "cuda" else 0.0,
             }  # fmt: skip
-            found["mfu"] = round(found["tokens_per_second"] * found.get("flops", 0) / peak, 3)
+            if "tokens_per_second" in found:
+                found["mfu"] = round(found["tokens_per_second"] * found.get("flops", 0) / peak, 3)
             table.append(found)
-            print(f"{shape:10} {name:28} {found['tokens_per_second']:10,.0f} tok/s  {found['memory_gb']:6.1f} GB  MFU {found['mfu']:.0%}  "
-                  f"({found['seconds']:.0f} s){' ' + found['error'] if 'error' in found else ''}", flush=True)  # fmt: skip
             with open(arguments.out, "a") as file:
                 file.write(json.dumps(found) + "\n")
-            gc.collect()
-    print(json.dumps({"rows": len(table)}))
+            print(line_of(found), flush=True)
+    print(f"\n{time.perf_counter() - begun:.0f} s in all")
+    print("\n".join(line_of(found) for found in table))
+
+
+def line_of(found: dict[str, Any]) -> str:
+    """Write a result as a line of the table."""
+    if "error" in found:
+        told = found["error"]
+    elif "updates" in found:
+        told = (f"{found['updates']} updates: {found['sftkit at the end']:.4f} and {found['TRL at the end']:.4f} in the last quarter,"
+                f" {found['off_at_the_end']:+.2%} (first {found['first']:+.3%}, at most {found['most_off']:+.2%})")  # fmt: skip
+    else:
+        told = f"{found['tokens_per_second']:10,.0f} tok/s  {found['memory_gb']:6.1f} GB  MFU {found['mfu']:.0%}"
+    return f"{found['shape']:10} {found['variant']:36} {told}  ({found['seconds']:.0f} s)"
 
 
 if __name__ == "__main__":
