@@ -1,7 +1,7 @@
 """`kill -9` at 20 random moments of distillations, of the process or of its engine's: what is lost, changed, made twice, made anew.
 
     python benchmarks/kill.py MODEL [--prompts 2000] [-k 4] [--kills 20] [--replicas 2]                    a tiny model, on a CPU
-    python benchmarks/kill.py TOKENIZER --shape 135m --engine vllm --lanes 5 [--seconds 420] [--out FILE]        on a GPU
+    python benchmarks/kill.py TOKENIZER --shape 135m --engine vllm --lanes 5 --max-new-tokens 96 [--seconds 300] [--out FILE]      on a GPU
 
 Several runs (`--lanes`) go on beside each other, each with its own folder, and one more that nobody disturbs. When all of them have
 answers that are new since the last kill, each is killed within the next two seconds: in turns the command itself, the process that
@@ -96,7 +96,9 @@ class Lane:
         workers = [each for each in own.children() if "sftkit.core.engines.worker" in " ".join(each.cmdline())]
         if kind == "the engine's process":
             return workers
-        return [each for worker in workers for each in worker.children(recursive=True) if each.name().startswith("VLLM::EngineCor")]
+        below = [each for worker in workers for each in worker.children(recursive=True)]
+        # it gives itself a name where the package setproctitle is there
+        return [each for each in below if each.name().startswith("VLLM::EngineCor") or "spawn_main" in " ".join(each.cmdline())]
 
     def kill(self, kind: str, chance: random.Random) -> float:
         """Kill one of its processes; return the seconds since the last commit."""
