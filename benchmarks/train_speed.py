@@ -89,7 +89,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]
                 synchronize()
                 self.times[step] = time.perf_counter()
             if over and self.profile:
-                self.profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if DEVICE == "cuda" else [])])
+                self.profiler = profile(activities=[ProfilerActivity.CUDA if DEVICE == "cuda" else ProfilerActivity.CPU])
                 self.profiler.__enter__()
             control.should_training_stop = over and not self.profile
         elif self.profile and step == max(self.times) + 2:
