@@ -1,6 +1,6 @@
 """Tokens per second of distillation with vLLM, every answer durable, against vLLM's own `LLM.chat`, which stores nothing.
 
-    python benchmarks/distill_throughput.py TOKENIZER --shape 1.5b [--engines vllm,sftkit,process,2] [--requests 4096]
+    python benchmarks/distill_throughput.py TOKENIZER --shape 1.5b [--engines vllm,sftkit,process,2] [--requests 2048]
         [--new-tokens 128] [--repetitions 3] [--long-tailed] [--seconds 400] [--out FILE]
     python benchmarks/distill_throughput.py MODEL --prompts FILE [-k 4]
 
@@ -13,10 +13,15 @@ With --shape the teacher has a real shape, random weights and the tokenizer of t
     2, 3      so many of them on the card
 
 On one engine the ways take turns, each time with another seed; a round that warms up is not counted. `chat` renders its prompts itself, so
-`with prompts` adds to `distill` the time to read, render and key them. Then medians and the ratios that count, each the median over the
-rounds. Start-up is told apart. The share of time that the card is busy is nvidia-smi's, twice a second. --long-tailed lets every eighth
-answer take eight times as long. A round takes 5 to 25 s for each way, an engine 60 to 100 s to start; none is begun after --seconds.
-To see on a CPU that it runs: --shape tiny --requests 16 --new-tokens 16 --repetitions 1 --engines sftkit,process
+`with prompts` adds to `distill` the time to read, render and key them. After each engine come medians and the ratios that count, each the
+median over the rounds. Start-up is told apart. The share of time that the card is busy is nvidia-smi's, twice a second. --long-tailed lets
+every eighth answer take eight times as long. A round of 2,048 requests takes 3 to 10 s for each way, an engine 50 to 100 s to start;
+no engine and no further round is begun after --seconds. For the bars, in order of what is left out first:
+
+    --engines sftkit,vllm,process,2 --ways chat,distill,chat-asked --requests 2048 --seconds 260         330 s
+    --engines sftkit --ways chunks,distill --long-tailed --requests 2048 --seconds 200                   220 s
+
+To see on a CPU that it runs: --shape tiny --requests 16 --new-tokens 16 --repetitions 1 --engines sftkit,process --max-num-seqs 8
 """
 
 import argparse
@@ -44,7 +49,7 @@ from teachers import random_teacher, write_questions
 
 CHUNK = 512
 CONTEXT = 4096
-WAYS = {"vllm": ("chat", "chat-asked"), "sftkit": ("chat", "chat-asked", "raw", "chunks", "distill")}
+WAYS = {"vllm": ("chat", "chat-asked"), "sftkit": ("chat", "distill", "chat-asked")}  # raw and chunks where they are asked for
 BARS = (  # of the first to the second, and what is asked of it
     ("sftkit distill", "sftkit chat", 0.97),
     ("process distill", "sftkit chat", 0.97),
@@ -144,6 +149,8 @@ class Rounds:
     def __init__(self, given: argparse.Namespace, base: DistillConfig, prompts: Path, scratch: Path) -> None:
         self.given, self.base, self.prompts, self.scratch = given, base, prompts, scratch
         self.rates: dict[str, list[float]] = defaultdict(list)
+        self.began = time.monotonic()
+        self._told: set[str] = set()
 
     def note(self, row: dict[str, Any]) -> None:
         """Print a finding and write it to the file."""
@@ -154,6 +161,9 @@ class Rounds:
     def measure(self, name: str, engine: Any, llm: Any, ways: tuple[str, ...]) -> None:
         """Let the ways take turns on one engine."""
         for repetition in range(self.given.repetitions + 1):
+            if repetition > 1 and time.monotonic() - self.began > self.given.seconds:
+                self.note({"engine": name, "rounds left out": self.given.repetitions + 1 - repetition})
+                break
             for way in ways:
                 folder = self.scratch / f"{name}-{way}-{repetition}"
                 begin = time.perf_counter()
@@ -186,13 +196,15 @@ class Rounds:
                 self.note(row)
 
     def summary(self) -> None:
-        """Print medians, and the bars."""
+        """Print medians, and the bars that are not told yet."""
         for name, rates in self.rates.items():
-            print(f"{name:22} {statistics.median(rates):10,.0f} tokens/s")
+            print(f"{name:22} {statistics.median(rates):10,.0f} tokens/s", flush=True)
         for first, second, bar in BARS:
-            if self.rates.get(first) and self.rates.get(second):
-                ratio = statistics.median(one / other for one, other in zip(self.rates[first], self.rates[second], strict=False))
-                self.note({"ratio": f"{first} / {second}", "is": round(ratio, 3), "asked": bar})
+            ratio = f"{first} / {second}"
+            if ratio not in self._told and self.rates.get(first) and self.rates.get(second):
+                self._told.add(ratio)
+                found = statistics.median(one / other for one, other in zip(self.rates[first], self.rates[second], strict=False))
+                self.note({"ratio": ratio, "is": round(found, 3), "asked": bar})
 
 
 def main() -> None:
@@ -201,7 +213,7 @@ def main() -> None:
     parser.add_argument("--shape")
     parser.add_argument("--prompts")
     parser.add_argument("-k", type=int, default=4)
-    parser.add_argument("--requests", type=int, default=4096)
+    parser.add_argument("--requests", type=int, default=2048)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--engines", default="vllm,sftkit,process,2")
@@ -211,7 +223,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=400.0)
     parser.add_argument("--out", default="distill_throughput.jsonl")
     given = parser.parse_args()
-    began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = random_teacher(given.shape, Path(given.model), folder / "model") if given.shape else given.model
@@ -221,7 +232,7 @@ def main() -> None:
         base = DistillConfig(teacher=model, k=given.k, limit=limit, max_new_tokens=given.new_tokens, engine=plain)
         rounds = Rounds(given, base, prompts, folder)
         for name in given.engines.split(","):
-            if time.monotonic() - began > given.seconds:
+            if time.monotonic() - rounds.began > given.seconds:
                 rounds.note({"engine": name, "left out": "no time"})
                 continue
             try:
@@ -236,9 +247,9 @@ def main() -> None:
                 with closing(engine):
                     rounds.note({"engine": name, "start": round(time.perf_counter() - start, 1)})
                     rounds.measure(name, engine, llm, ways)
+                    rounds.summary()
             except Exception as error:  # noqa: BLE001  one that does not run does not keep the others from it
                 rounds.note({"engine": name, "error": f"{type(error).__name__}: {str(error)[:500]}"})
-        rounds.summary()
 
 
 if __name__ == "__main__":
