@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -20,7 +20,7 @@ from ..core.store import SampleStore, decisive_settings, sample_key, sample_seed
 from ..core.values import ValueStore, value_key
 from .compare import Answer, answer_into
 from .config import TasksConfig
-from .tasks.base import Item, Task, cut
+from .tasks.base import Item, Task
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +93,8 @@ def loaded_when_needed(model: NamedModel) -> Iterator[Callable[[], Engine]]:
 
 
 def ask(asked: Asked, task: Task, store: SampleStore, config: TasksConfig, engine: Callable[[], Engine]) -> tuple[list[list[Answer]], int]:
-    """Return each item's answers, and how many were generated now. A completion is cut where it goes on to something else."""
-    sampling, identity = _sampling(task, config), _identity(asked.model)
+    """Return each item's answers, and how many were generated now. A completion ends where it goes on to something else."""
+    sampling, identity = _sampling(asked, task, config), _identity(asked.model)
     wanted = [_prepare(asked, item, index, sampling, identity) for item in task.items for index in range(config.samples)]
     generated = _generate(asked, wanted, sampling, identity, store, task.name, engine)
     keys = [each.key for each in wanted]
@@ -107,8 +107,7 @@ def ask(asked: Asked, task: Task, store: SampleStore, config: TasksConfig, engin
             answers.append(Answer(key=each.key, error=each.error or failed.get(each.key, "the engine gave no answer")))
             continue
         names = ("text", "finish_reason", "num_tokens", "logprob")
-        answer = Answer(key=each.key, **{name: row[name] for name in names})
-        answers.append(answer if asked.chat else _cut(answer, task.stops))
+        answers.append(Answer(key=each.key, **{name: row[name] for name in names}))
     return [answers[place : place + config.samples] for place in range(0, len(answers), config.samples)], generated
 
 
@@ -180,11 +179,11 @@ def _requests(before: tuple[int, ...], continued: Sequence[tuple[int, ...]], ide
     return _Choices(tuple(requests))
 
 
-def _sampling(task: Task, config: TasksConfig) -> Sampling:
-    longest = config.max_new_tokens or task.max_new_tokens
+def _sampling(asked: Asked, task: Task, config: TasksConfig) -> Sampling:
+    longest, stop = config.max_new_tokens or task.max_new_tokens, () if asked.chat else task.stops
     if config.samples == 1:
-        return Sampling(temperature=0.0, top_p=1.0, max_new_tokens=longest, seed=0)
-    return Sampling(temperature=config.temperature, top_p=config.top_p, max_new_tokens=longest, seed=config.seed)
+        return Sampling(temperature=0.0, top_p=1.0, max_new_tokens=longest, seed=0, stop=stop)
+    return Sampling(temperature=config.temperature, top_p=config.top_p, max_new_tokens=longest, seed=config.seed, stop=stop)
 
 
 def _prepare(asked: Asked, item: Item, index: int, sampling: Sampling, identity: str) -> _Wanted:
@@ -234,11 +233,3 @@ def _generate(
     places = {key: (each.item.id, each.index) for key, each in missing.items()}
     told = f"{label}: ask {asked.name}"
     return answer_into(store, engine(), requests(), places, label=told, model=model.reference, sampling_key=sampling_key)
-
-
-def _cut(answer: Answer, stops: tuple[str, ...]) -> Answer:
-    text = cut(answer.text, stops)
-    if text == answer.text:
-        return answer
-    named: Mapping[str, Any] = {"key": answer.key, "num_tokens": answer.num_tokens, "logprob": answer.logprob}
-    return Answer(text=text, finish_reason="stop", **named)

@@ -15,7 +15,8 @@ from ..chat import Chat, load_chat
 from ..errors import UserError, missing_package
 from ..hardware import gpu_memory, visible_gpus
 from ..models import ModelRef, context_length, load_settings, model_identity, resolve_model
-from .base import Completion, EngineConfig, EngineDied, Request, Sampling, ScoreRequest, TokenLogprobs
+from .base import ChoiceRequest, Completion, EngineConfig, EngineDied, Request, Sampling, ScoreRequest, TokenLogprobs
+from .stops import first_stop
 from .vllm_processes import Processes
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ GRAPH_SIZES = (
     *(640, 768, 896, 1024, 1152, 1280, 1536, 1792, 2048),
 )
 
-T = TypeVar("T", Request, ScoreRequest)
+T = TypeVar("T", Request, ScoreRequest, ChoiceRequest)
 
 
 @dataclass(slots=True)
@@ -108,6 +109,20 @@ class VllmEngine:
         params = self._params(Sampling(temperature=0, max_new_tokens=1), prompt_logprobs=0)
         return _Wanted(request, request.ids, len(request.ids), params, error)
 
+    def choices(self, requests: Iterable[ChoiceRequest]) -> Iterator[TokenLogprobs]:
+        """Give the log-probabilities of some tokens as the next one; prompts share what they begin with, as for answers."""
+        for request, output, error in self._run(requests, self._choosing):
+            yield self._chosen(request, output) if error is None else TokenLogprobs(key=request.key, error=error)
+
+    def _choosing(self, request: ChoiceRequest) -> _Wanted[ChoiceRequest]:
+        error = None
+        if not request.ids or not request.choices:
+            error = "nothing to choose: a prompt and choices are needed"
+        elif self.context_length is not None and len(request.ids) >= self.context_length:
+            error = f"too long: {len(request.ids)} tokens and one more do not fit the context of {self.context_length}"
+        params = self._params(Sampling(temperature=0, max_new_tokens=1), logprob_token_ids=list(request.choices))
+        return _Wanted(request, request.ids, len(request.ids), params, error)
+
     def _params(self, sampling: Sampling, **more: Any) -> Any:
         """Return vLLM's settings of one request. The stop ids are the chat's alone: they hold what the model's files list."""
         from vllm import SamplingParams
@@ -115,6 +130,8 @@ class VllmEngine:
 
         if sampling.json_schema is not None:
             more["structured_outputs"] = StructuredOutputsParams(json=sampling.json_schema)
+        if sampling.stop:
+            more["stop"] = list(sampling.stop)
         try:
             return SamplingParams(
                 temperature=sampling.temperature,
@@ -122,7 +139,7 @@ class VllmEngine:
                 max_tokens=sampling.max_new_tokens,
                 stop_token_ids=list(self._chat.stop_ids),
                 ignore_eos=True,
-                detokenize=False,  # core.chat does it, as for every engine
+                detokenize=bool(sampling.stop),  # for vLLM to see a stop; the text is core.chat's, as for every engine
                 flat_logprobs=True,
                 skip_clone=True,
                 output_kind=RequestOutputKind.FINAL_ONLY,
@@ -204,10 +221,12 @@ class VllmEngine:
             return Completion(key=request.key, finish_reason="error", error=f"vLLM ended the answer with {reason!r}")
         if logprob is None or not math.isfinite(logprob):
             return Completion(key=request.key, finish_reason="error", error="the model gave no finite probability for one of its tokens")
+        text = self._chat.decode(ids[:-1] if reason == "stop" and not isinstance(answer.stop_reason, str) else ids)
+        place = first_stop(text, request.sampling.stop)
         return Completion(
             key=request.key,
-            text=self._chat.decode(ids[:-1] if reason == "stop" else ids),
-            finish_reason="stop" if reason == "stop" else "length",
+            text=text[:place],
+            finish_reason="stop" if reason == "stop" or place is not None else "length",
             num_tokens=len(ids),
             logprob=logprob / len(ids),  # vLLM's "raw" mode: of the model itself, before temperature and top-p
             token_ids=ids,
@@ -219,6 +238,13 @@ class VllmEngine:
             reason = output.outputs[0].finish_reason if output.outputs else None
             return TokenLogprobs(key=request.key, error=f"vLLM scored {len(listed)} of {len(request.ids)} tokens and ended with {reason!r}")
         values = tuple(listed[place][request.ids[place]].logprob for place in range(request.start, len(request.ids)))
+        if not all(math.isfinite(each) for each in values):
+            return TokenLogprobs(key=request.key, error="the model gave no finite probability for one of its tokens")
+        return TokenLogprobs(key=request.key, logprobs=values)
+
+    def _chosen(self, request: ChoiceRequest, output: Any) -> TokenLogprobs:
+        found = output.outputs[0].logprobs[0]
+        values = tuple(float(found[each].logprob) for each in request.choices)
         if not all(math.isfinite(each) for each in values):
             return TokenLogprobs(key=request.key, error="the model gave no finite probability for one of its tokens")
         return TokenLogprobs(key=request.key, logprobs=values)

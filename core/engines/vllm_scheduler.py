@@ -54,6 +54,9 @@ class _Gathering:
             if output.new_prompt_logprobs_tensors is not None or output.pooling_output is not None:
                 kept.append(output)
                 continue
+            if output.finish_reason is not None and output.new_logprobs is not None and name not in self._gathered:
+                kept.append(output)  # whole in one step, with the probabilities of the choices that it was asked for
+                continue
             if (gathered := self._gathered.get(name)) is None:
                 gathered = self._gathered[name] = [], []
             gathered[0].extend(output.new_token_ids)
@@ -61,7 +64,7 @@ class _Gathering:
                 gathered[1].extend(output.new_logprobs.logprobs[:, 0].tolist())
             elif column is not None and len(output.new_token_ids) == 1:
                 gathered[1].append(column[places[name]])
-            if output.finish_reason is not None:
+            if output.finish_reason is not None or self._looked_at(name):
                 kept.append(self._with_all(output))
         now = time.monotonic()
         if kept:
@@ -70,6 +73,11 @@ class _Gathering:
             self._last_sign = now
             kept.append(self._with_all(outputs[0]))  # what it has so far: the watchdog is to see that something moves
         return kept
+
+    def _looked_at(self, name: str) -> bool:
+        """Say whether a request's text decides where it ends, which only the process that feeds the engine sees."""
+        request = self.requests.get(name)
+        return request is not None and request.sampling_params is not None and bool(request.sampling_params.stop)
 
     def _with_all(self, output: Any) -> Any:
         """Give an output all that was gathered for its request; the log-probabilities as one, their sum."""

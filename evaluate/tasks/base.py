@@ -53,9 +53,3 @@ class Task:
 def asked(question: str) -> list[Message]:
     """Return a question as a conversation."""
     return [{"role": "user", "content": question}]
-
-
-def cut(text: str, stops: tuple[str, ...]) -> str:
-    """Return a completion up to the first of the stops."""
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return text[: min(places)] if places else text

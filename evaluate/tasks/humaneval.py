@@ -6,6 +6,8 @@ from ..task_data import read_data
 from .base import Item, Mark, Score, Task, asked
 
 ASKING = "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{}```"
+# where a completion has gone on to something else than the function's body
+STOPS = ("\nclass ", "\ndef ", "\n#", "\nif __name__", "\nprint(", "\n```")
 
 
 def load(config: TasksConfig) -> Task:
@@ -19,7 +21,7 @@ def load(config: TasksConfig) -> Task:
         )
         for row in read_data("humaneval")
     ]
-    return Task(name="humaneval", items=items, metrics=("passed",), score=scorer(config), stops=(), code=True)
+    return Task(name="humaneval", items=items, metrics=("passed",), score=scorer(config), stops=STOPS, code=True)
 
 
 def scorer(config: TasksConfig) -> Score:

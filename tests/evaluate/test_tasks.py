@@ -17,7 +17,7 @@ from sftkit.core.errors import UserError
 from sftkit.core.models import load_model, resolve_model
 from sftkit.core.named_models import find_models
 from sftkit.core.values import ValueStore
-from sftkit.evaluate import task_data
+from sftkit.evaluate import benchmark, task_data
 from sftkit.evaluate.ask import Asked, choose_likeliest, loaded_when_needed, ways
 from sftkit.evaluate.benchmark import TasksResult, evaluate_tasks
 from sftkit.evaluate.compare import Answer
@@ -27,7 +27,7 @@ from sftkit.evaluate.health import health, repeats
 from sftkit.evaluate.marks import adjust, compare_marks, measure
 from sftkit.evaluate.statistics import pass_at_k
 from sftkit.evaluate.tasks import open_task
-from sftkit.evaluate.tasks.base import Item, Mark, Task, asked, cut
+from sftkit.evaluate.tasks.base import Item, Mark, Task, asked
 
 from .conftest import ANSWER, QUESTIONS, Watch
 
@@ -256,7 +256,28 @@ def test_gsm8k_is_marked_in_three_ways() -> None:
     assert item.completion.startswith("Question: Natalia sold clips")
     assert item.completion.count("Question:") == 6
     assert item.completion.endswith("\nAnswer:")
-    assert cut(" 18\n\nQuestion: next", task.stops) == " 18\n"
+
+
+def test_a_completion_ends_where_it_goes_on_to_something_else(
+    tmp_path: Path, tiny_base_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"What is {n}?", "answer": "1", "scoring": "exact"} for n in range(4)])
+
+    def answers(run: str) -> list[dict[str, Any]]:
+        evaluate_tasks({"m": str(tiny_base_model)}, [str(rows)], tmp_path / run, settings(max_new_tokens=40))
+        return pl.read_parquet(tmp_path / run / "evaluate" / "task_answers.parquet").to_dicts()
+
+    whole = answers("whole")
+    longest = max((each["text"] for each in whole), key=len)
+    stop = longest[len(longest) // 2 :][:2]
+    monkeypatch.setattr(benchmark, "open_task", lambda *given: replace(open_task(*given), stops=(stop,)))
+    ended = answers("ended")
+    for before, after in zip(whole, ended, strict=True):
+        assert after["text"] == before["text"].partition(stop)[0]
+        if stop in before["text"]:
+            assert (after["finish_reason"], after["num_tokens"] < before["num_tokens"]) == ("stop", True)  # not generated and cut
+        assert after["key"] != before["key"]
+    assert longest not in [each["text"] for each in ended]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sftkit.core.engines.base import Completion, Engine, EngineConfig, Request, Sampling, ScoreRequest
+from sftkit.core.engines.base import ChoiceRequest, Completion, Engine, EngineConfig, Request, Sampling, ScoreRequest, choice_logprobs
 from sftkit.core.engines.registry import choose, open_engine
 from sftkit.core.errors import UserError
 
@@ -82,6 +82,36 @@ def test_scores_are_those_of_transformers(vllm_engine: Engine, reference: Engine
     for expected in reference.logprobs(wanted):
         assert found[expected.key].error is None
         assert found[expected.key].logprobs == pytest.approx(expected.logprobs, abs=1e-3)
+
+
+def test_choices_are_those_of_transformers(vllm_engine: Engine, reference: Engine) -> None:
+    draw = np.random.default_rng(0)
+    wanted = [
+        ChoiceRequest(key=str(n), ids=tuple(draw.integers(5, 400, size=5 + 7 * n).tolist()), choices=(5 + n, 9, 0, 17, 30)[: 2 + n % 4])
+        for n in range(12)
+    ]
+    found = {each.key: each for each in choice_logprobs(vllm_engine, wanted)}
+    for expected in choice_logprobs(reference, wanted):
+        assert found[expected.key].error is None
+        assert found[expected.key].logprobs == pytest.approx(expected.logprobs, abs=1e-3)
+    broken = [ChoiceRequest(key="long", ids=(5,) * 512, choices=(5,)), ChoiceRequest(key="none", ids=(5,), choices=())]
+    told = {each.key: str(each.error) for each in choice_logprobs(vllm_engine, broken)}
+    assert told["long"].startswith("too long: 512 tokens and one more")
+    assert told["none"].startswith("nothing to choose")
+
+
+def test_an_answer_ends_before_its_stop_texts_as_with_transformers(vllm_engine: Engine, reference: Engine) -> None:
+    whole = answers(reference, requests(reference, GREEDY))
+    letters = Counter(letter for each in whole.values() for letter in each.text if letter.isascii() and letter.isalnum())
+    stops = tuple(letter for letter, _ in letters.most_common(3))  # no part of a character, which vLLM waits for the rest of
+    wanted = requests(vllm_engine, replace(GREEDY, stop=(*stops, "never in any of these")))
+    found, expected = answers(vllm_engine, wanted), answers(reference, wanted)
+    same = [key for key in found if found[key].token_ids == expected[key].token_ids]
+    assert len(same) >= 0.75 * len(wanted)
+    assert sum(found[key].num_tokens < whole[key].num_tokens for key in same) >= 2
+    for key in same:
+        assert (found[key].text, found[key].finish_reason) == (expected[key].text, expected[key].finish_reason)
+        assert found[key].logprob == pytest.approx(expected[key].logprob, abs=1e-3)
 
 
 def test_texts_that_cannot_be_scored_fail_alone(vllm_engine: Engine) -> None:
