@@ -2,13 +2,15 @@
 
     python benchmarks/tasks_agreement.py ifeval ANSWERS.parquet --lm-eval SITE_PACKAGES --nltk-data FOLDER
     python benchmarks/tasks_agreement.py programs SAMPLES.jsonl.gz --limit 2
-    python benchmarks/tasks_agreement.py model MODEL --lm-eval SITE_PACKAGES --limit 24 --max-new-tokens 160
+    python benchmarks/tasks_agreement.py model MODEL --lm-eval SITE_PACKAGES --limit 500 --mmlu MMLU.jsonl.gz --mmlu-limit 1140
 
 SITE_PACKAGES is a folder in which lm-eval 0.4.13 is installed (`pip install --target FOLDER --no-deps lm-eval==0.4.13`, and what it
 imports); it is added to this Python's own packages in a process of its own. FOLDER has NLTK's `tokenizers/punkt_tab`, which IFEval's
 reference downloads otherwise. ANSWERS.parquet is `evaluate/answers.parquet` of `sftkit evaluate compare` on IFEval's prompts. SAMPLES
 has HumanEval's task_id and a list of samples in each row; programs and tests in two sandboxes are held against both in one. Of a
-model both harnesses get the same token limit, the same texts to go on from (five-shot), float32, greedy. Every disagreement is listed.
+model both harnesses get the same token limit, the same texts to go on from (five-shot), transformers, float32, greedy, on the same
+device. Every disagreement is listed with its reason: the texts differ (and where), the same text is read in two ways, or the choices
+are as good as equally probable. `--out FILE` gets a line of JSON for each score.
 """
 
 import argparse
@@ -32,7 +34,7 @@ from sftkit.core.sources import iterate_rows
 from sftkit.evaluate.benchmark import evaluate_tasks
 from sftkit.evaluate.config import TasksConfig
 from sftkit.evaluate.statistics import wilson
-from sftkit.evaluate.task_data import read_data
+from sftkit.evaluate.task_data import fetch_data, read_data
 from sftkit.evaluate.tasks import open_task
 
 IFEVAL = """
@@ -48,16 +50,22 @@ for line in sys.stdin:
     print(json.dumps([strict, loose]))
 """
 HARNESS = """
-import json, sys
+import json, sys, time
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-folder, model = sys.argv[1:3]
-lm = HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=4)
-found = simple_evaluate(lm, tasks=["here_gsm8k", "here_mmlu"], task_manager=TaskManager(include_path=folder, include_defaults=False),
-                        bootstrap_iters=0, log_samples=True)
-kept = {name: [(each["doc"]["id"], each.get("filter"), each.get("exact_match", each.get("acc")), each["filtered_resps"])
-               for each in rows] for name, rows in found["samples"].items()}
+folder, model, device, *tasks = sys.argv[1:]
+manager = TaskManager(include_path=folder, include_defaults=False)
+lm = HFLM(pretrained=model, dtype="float32", device=device, batch_size=1)
+kept = {}
+for task in tasks:
+    name, _, size = task.partition(":")
+    lm.batch_size_per_gpu = int(size)
+    start = time.monotonic()
+    found = simple_evaluate(lm, tasks=[name], task_manager=manager, bootstrap_iters=0, log_samples=True)
+    print(f"lm-eval: {name} {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    kept[name] = [(each["doc"]["id"], each.get("filter"), each.get("exact_match", each.get("acc")), each["filtered_resps"], each["resps"])
+                  for each in found["samples"][name]]
 print("FOUND" + json.dumps(kept, default=str))
 """
 GSM8K = """task: here_gsm8k
@@ -94,10 +102,12 @@ num_fewshot: 0
 
 def child(code: str, site_packages: Path, *arguments: str, given: str = "", **environment: str) -> str:
     """Run code with lm-eval on the path, and never this repository's folder, whose evaluate/ it would take for a library."""
-    known = {**os.environ, "PYTHONPATH": str(site_packages), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", **environment}
+    path = os.pathsep.join(filter(None, [str(site_packages), os.environ.get("PYTHONPATH")]))
+    known = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", **environment}
     done = subprocess.run([sys.executable, "-c", code, *arguments], input=given, capture_output=True, text=True, env=known, cwd="/")
     if done.returncode:
         sys.exit(done.stderr[-3_000:])
+    print("".join(f"{line}\n" for line in done.stderr.splitlines() if line.startswith("lm-eval:")), end="", flush=True)
     return done.stdout
 
 
@@ -156,42 +166,82 @@ def programs(samples: Path, limit: int) -> None:
             print(f"  {job[0]['task_id']}: {one} apart, {other} together: {job[1][-200:]!r}")
 
 
-def of_model(model: str, site_packages: Path, limit: int, tokens: int, mmlu: str | None) -> None:
+def of_model(model: str, given: argparse.Namespace) -> None:
     """Run GSM8K and MMLU in both harnesses on the same texts; print both scores and each item on which they differ."""
-    config = TasksConfig(
-        limit=limit, ask="completion", max_new_tokens=tokens, engine=EngineConfig(engine="transformers", dtype="float32", device="cpu")
-    )
+    place = Path(str(resolve_model(model).path)).resolve()
+    names = {"gsm8k": given.limit, **({"mmlu": given.mmlu_limit} if given.mmlu is not None else {})}
     with tempfile.TemporaryDirectory() as folder:
-        names = ["gsm8k", *(["mmlu"] if mmlu else [])]
-        start = time.monotonic()
-        result = evaluate_tasks({"it": model}, names, Path(folder) / "run", config)
-        print(f"here: {time.monotonic() - start:.0f} s")
-        scores = pl.read_parquet(Path(folder) / "run" / "evaluate" / "task_scores.parquet")
-        for name, form in (("gsm8k", GSM8K), ("mmlu", MMLU)):
-            items = open_task(name, config).items[:limit] if name in names else []
+        if given.mmlu:
+            os.environ["SFTKIT_CACHE"] = f"{folder}/cache"
+            fetch_data("mmlu", given.mmlu)
+        results, scores, texts, tasks = [], {}, {}, []
+        for name, limit in names.items():
+            engine = EngineConfig(engine="transformers", dtype="float32", device=given.device, batch_tokens=given.batch_tokens)
+            config = TasksConfig(limit=limit, ask="completion", max_new_tokens=given.max_new_tokens, engine=engine)
+            start = time.monotonic()
+            results.append(evaluate_tasks({"it": str(place)}, [name], Path(folder) / name, config))
+            print(f"here: {name} {time.monotonic() - start:.0f} s", flush=True)
+            kept = Path(folder) / name / "evaluate"
+            scores[name] = pl.read_parquet(kept / "task_scores.parquet")
+            texts[name] = dict(pl.read_parquet(kept / "task_answers.parquet").select("item", "text").iter_rows())
             data = Path(folder) / f"{name}.jsonl"
+            items = open_task(name, config).items[:limit]
             lines = [{"id": item.id, "completion": item.completion, "answer": item.target["answer"]} for item in items]
             data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            if items:
-                (Path(folder) / f"{name}.yaml").write_text(form.format(data=data, tokens=tokens))
-        code = HARNESS if mmlu else HARNESS.replace(', "here_mmlu"', "")
+            form = {"gsm8k": GSM8K, "mmlu": MMLU}[name]
+            (Path(folder) / f"{name}.yaml").write_text(form.format(data=data, tokens=given.max_new_tokens))
+            tasks.append(f"here_{name}:{given.batch_size if name == 'gsm8k' else max(1, given.batch_size // 16)}")
         start = time.monotonic()
-        out = child(code, site_packages, folder, str(resolve_model(model).path))
-        print(f"lm-eval: {time.monotonic() - start:.0f} s")
+        out = child(HARNESS, given.lm_eval, folder, str(place), given.device, *tasks)
+        print(f"lm-eval: {time.monotonic() - start:.0f} s with its start", flush=True)
         theirs: dict[str, list[Any]] = json.loads(out.partition("FOUND")[2])
-    print(result.summary())
-    for name, metric, kept in (("gsm8k", "strict", "strict"), ("gsm8k", "flexible", "flexible"), ("mmlu", "likelihood", "none")):
-        if name not in names:
-            continue
-        mine = dict(scores.filter((pl.col("task") == name) & (pl.col("metric") == metric)).select("item", "value").iter_rows())
-        read = dict(scores.filter((pl.col("task") == name) & (pl.col("metric") == metric)).select("item", "answer").iter_rows())
-        other = {item: (float(value), answers) for item, kind, value, answers in theirs[f"here_{name}"] if kind in (kept, None)}
-        a, b = sum(mine.values()) / len(mine), sum(value for value, _ in other.values()) / len(other)
-        error = max((b * (1 - b) / len(other)) ** 0.5, 1e-9)
-        print(f"{name} {metric}: {100 * a:.1f} % here, {100 * b:.1f} % lm-eval, n {len(mine)}, {(a - b) / error:+.2f} standard errors")
-        for item, value in mine.items():
-            if value != other[item][0]:
-                print(f"  {item}: {value:g} here ({read[item]!r}), {other[item][0]:g} there ({str(other[item][1])[:80]})")
+    print("\n\n".join(each.summary() for each in results))
+    for name, metric, kept_as in (("gsm8k", "strict", "strict"), ("gsm8k", "flexible", "flexible"), ("mmlu", "likelihood", "none")):
+        if name in names:
+            rows = scores[name].filter(pl.col("metric") == metric).select("item", "value", "answer")
+            mine = {item: (value, read) for item, value, read in rows.iter_rows()}
+            other = {item: (float(value), read, raw) for item, kind, value, read, raw in theirs[f"here_{name}"] if kind in (kept_as, None)}
+            hold_together(name, metric, mine, other, texts[name], given)
+
+
+def hold_together(
+    name: str, metric: str, mine: dict[str, Any], other: dict[str, Any], texts: dict[str, str], given: argparse.Namespace
+) -> None:
+    """Print a metric's score of both, and why they differ where they do."""
+    a, b = sum(value for value, _ in mine.values()) / len(mine), sum(value for value, *_ in other.values()) / len(other)
+    error = max((b * (1 - b) / len(other)) ** 0.5, 1e-9)
+    differing = [item for item, (value, _) in mine.items() if value != other[item][0]]
+    same = sum(told_apart(texts[item], other[item][2]) is None for item in mine) if name == "gsm8k" else None
+    facts = {"task": name, "metric": metric, "n": len(mine), "here": a, "lm_eval": b, "standard_errors": (a - b) / error}
+    print(
+        f"{name} {metric}: {100 * a:.1f} % here, {100 * b:.1f} % lm-eval, n {len(mine):,}, {(a - b) / error:+.2f} standard errors,"
+        f" {len(differing)} items differ" + (f"; {same:,} texts are the same" if same is not None else ""),
+        flush=True,
+    )
+    reasons: dict[str, int] = {}
+    for item in differing:
+        value, read = mine[item]
+        if name == "gsm8k":
+            why = told_apart(texts[item], other[item][2]) or f"one text, read as {read!r} here and {str(other[item][1])[:40]} there"
+        else:
+            found = sorted((float(each[0][0]) for each in other[item][2]), reverse=True)
+            why = f"{read!r} here; there the two most probable choices are {found[0] - found[1]:.2g} nats apart"
+        kind = why.split(",")[0].split(" at ")[0] if name == "gsm8k" else "choices"
+        reasons[kind] = reasons.get(kind, 0) + 1
+        print(f"  {item}: {value:g} here, {other[item][0]:g} there: {why}")
+    if given.out:
+        with open(given.out, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**facts, "differ": len(differing), "reasons": reasons, "same_texts": same}) + "\n")
+
+
+def told_apart(mine: str, raw: Any) -> str | None:
+    """Say where lm-eval's text is another one; None where they are the same up to blanks at the end."""
+    theirs = str(raw[0][0] if isinstance(raw[0], list) else raw[0])
+    one, two = mine.rstrip(), theirs.rstrip()
+    if one == two:
+        return None
+    place = next((i for i, (x, y) in enumerate(zip(one, two, strict=False)) if x != y), min(len(one), len(two)))
+    return f"the texts differ at character {place:,} of {len(one):,} and {len(two):,}: {one[place:][:30]!r} and {two[place:][:30]!r}"
 
 
 def main() -> None:
@@ -202,14 +252,19 @@ def main() -> None:
     parser.add_argument("--nltk-data", type=Path)
     parser.add_argument("--limit", type=int, default=24)
     parser.add_argument("--max-new-tokens", type=int, default=160)
-    parser.add_argument("--mmlu", action="store_true", help="MMLU too, which `sftkit evaluate data get mmlu FILE` has fetched")
+    parser.add_argument("--mmlu", nargs="?", const="", help="MMLU too: its file, or the one that `sftkit evaluate data get` has fetched")
+    parser.add_argument("--mmlu-limit", type=int, default=57, help="questions, the first of all subjects first")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-tokens", type=int, default=16_384, help="of a batch here")
+    parser.add_argument("--batch-size", type=int, default=4, help="of lm-eval's answers; a sixteenth of it for MMLU")
+    parser.add_argument("--out")
     given = parser.parse_args()
     if given.what == "programs":
         programs(Path(given.source), given.limit)
     elif given.what == "ifeval":
         ifeval(Path(given.source), given.lm_eval, given.nltk_data)
     else:
-        of_model(given.source, given.lm_eval, given.limit, given.max_new_tokens, "mmlu" if given.mmlu else None)
+        of_model(given.source, given)
 
 
 if __name__ == "__main__":
