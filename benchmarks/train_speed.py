@@ -30,9 +30,10 @@ from sftkit.core.chat import Chat, load_chat
 from sftkit.core.formats import read_examples
 from sftkit.core.hardware import measured_peak
 from sftkit.core.models import resolve_model
+from sftkit.train.account import prepare
 from sftkit.train.adapters import fuse_adapters
 from sftkit.train.config import TrainConfig
-from sftkit.train.data import Row, prepare
+from sftkit.train.data import Row
 from sftkit.train.sft import adapter_config
 from sftkit.train.trainer import Watch, make_trainer, token_flops
 from torch.profiler import ProfilerActivity, profile

@@ -41,8 +41,9 @@ from sftkit.core.engines.registry import open_engine
 from sftkit.core.files import read_json, read_json_lines
 from sftkit.core.formats import read_examples
 from sftkit.core.models import resolve_model
+from sftkit.train.account import prepare
 from sftkit.train.config import TrainConfig
-from sftkit.train.data import Row, prepare
+from sftkit.train.data import Row
 from train_speed import SHAPES, build
 from transformers import TrainerCallback
 

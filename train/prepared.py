@@ -20,8 +20,9 @@ from ..core.files import read_json, write_json
 from ..core.formats import read_examples
 from ..core.run import is_done, mark_done
 from ..core.sources import kind_of
+from .account import prepare, say
 from .config import PreferenceConfig, TrainConfig
-from .data import DataReport, Row, TrainingData, prepare, say
+from .data import DataReport, Row, TrainingData
 from .mixture import read_mixture
 from .parity import checked
 

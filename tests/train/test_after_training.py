@@ -15,8 +15,9 @@ from sftkit.core.config import to_mapping
 from sftkit.core.errors import UserError
 from sftkit.core.formats import read_examples
 from sftkit.core.models import load_tokenizer, resolve_model
+from sftkit.train.account import prepare
 from sftkit.train.config import TrainConfig
-from sftkit.train.data import Row, prepare
+from sftkit.train.data import Row
 from sftkit.train.packing import Packs
 from sftkit.train.parity import check_parity
 from sftkit.train.sampling import check_stops

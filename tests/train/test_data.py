@@ -8,8 +8,9 @@ from sftkit.core.chat import Chat, load_chat
 from sftkit.core.errors import UserError
 from sftkit.core.formats import read_examples
 from sftkit.core.models import resolve_model
+from sftkit.train.account import prepare, split
 from sftkit.train.config import TrainConfig
-from sftkit.train.data import Row, key_of, prepare, split
+from sftkit.train.data import Row, key_of
 
 USER, ASSISTANT = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})
 

@@ -15,8 +15,9 @@ from sftkit.core.chat import Chat, load_chat
 from sftkit.core.errors import UserError
 from sftkit.core.formats import read_examples
 from sftkit.core.models import load_model, load_tokenizer, resolve_model
+from sftkit.train.account import prepare
 from sftkit.train.config import TrainConfig
-from sftkit.train.data import TrainingData, prepare
+from sftkit.train.data import TrainingData
 from sftkit.train.final import answer_loss, check_saved
 from sftkit.train.merge import merge
 from sftkit.train.packing import Packs

@@ -13,9 +13,10 @@ from sftkit.core.errors import UserError
 from sftkit.core.formats import read_examples
 from sftkit.core.ledger import Ledger
 from sftkit.core.models import load_model, resolve_model
+from sftkit.train.account import prepare
 from sftkit.train.attention import use_packed_attention
 from sftkit.train.config import TrainConfig
-from sftkit.train.data import Row, prepare
+from sftkit.train.data import Row
 from sftkit.train.head import LinearCrossEntropy, loss_sum
 from sftkit.train.mixture import parse_mixture, read_mixture
 from sftkit.train.packing import Packs

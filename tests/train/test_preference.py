@@ -11,8 +11,9 @@ from sftkit.core.errors import UserError
 from sftkit.core.formats import read_examples
 from sftkit.core.ledger import Ledger
 from sftkit.core.models import load_model, resolve_model
+from sftkit.train.account import prepare
 from sftkit.train.config import PreferenceConfig
-from sftkit.train.data import Row, fingerprint, prepare
+from sftkit.train.data import Row, fingerprint
 from sftkit.train.final import answer_loss
 from sftkit.train.sft import train
 from sftkit.train.trainer import Watch, last_checkpoint

@@ -15,8 +15,9 @@ from sftkit.core.formats import read_examples
 from sftkit.core.ledger import Ledger
 from sftkit.core.models import resolve_model
 from sftkit.train import prepared, rendering
+from sftkit.train.account import prepare
 from sftkit.train.config import TrainConfig
-from sftkit.train.data import fingerprint, prepare
+from sftkit.train.data import fingerprint
 from sftkit.train.parity import check_parity
 from sftkit.train.prepared import Preparation, load_rows
 from sftkit.train.rendering import Pieces, render_many

@@ -59,7 +59,7 @@ def test_it_learns_and_says_so(trained: tuple[TrainResult, Path]) -> None:
 
 def test_validation_loss_is_that_of_all_tokens_divided_once(trained: tuple[TrainResult, Path], tiny_model: Path) -> None:
     from sftkit.core.formats import read_examples
-    from sftkit.train.data import prepare
+    from sftkit.train.account import prepare
     from sftkit.train.final import answer_loss
 
     result, path = trained
