@@ -2,8 +2,8 @@
 
 A program sees the standard library, a small private /tmp and nothing else: no home, no packages, no data, no network, no process
 outside. Its processor time, time, memory, files, processes and output are bounded, system calls that would go round these limits
-are refused (seccomp.py), and all it started dies with it. Where
-bubblewrap cannot do this (not installed, or namespaces are forbidden), nothing is run unless the caller says `unsafe`.
+are refused (seccomp.py), and all it started dies with it. Where bubblewrap cannot do this (not installed, or namespaces are
+forbidden), nothing is run unless the caller says `unsafe`.
 Namespaces alone, as unshare(1) makes them, would leave every file readable: that is no sandbox, so there is no way round.
 """
 
@@ -26,23 +26,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UserError
+from .memory import held_by, owned_by
 from .seccomp import system_call_filter
 
 INSIDE = Path(__file__).with_name("inside.py")
 PREFIXES = tuple(dict.fromkeys(("/usr", sys.base_prefix, os.path.realpath(sys.base_prefix))))
 PARTS = ("bin", "sbin", "lib", "lib32", "lib64", "share/zoneinfo")  # of each: an interpreter's folder may hold other environments
 Mode = Literal["root", "user", "unsafe"]
+SECONDS_BETWEEN_LOOKS = 0.1  # at the memory of a program; most have ended before the first
 MOST_SHOWN = 2_000  # bytes of output that an outcome carries
 NAMED = {"time": "ran out of time", "memory": "ran out of memory", "output": "wrote too much"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a program may use. Memory and processor time are of each process; together `processes` bounds them."""
+    """What a program may use. Processor time and address space are of each process; together `processes` bounds them."""
 
     cpu_seconds: int = 10
     seconds: float = 30.0  # by the clock: a program that sleeps uses no processor
-    memory_mb: int = 512  # address space
+    memory_mb: int = 512  # address space of a process
+    together_mb: int = 1024  # memory that all its processes hold; looked at ten times a second
     processes: int = 8  # threads count
     files_mb: int = 32  # in /tmp, all together
     output_bytes: int = 64 * 1024
@@ -246,7 +249,8 @@ def _bubblewrap(limits: Limits, mode: Mode, system_calls: int) -> list[str]:
 
 def _watch(running: Sequence[_Running], limits: Limits) -> None:
     """Read what the programs write until all have ended, one writes too much, or the time is over."""
-    deadline = time.monotonic() + limits.seconds
+    begun = time.monotonic()
+    deadline, next_look = begun + limits.seconds, begun + SECONDS_BETWEEN_LOOKS
     with selectors.DefaultSelector() as selector:
         for each in running:
             for number, into in ((each.output, each.written), (each.report, each.said)):
@@ -260,6 +264,13 @@ def _watch(running: Sequence[_Running], limits: Limits) -> None:
                 for each in running:
                     each.stop("time")
                 return
+            if time.monotonic() >= next_look:
+                for each in running:
+                    if _holds_too_much(each, limits):
+                        for one in running:
+                            one.stop("memory" if one is each else "")
+                        return
+                next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
             # a process that ended with its pipes held open by what it started is seen a moment later
             for key, _ in selector.select(min(left, 0.05)):
                 each, into = key.data
@@ -269,15 +280,16 @@ def _watch(running: Sequence[_Running], limits: Limits) -> None:
                     for one in running:
                         one.stop("output" if one is each else "")
                     return
-            if not selector.get_map():
-                for each in running:
-                    if each.process.poll() is None:
-                        _wait(each.process, deadline)
     for each in running:  # what stood in the pipes when it ended
         for number, into in ((each.output, each.written), (each.report, each.said)):
             os.set_blocking(number, False)
             while len(into) <= limits.output_bytes and _take(number, into, limits):
                 pass
+
+
+def _holds_too_much(each: _Running, limits: Limits) -> bool:
+    held, most = held_by(each.process.pid), limits.together_mb << 20
+    return sum(held.values()) > most and owned_by(held) > most
 
 
 def _take(number: int, into: bytearray, limits: Limits) -> bool:
@@ -287,13 +299,6 @@ def _take(number: int, into: bytearray, limits: Limits) -> bool:
         return False
     into += found
     return bool(found)
-
-
-def _wait(process: subprocess.Popen[bytes], deadline: float) -> None:
-    try:
-        process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return  # the loop sees that the time is over
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

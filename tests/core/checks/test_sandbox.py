@@ -73,6 +73,19 @@ def test_a_memory_bomb_is_refused() -> None:
 
 
 @needs_sandbox
+def test_the_memory_of_all_processes_together_is_bounded_and_what_they_share_counts_once() -> None:
+    limits = Limits(cpu_seconds=20, seconds=60.0, memory_mb=512, together_mb=300)
+    hold = "held = b'x' * (120 << 20)\n"
+    fork = "import os, time\nfor _ in range(4):\n    if os.fork() == 0:\n        break\n"
+    close = "for number in range(64):\n    try:\n        os.close(number)\n    except OSError:\n        pass\n"
+    outcome = alone(fork + hold + "time.sleep(1000)", limits)
+    assert (outcome.ended, outcome.message) == ("memory", "ran out of memory")
+    assert "limits: ran out of memory" in outcome.attempts
+    assert alone(fork + close + hold + "time.sleep(1000)", limits).ended == "memory"  # with nothing left that it could write to
+    assert alone(hold + fork + "time.sleep(0.5)", limits).ended == "done"
+
+
+@needs_sandbox
 def test_memory_that_no_process_owns_is_refused_and_so_are_the_key_rings_and_a_sandbox_of_its_own() -> None:
     _, clone, _, numbers = CALLS[platform.machine()]
     outcome = alone(
