@@ -149,13 +149,11 @@ def work(order: Path) -> None:
             except Exception as error:  # noqa: BLE001  what one task died of is told, and the others are still measured
                 found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
                 traceback.print_exc()
-                if "RANK" in os.environ and task["gpus"] > 1:  # the other process may be waiting for this one
-                    file.write(json.dumps({**task, **found}) + "\n")
-                    file.flush()
-                    os._exit(1)
             if rank == 0:
                 file.write(json.dumps({**task, **found, "seconds": round(time.perf_counter() - began, 1)}) + "\n")
                 file.flush()
+            if "error" in found and task["gpus"] > 1:  # the other process may be waiting for this one
+                os._exit(1)
             gc.collect()
             if GPU:
                 torch.cuda.empty_cache()
@@ -164,14 +162,22 @@ def work(order: Path) -> None:
 
 
 def ordered(given: argparse.Namespace, tasks: list[dict[str, Any]], gpus: int) -> list[dict[str, Any]]:
-    """Let `gpus` new processes do the tasks; return what came out, also where they died on the way."""
+    """Let `gpus` new processes do the tasks; where they die of one, new ones do the rest. Return what came out, in order."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)] if gpus > 1 else []
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // gpus)), **os.environ}
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         order, out = Path(scratch) / "order.json", Path(scratch) / "out.jsonl"
-        order.write_text(json.dumps({"chats": given.chats, "tokenizer": given.tokenizer, "out": str(out), "tasks": tasks}))
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)] if gpus > 1 else []
-        threads = str(max(1, (os.cpu_count() or 1) // gpus))
-        subprocess.run([sys.executable, *launch, __file__, "work", str(order)], env={"OMP_NUM_THREADS": threads, **os.environ}, check=False)
-        return list(read_json_lines(out)) if out.exists() else []
+        while len(found) < len(tasks):
+            out.unlink(missing_ok=True)
+            order.write_text(
+                json.dumps({"chats": given.chats, "tokenizer": given.tokenizer, "out": str(out), "tasks": tasks[len(found) :]})
+            )
+            subprocess.run([sys.executable, *launch, __file__, "work", str(order)], env=environment, check=False)
+            came = list(read_json_lines(out)) if out.exists() else []
+            fell = {"error": "its process died"}
+            found += came if came else [{**tasks[len(found)], **fell}]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- training: stages
