@@ -16,6 +16,10 @@ class TooManyFailures(UserError):
     exit_code = 3
 
 
+class Diverged(UserError):
+    """The loss of a training is no number any more: the settings' doing, and so the same each time."""
+
+
 def unknown_name(what: str, name: object, known: Iterable[str], where: str = "") -> UserError:
     """Return the error for a name that is not known: it names the nearest known one and lists them all."""
     names = sorted(known)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.chat import load_chat
-from ..core.errors import UserError
+from ..core.errors import Diverged, UserError
 from ..core.files import read_json, write_json
 from ..core.models import ModelRef
 from .config import TrainConfig
@@ -78,8 +78,8 @@ def train_on_processes(job: Job) -> Any:
             for number, handler in former.items():
                 signal.signal(number, handler)
     status = read_json(folder / STATUS) if (folder / STATUS).exists() else {"ended": f"with exit code {code}"}
-    if status["ended"] == "error":
-        raise UserError(status["said"])
+    if status["ended"] in ("error", "diverged"):
+        raise (Diverged if status["ended"] == "diverged" else UserError)(status["said"])
     if status["ended"] == "memory":
         raise torch.OutOfMemoryError(status["said"])
     if status["ended"] == "stopped":
@@ -176,7 +176,7 @@ def work(folder: Path) -> None:
     torch.distributed.init_process_group("gloo" if job.device == "cpu" else "nccl", timeout=PATIENCE)
 
     def ended(how: str, said: str = "") -> None:
-        if not rank or how in ("error", "memory"):
+        if not rank or how in ("error", "diverged", "memory"):
             write_json(folder / STATUS, {"ended": how, "said": said})
 
     try:
@@ -184,7 +184,7 @@ def work(folder: Path) -> None:
             job.room, job.start, load_chat(job.start), job.data, job.config, job.device, job.own, job.tokens, job.deadline
         )
     except UserError as error:
-        ended("error", str(error))
+        ended("diverged" if isinstance(error, Diverged) else "error", str(error))
         sys.exit(1)
     except torch.OutOfMemoryError as error:
         ended("memory", str(error))

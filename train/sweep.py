@@ -14,7 +14,7 @@ import yaml
 
 from ..core.chat import load_chat
 from ..core.config import load_config, to_mapping
-from ..core.errors import UserError, unknown_name
+from ..core.errors import Diverged, UserError, unknown_name
 from ..core.files import read_json, write_json
 from ..core.hardware import pick_device
 from ..core.models import context_length, load_model, load_settings, resolve_model
@@ -30,6 +30,7 @@ VARIED = (  # settings that leave rows and tokens as they are
     *("lora_dropout", "loss", "neftune", "dtype", "init"),
 )
 MOST_RUNS = 64
+DIVERGED = "diverged.json"
 Z = 1.959964  # 95 %, two-sided
 
 Losses = npt.NDArray[np.float64]
@@ -37,7 +38,7 @@ Losses = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One run of a sweep. Losses are -log P(answer | prompt) per token of the held-out rows, in nats."""
+    """One run of a sweep. Losses are -log P(answer | prompt) per token of the held-out rows, in nats; nan in a run that diverged."""
 
     name: str
     settings: dict[str, Any]
@@ -47,6 +48,11 @@ class Entry:
     change_margin: float  # half of the 95 % interval of the change
     tokens: int
     seconds: float
+    diverged: str = ""  # what such a run said
+
+    def facts(self) -> dict[str, Any]:
+        """Return it as plain values; None for what is no number."""
+        return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +70,9 @@ class SweepResult:
         lines = [f"held-out loss of {self.rows:,} rows, with 95 % intervals over rows; change from {self.first}, row by row", ""]
         lines.append(f"{'run':{width}}{'loss':>18}{'change':>20}{'tokens':>12}{'time':>14}")
         for each in self.entries:
+            if each.diverged:
+                lines.append(f"{each.name:{width}}diverged: {each.diverged.partition(';')[0]}")
+                continue
             change = "" if each.name == self.first else f"{each.change:+.4f} ± {each.change_margin:.4f}"
             lines.append(
                 f"{each.name:{width}}{f'{each.loss:.4f} ± {each.margin:.4f}':>18}{change:>20}{each.tokens:12,}{duration(each.seconds):>14}"
@@ -94,7 +103,8 @@ def sweep(
 ) -> SweepResult:
     """Train one run for each combination of settings into a folder of `out`, and compare them on the held-out rows.
 
-    Runs that are done are not run again, so that a sweep that was stopped goes on. Raises UserError without held-out rows.
+    Runs that are done are not run again, so that a sweep that was stopped goes on; one that diverges is told of beside the others.
+    Raises UserError without held-out rows, and where all diverge.
     """
     names = list(variations)
     chosen = [dict(zip(names, values, strict=True)) for values in itertools.product(*variations.values())]
@@ -116,15 +126,36 @@ def sweep(
     facts: dict[str, Any] = {}
     for number, (name, each) in enumerate(runs.items(), start=1):
         log.info("run %d of %d: %s", number, len(runs), name)
-        result = train(data, model, out / name, replace(each, stop_check=each.stop_check or 0), revision=revision)
-        losses[name] = _held_out(result.run, rows)
-        facts[name] = {"tokens": result.tokens, "seconds": result.seconds}
-    first = next(iter(runs))
+        given = {"data": data, "model": model, "revision": revision, **to_mapping(each)}
+        said = _diverged(out / name, given)
+        if not said:
+            try:
+                result = train(data, model, out / name, replace(each, stop_check=each.stop_check or 0), revision=revision)
+            except Diverged as error:
+                said = str(error)
+                write_json(out / name / DIVERGED, {"given": given, "said": said})
+        if said:
+            log.warning("%s: %s; the other runs go on", name, said)
+            facts[name] = {"tokens": 0, "seconds": 0.0, "diverged": said}
+            losses[name] = np.full(len(rows), math.nan)
+        else:
+            losses[name] = _held_out(result.run, rows)
+            facts[name] = {"tokens": result.tokens, "seconds": result.seconds}
+    first = next((name for name in runs if "diverged" not in facts[name]), None)
+    if first is None:
+        raise UserError(f"all {len(runs)} runs diverged, as {next(iter(runs))}: {next(iter(facts.values()))['diverged']}")
     counts = np.array([int(row.trained[1:].sum()) for row in rows], dtype=np.float64)
     entries = [_entry(name, chosen[place], losses, first, counts, facts[name]) for place, name in enumerate(runs)]
-    found = SweepResult(out=out, first=first, rows=len(rows), entries=tuple(sorted(entries, key=lambda each: each.loss)))
-    write_json(out / "sweep.json", {"first": first, "rows": len(rows), "runs": [vars(each) for each in found.entries]})
+    ranked = sorted(entries, key=lambda each: (bool(each.diverged), each.loss))
+    found = SweepResult(out=out, first=first, rows=len(rows), entries=tuple(ranked))
+    write_json(out / "sweep.json", {"first": first, "rows": len(rows), "runs": [each.facts() for each in found.entries]})
     return found
+
+
+def _diverged(run: Path, given: Mapping[str, Any]) -> str:
+    """Return what a run of the same settings said when it diverged before: it would again."""
+    told = read_json(run / DIVERGED) if (run / DIVERGED).exists() else {"given": None}
+    return str(told["said"]) if told["given"] == given else ""
 
 
 def _name(settings: Mapping[str, Any]) -> str:

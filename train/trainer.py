@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..core.chat import Chat
-from ..core.errors import UserError
+from ..core.errors import Diverged
 from ..core.files import read_json_lines, write_json_lines
 from ..core.progress import Progress
 from ..core.run import is_done, mark_done
@@ -221,7 +221,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             learned = [row for step in range(self._sound + 1, state.global_step + 1) for row in self.rows_of(step)]
             more = f" and {len(learned) - NAMED:,} more" if len(learned) > NAMED else ""
             told = f"; since the last sound step, {self._sound}, it learned from {', '.join(learned[:NAMED])}{more}" if learned else ""
-            raise UserError(
+            raise Diverged(
                 f"step {state.global_step}: {numbers[0]} is not a finite number any more; lower the learning rate, or use dtype float32."
                 f" The last checkpoint stands before this step{told}"
             )

@@ -32,6 +32,24 @@ def test_the_better_setting_has_the_lower_held_out_loss(tmp_path, tiny_model, ch
     assert (tmp_path / "sweep" / "learning_rate-0.003" / "train" / "done.json").stat().st_mtime_ns == before
 
 
+def test_a_run_that_diverges_is_told_of_and_stops_no_other(tmp_path, tiny_model, chats) -> None:
+    settings = TrainConfig(validation=0.2, dtype="float32", epochs=4.0, logging_steps=1, max_grad_norm=1e9, warmup=0.0)
+    arguments = (str(chats(60)), str(tiny_model), tmp_path / "sweep", settings, {"learning_rate": [1e30, 1e-3]})
+    found = sweep(*arguments)
+    sound, broken = found.entries
+    assert (found.first, sound.name, broken.name) == ("learning_rate-0.001", "learning_rate-0.001", "learning_rate-1e+30")
+    assert sound.change == 0
+    assert "is not a finite number any more" in broken.diverged
+    assert "learning_rate-1e+30  diverged: step 2: grad_norm is not" in found.summary()
+    runs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["runs"]
+    assert [each["loss"] is None for each in runs] == [False, True]
+    before = (tmp_path / "sweep" / broken.name / "train" / "metrics.jsonl").stat().st_mtime_ns
+    assert sweep(*arguments).summary() == found.summary()
+    assert (tmp_path / "sweep" / broken.name / "train" / "metrics.jsonl").stat().st_mtime_ns == before  # not trained again
+    with pytest.raises(UserError, match="all 1 runs diverged, as learning_rate-1e\\+30: step 2"):
+        sweep(*arguments[:-1], {"learning_rate": [1e30]})
+
+
 def test_intervals_cover_as_often_as_they_say() -> None:
     random = np.random.default_rng(0)
     covered = 0
