@@ -1,5 +1,16 @@
-"""Run the command line: `python -m sftkit`. In the repository's root use `sftkit` instead: there `evaluate` would shadow a library."""
+"""Start the command line: `sftkit`, or `python -m sftkit` (not in the repository's root, where `evaluate` would shadow a library)."""
 
-from .cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Run `sftkit`. Ctrl-C while the commands are still being read ends it as it does later: with 130 and without a traceback."""
+    try:
+        from .cli import main as run
+    except KeyboardInterrupt:
+        sys.exit(130)
+    run()
+
+
+if __name__ == "__main__":
+    main()

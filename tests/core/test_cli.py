@@ -105,3 +105,20 @@ def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:
     )
     assert str(unknown_name("scorer", "zzz", {"a": 1})) == "unknown scorer 'zzz': known are a"
     assert str(missing_package("vllm", "vllm")) == "vllm is not installed: pip install 'sftkit[vllm]'"
+
+
+def test_ctrl_c_before_the_first_command_is_known_ends_as_later() -> None:
+    code = """
+import sys
+
+class Stopped:
+    def find_spec(self, name, path=None, target=None):
+        if name == "sftkit.evaluate.cli":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Stopped())
+from sftkit.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert (done.returncode, done.stderr) == (130, "")
