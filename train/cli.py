@@ -1,13 +1,20 @@
 """The commands of `sftkit train`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from ..core.cli import Commands, config_option, given
 from ..core.config import load_config, read_yaml
 from .config import RECIPES, PreferenceConfig, TrainConfig, recipe_settings
+
+T = TypeVar("T")
+
+
+def _settings(kind: type[T], file: Path | None, options: dict[str, Any], base: dict[str, Any] | None = None) -> T:
+    """Load a command's settings: options win over the file, and this over the base."""
+    return load_config(kind, {**(base or {}), **(read_yaml(file) if file else {}), **given(options)}, str(file or ""))
 
 
 @click.group(cls=Commands)
@@ -58,8 +65,7 @@ def sft(
     from ..core.hardware import pick_device
     from .sft import train as run_training
 
-    chosen = {**(recipe_settings(recipe, gpu=pick_device() != "cpu") if recipe else {}), **(read_yaml(settings) if settings else {})}
-    config = load_config(TrainConfig, {**chosen, **given(options)}, str(settings or ""))
+    config = _settings(TrainConfig, settings, options, recipe_settings(recipe, gpu=pick_device() != "cpu") if recipe else {})
     if recipe and config.limit is not None and "limit" not in given(options):
         click.echo(f"recipe {recipe}: only the first {config.limit} rows, as this machine has no GPU; --limit says otherwise", err=True)
     rows = data[0] if len(data) == 1 else list(data)
@@ -93,7 +99,7 @@ def preference(data: str, model: str, out: Path, settings: Path | None, revision
     """
     from .sft import train as run_training
 
-    config = load_config(PreferenceConfig, {**(read_yaml(settings) if settings else {}), **given(options)}, str(settings or ""))
+    config = _settings(PreferenceConfig, settings, options)
     click.echo(run_training(data, model, out, config, revision=revision).summary())
 
 
@@ -141,7 +147,7 @@ def sweep(data: str, model: str, out: Path, vary: tuple[str, ...], settings: Pat
     from .sweep import sweep as run_sweep
 
     variations = parse_variations(vary)
-    config = load_config(TrainConfig, {**(read_yaml(settings) if settings else {}), **given(options)}, str(settings or ""))
+    config = _settings(TrainConfig, settings, options)
     click.echo(run_sweep(data, model, out, config, variations, revision=revision).summary())
 
 
@@ -173,7 +179,7 @@ def plan(
 
     if (data is None) == (named is None):
         raise click.UsageError("give the data once: as DATA or with --data")
-    config = load_config(TrainConfig, {**(read_yaml(settings) if settings else {}), **given(options)}, str(settings or ""))
+    config = _settings(TrainConfig, settings, options)
     click.echo(make_plan(str(data or named), model, config, gpu=gpu, revision=revision).summary())
 
 
