@@ -12,7 +12,7 @@ from ..core.engines.base import EngineConfig
 from .config import CompareConfig, JudgeConfig, LossConfig, TasksConfig, parse_models
 
 NAMES = "gsm8k, ifeval, humaneval, mmlu, mmlu_generated, FILE, lm-eval:NAME."
-OF_ENGINE = ("engine", "base_url", "device", "dtype", "batch_tokens")
+OF_ENGINE = ("engine", "base_url", "device", "dtype", "batch_tokens", "replicas")
 
 
 @click.group(cls=Commands)
@@ -137,7 +137,7 @@ def judge(answers: tuple[str, ...], out: Path | None, verdicts: str | None, sett
 
 
 @evaluate.command()
-@model_options("engine", "base_url", "device", "dtype")
+@model_options("engine", "base_url", "device", "dtype", "replicas")
 @click.option(
     "--tasks", "names", metavar="NAME,NAME", required=True, help="gsm8k, ifeval, humaneval, mmlu, mmlu_generated, FILE, lm-eval:NAME."
 )

@@ -20,7 +20,7 @@ from ..chat import Chat, load_chat
 from ..errors import UserError
 from ..hardware import visible_gpus
 from ..models import resolve_model
-from .base import Completion, EngineConfig, EngineDied, Request, ScoreRequest, TokenLogprobs
+from .base import ChoiceRequest, Completion, EngineConfig, EngineDied, Request, ScoreRequest, TokenLogprobs
 from .worker import CLOSE, FLUSH
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ SECONDS_TO_START = 3600.0  # a large model from a slow disk takes half an hour; 
 SECONDS_TO_END = 30.0
 SECONDS_TO_DUMP = 5.0
 
-Wanted = TypeVar("Wanted", Request, ScoreRequest)
+Wanted = TypeVar("Wanted", Request, ScoreRequest, ChoiceRequest)
 Opening = tuple[str, str, EngineConfig, str | None]  # the engine's module, the model, its settings, its revision
 
 
@@ -221,6 +221,10 @@ class Replicas:
     def logprobs(self, requests: Iterable[ScoreRequest]) -> Iterator[TokenLogprobs]:
         """Score texts; each result is given as it comes, from whichever process."""
         return self._run("logprobs", requests, lambda key, error: TokenLogprobs(key=key, error=error))
+
+    def choices(self, requests: Iterable[ChoiceRequest]) -> Iterator[TokenLogprobs]:
+        """Give the log-probabilities of choices; each result is given as it comes, from whichever process."""
+        return self._run("choices", requests, lambda key, error: TokenLogprobs(key=key, error=error))
 
     def _run(self, kind: str, requests: Iterable[Wanted], failure: Any) -> Iterator[Any]:
         try:

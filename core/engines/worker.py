@@ -11,11 +11,12 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from ..cli import start_talking
 from ..errors import UserError
-from .base import Engine, EngineDied
+from .base import Engine, EngineDied, choice_logprobs
 
 SECONDS_BETWEEN_BEATS = 0.5
 SECONDS_TO_CLOSE = 20.0
@@ -89,7 +90,8 @@ class Worker:
             while True:
                 self._waits = True
                 kind, first = self._inbox.get()
-                for answer in getattr(engine, kind)(self._feed(first)):
+                ask = partial(choice_logprobs, engine) if kind == "choices" else getattr(engine, kind)
+                for answer in ask(self._feed(first)):
                     self.send("answer", answer)
         except EngineDied as error:
             self.send("failed", str(error))

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from sftkit.core.engines import replicas
-from sftkit.core.engines.base import Completion, EngineConfig, EngineDied, Request, Sampling, ScoreRequest
+from sftkit.core.engines.base import ChoiceRequest, Completion, EngineConfig, EngineDied, Request, Sampling, ScoreRequest, choice_logprobs
 from sftkit.core.engines.registry import open_engine
 from sftkit.core.engines.replicas import Replicas
 from sftkit.core.errors import UserError
@@ -79,6 +79,8 @@ def test_two_processes_give_the_answers_of_one(tiny_model: Path) -> None:
         expected = by_key(alone.generate(wanted))
         scores = [ScoreRequest(key=each.key, ids=each.prompt_ids, start=3) for each in wanted]
         scored = {each.key: each.logprobs for each in alone.logprobs(scores)}
+        choices = [ChoiceRequest(key=each.key, ids=each.prompt_ids, choices=(5, 9, 300)) for each in wanted]
+        chosen = {each.key: each.logprobs for each in choice_logprobs(alone, choices)}
         identity = alone.identity
     with closing(open_engine(str(tiny_model), config(replicas=2))) as engine:
         assert isinstance(engine, Replicas)
@@ -90,6 +92,8 @@ def test_two_processes_give_the_answers_of_one(tiny_model: Path) -> None:
         assert list(engine.generate([])) == []
         again = {each.key: each.logprobs for each in engine.logprobs(scores)}
         assert {key: pytest.approx(values, abs=1e-4) for key, values in scored.items()} == again
+        again = {each.key: each.logprobs for each in choice_logprobs(engine, choices)}
+        assert {key: pytest.approx(values, abs=1e-4) for key, values in chosen.items()} == again
     assert_no_process_left()
 
 
