@@ -1,14 +1,21 @@
 """Packs: every row once, the same updates however they are split, and losses that are those of each row alone."""
 
+from contextlib import closing
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from sftkit.core.chat import load_chat
 from sftkit.core.models import load_model, resolve_model
 from sftkit.train.attention import use_own_attention, use_packed_attention
+from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row
 from sftkit.train.head import LinearCrossEntropy, loss_sum
 from sftkit.train.packing import Packs
-from sftkit.train.trainer import keeps_rows_apart
+from sftkit.train.trainer import Watch, keeps_rows_apart, make_trainer
+from trl import SFTConfig, SFTTrainer
 
 RANDOM = np.random.default_rng(0)
 
@@ -198,3 +205,32 @@ def test_alone_each_row_is_a_pack_of_the_same_updates() -> None:
     assert all(len(pack) <= 1 for pack in made.rows())
     assert updates(made) == updates(packs())
     assert made[0]["alone"]
+
+
+def test_losses_are_those_of_trls_own_trainer(tmp_path: Path, tiny_model: Path) -> None:
+    """The same updates of the same weights: packed, in several forward passes, here; padded, in one, there."""
+    settings = TrainConfig(
+        batch_size=8, batch_tokens=300, validation=0.0, learning_rate=3e-3, schedule="constant", warmup=0.0, logging_steps=1
+    )
+    ref = resolve_model(tiny_model)
+    chat, few = load_chat(ref), [Row(each.key, [4 + token % 20 for token in each.ids], each.mask) for each in ROWS[:92]]
+    with closing(Watch(tmp_path / "metrics.jsonl", chat, save_minutes=60)) as watch:
+        ours = make_trainer(
+            load_model(ref), chat, few, [], settings, checkpoints=tmp_path / "a" / "b" / "c", device="cpu", half=None, batch_tokens=300,
+            watch=watch,
+        )  # fmt: skip
+        ours.train()
+    order = [few[place] for number in range(12) for place in ours.update(number)]
+    data = Dataset.from_dict({"input_ids": [each.ids for each in order], "labels": [each.labels for each in order]})
+    arguments = SFTConfig(
+        output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, num_train_epochs=1, per_device_train_batch_size=8, max_length=None,
+        learning_rate=3e-3, lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+        train_sampling_strategy="sequential", gradient_checkpointing=False,
+    )  # fmt: skip
+    theirs = SFTTrainer(model=load_model(ref), args=arguments, train_dataset=data, processing_class=chat.tokenizer)
+    theirs.train()
+    losses = [[line["loss"] for line in each.state.log_history if "loss" in line] for each in (ours, theirs)]
+    assert len(losses[0]) == 12
+    assert ours.packs.parts > 1
+    assert losses[0][-2] < losses[0][0] - 1  # it learns, so that a wrong gradient would be seen in what follows
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
