@@ -61,6 +61,7 @@ class Stayed:
     def __init__(self, vectors: Vectors, threshold: float, capacity: int, device: str) -> None:
         self._vectors = vectors
         self._floor = threshold - MARGIN
+        self._device = device
         self._table = Table(capacity, vectors.shape[1], device)
 
     def append(self, rows: Indices) -> None:
@@ -72,6 +73,14 @@ class Stayed:
         found = Candidates(len(rows), self._floor)
         self._table.propose(self._vectors[rows], found)
         return found
+
+    def within(self, rows: Indices) -> tuple[Indices, Indices]:
+        """Return the pairs of these rows that may be near enough, by their places: the later of the two, rising, and the sooner."""
+        with full_precision():
+            own = torch.from_numpy(self._vectors[rows]).to(self._device)
+            pairs = (own @ own.T >= self._floor).tril_(-1).nonzero(as_tuple=True)
+        later, sooner = (each.cpu().numpy() for each in pairs)
+        return later, sooner
 
 
 def nearest(vectors: Vectors, rows: Sequence[int] | Indices, kept: Sequence[int] | Indices, device: str) -> tuple[Indices, Cosines]:

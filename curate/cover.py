@@ -23,6 +23,9 @@ class Compared(Protocol):
     def candidates(self, rows: Indices) -> Candidates:
         """Return which of those that stayed may be near enough to each of these rows."""
 
+    def within(self, rows: Indices) -> tuple[Indices, Indices]:
+        """Return the pairs of these rows that may be near enough, by their places: the later of the two, rising, and the sooner."""
+
 
 def cover(
     vectors: Vectors, threshold: float, order: Sequence[int], *, block: int = BLOCK, given: int = 0, device: str = "cpu"
@@ -50,7 +53,7 @@ def cover(
             rows = visit[start : start + block]
             earlier = compared.candidates(rows)
             before = earlier.verified(vectors, rows, kept[:count])
-            later, sooner = _within(vectors[rows], threshold)
+            later, sooner = compared.within(rows)
             here = np.ones(len(rows), dtype=bool)  # rows of this block that stay: all those that are like no other
             doubtful = np.unique(np.concatenate([np.flatnonzero([len(places) > 0 for places, _ in before]), later]))
             here[doubtful] = False
@@ -75,13 +78,6 @@ def cover(
     return witness, cosine
 
 
-def _within(own: Vectors, threshold: float) -> tuple[Indices, Indices]:
-    """Return the pairs of rows of a block that may reach the threshold: the later of the two, rising, and the sooner."""
-    later, sooner = np.nonzero(own @ own.T >= threshold - MARGIN)
-    below = sooner < later
-    return later[below], sooner[below]
-
-
 class _Bounding:
     """Compares by shorter vectors where these serve."""
 
@@ -89,6 +85,7 @@ class _Bounding:
         bounding = bounding_vectors(vectors, threshold)
         self._floor = threshold - MARGIN
         self._kind = Candidates if bounding is None else _Bounded
+        self._whole = vectors
         self._vectors = vectors if bounding is None else bounding
         self._stayed = np.empty((capacity, self._vectors.shape[1]), dtype=np.float32)
         self._count = 0
@@ -102,6 +99,12 @@ class _Bounding:
         for tile in range(0, self._count, TILE):
             found.add(own @ self._stayed[tile : min(tile + TILE, self._count)].T, tile)
         return found
+
+    def within(self, rows: Indices) -> tuple[Indices, Indices]:
+        own = self._whole[rows]
+        later, sooner = np.nonzero(own @ own.T >= self._floor)
+        below = sooner < later
+        return later[below], sooner[below]
 
 
 def bounding_vectors(vectors: Vectors, threshold: float) -> Vectors | None:
