@@ -52,7 +52,7 @@ class TrainConfig:
     weight_by: str | None = setting(None, "Column of the data with each row's weight in the loss, 0 or more.")
     curriculum: str | None = setting(None, "Column by which rows come in order, the smallest first; -NAME: the largest first.")
     lora: bool = setting(False, "Train a low-rank adapter; the final model has it merged in.")
-    qlora: bool = setting(False, "LoRA on a base in 4 bits; needs a GPU and bitsandbytes.")
+    qlora: bool = setting(False, "LoRA on a base in 4 bits; needs bitsandbytes, and to be fast a GPU.")
     lora_rank: int = setting(16, "Rank of the adapter.")
     lora_alpha: int = setting(32, "Scale of the adapter, times 1/rank.")
     lora_dropout: float = setting(0.0, "Dropout in the adapter.")

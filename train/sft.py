@@ -26,7 +26,7 @@ from .config import PreferenceConfig, TrainConfig
 from .data import DataReport, TrainingData, fingerprint
 from .init import make_start
 from .parity import check_parity
-from .plan import Choice, choose, pass_tokens, this_card
+from .plan import Choice, choose, pass_tokens, this_card, ways
 from .prepared import Preparation
 
 log = logging.getLogger(__name__)
@@ -138,8 +138,6 @@ def _check_settings(config: TrainConfig, device: str, half: Any) -> None:
     if config.samples and not config.validation:
         log.warning("samples: are taken at evaluations, and without validation rows there are none; give validation: 0.05")
     if config.qlora:
-        if device == "cpu":
-            raise UserError("qlora: needs a GPU; on this machine give --lora, or train the whole model")
         try:
             import bitsandbytes  # noqa: F401
         except ImportError:
@@ -182,8 +180,7 @@ def _train(
     start = _start(ref, chat, config, room / "start") if config.init is not None else ref
     own = torch.bfloat16 if start.path is not None and start.path.is_file() else load_settings(start).dtype or torch.float32
     choice = _choose(load_settings(start), data.report, config, device, own)
-    parallel = config.parallel if config.parallel != "auto" else "ddp" if choice.fits or config.qlora else "fsdp"
-    tokens, settings = choice.batch_tokens, replace(config, gradient_checkpointing=choice.checkpointing, parallel=parallel)
+    tokens, settings = choice.batch_tokens, replace(config, gradient_checkpointing=choice.checkpointing, parallel=choice.parallel)
     _note(room, choice)
     while True:
         try:
@@ -223,7 +220,7 @@ def _choose(settings: Any, report: DataReport, config: TrainConfig, device: str,
     pairs = isinstance(config, PreferenceConfig)  # which the plan does not know
     card = this_card(config.memory_gb) if config.auto and not pairs else None
     most = GPU_TOKENS if device != "cpu" else CPU_TOKENS
-    usual = Choice(batch_tokens=config.batch_tokens or most, checkpointing=bool(config.gradient_checkpointing))
+    usual = Choice(batch_tokens=config.batch_tokens or most, checkpointing=bool(config.gradient_checkpointing), parallel=ways(config)[0])
     if card is None:
         return usual
     weights, half = _formats(config, own, device)
@@ -297,7 +294,7 @@ def _trained(
 def load_start(start: ModelRef, config: TrainConfig, own: Any, device: str) -> tuple[Any, Any]:
     """Return the model that training begins with, and the 16-bit format that its forward pass computes in (None: its weights')."""
     weights, half = _formats(config, own, device)
-    return (_load_quantised(start, half) if config.qlora else load_model(start, dtype=str(weights).removeprefix("torch."))), half
+    return (_load_quantised(start, half, device) if config.qlora else load_model(start, dtype=str(weights).removeprefix("torch."))), half
 
 
 def run_trainer(
@@ -361,15 +358,15 @@ def _formats(config: TrainConfig, own: Any, device: str) -> tuple[Any, Any]:
     return own if config.adapter else torch.float32, half_precision(device)
 
 
-def _load_quantised(ref: ModelRef, half: Any) -> Any:
+def _load_quantised(ref: ModelRef, half: Any, device: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     name, arguments = ref.pretrained()
-    packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=half)
-    return AutoModelForCausalLM.from_pretrained(
-        name, quantization_config=packed, device_map={"": torch.cuda.current_device()}, dtype=half, **arguments
-    )
+    kind = half or torch.float32
+    packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind)
+    place = {"": "cpu" if device == "cpu" else torch.cuda.current_device()}
+    return AutoModelForCausalLM.from_pretrained(name, quantization_config=packed, device_map=place, dtype=kind, **arguments)
 
 
 def adapter_config(config: TrainConfig) -> Any:
