@@ -84,7 +84,7 @@ def keep_one_by_one(run: Any) -> None:
 
 def steps() -> dict[str, Any]:
     from sftkit.curate.best import best
-    from sftkit.curate.config import BestConfig, DedupConfig, FilterConfig, SelectConfig
+    from sftkit.curate.decide_config import BestConfig, DedupConfig, FilterConfig, SelectConfig
     from sftkit.curate.dedup import dedup
     from sftkit.curate.filters import filter_rows
     from sftkit.curate.selection import select
@@ -192,7 +192,7 @@ def fuzz(rows: int, folder: Path) -> list[Any]:
     from sftkit.core.run import Run
     from sftkit.curate.best import best
     from sftkit.curate.certificate import check_run
-    from sftkit.curate.config import BestConfig, DecontaminateConfig, DedupConfig, FilterConfig, HeldoutConfig, SelectConfig
+    from sftkit.curate.decide_config import BestConfig, DecontaminateConfig, DedupConfig, FilterConfig, HeldoutConfig, SelectConfig
     from sftkit.curate.decontaminate import decontaminate
     from sftkit.curate.dedup import dedup
     from sftkit.curate.filters import filter_rows

@@ -12,7 +12,8 @@ from ..core.models import resolve_model
 from ..core.progress import timed
 from ..core.run import Run
 from .best import best
-from .config import BuildConfig, ImportConfig, parse_gate
+from .config import BuildConfig, ImportConfig
+from .decide_config import parse_gate
 from .decontaminate import decontaminate, open_benchmark
 from .dedup import dedup
 from .filters import filter_rows, read_conditions, text_rules

@@ -10,21 +10,10 @@ import click
 from ..core.cli import Commands, config_option, given
 from ..core.config import load_config, read_yaml
 from ..core.errors import UserError
-from .config import (
-    BestConfig,
-    BuildConfig,
-    DecontaminateConfig,
-    DedupConfig,
-    DistillConfig,
-    EmbedConfig,
-    FilterConfig,
-    HeldoutConfig,
-    ImportConfig,
-    ScoreConfig,
-    SelectConfig,
-)
+from .config import BuildConfig, DistillConfig, ImportConfig, ScoreConfig
 from .data_cli import export, mix
 from .decide_cli import best, decontaminate, dedup, filter_, select, tell
+from .decide_config import BestConfig, DecontaminateConfig, DedupConfig, EmbedConfig, FilterConfig, HeldoutConfig, SelectConfig
 from .distill_cli import cache, distill
 from .prompts_cli import prompts, teacher_rank, tune
 from .score_cli import score

@@ -8,8 +8,9 @@ import click
 
 from ..core.cli import config_option, given
 from ..core.config import load_config
-from .config import ExportConfig, MixConfig
+from .config import ExportConfig
 from .decide_cli import number, tell
+from .decide_config import MixConfig
 
 
 @click.command()

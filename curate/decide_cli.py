@@ -10,7 +10,7 @@ import click
 from ..core.cli import config_option, given
 from ..core.config import load_config, read_yaml
 from ..core.errors import UserError
-from .config import BestConfig, DecontaminateConfig, DedupConfig, EmbedConfig, FilterConfig, SelectConfig
+from .decide_config import BestConfig, DecontaminateConfig, DedupConfig, EmbedConfig, FilterConfig, SelectConfig
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ from ..core.files import write_atomically
 from ..core.formats import iterate_examples
 from ..core.progress import Progress
 from ..core.run import Run
-from .config import DecontaminateConfig
+from .decide_config import DecontaminateConfig
 from .ngrams import Hashes, Lookup, Offsets, Runs, gathered, hash_words, ngrams, whole_texts, words
 from .rows import Outcome, input_rows, keys, message_text, record, row_ids
 

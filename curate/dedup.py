@@ -14,8 +14,8 @@ from ..core.config import to_mapping
 from ..core.formats import read_examples
 from ..core.hardware import pick_device
 from ..core.run import Run
-from .config import DedupConfig
 from .cover import cover
+from .decide_config import DedupConfig
 from .embed import embed_rows
 from .memory import GB, cover_bytes, hold_to
 from .rows import KEY, TEXT, Outcome, decision_table, input_rows, record, row_name, split_texts

@@ -20,7 +20,7 @@ from ..core.hardware import half_precision, pick_device
 from ..core.models import model_identity, resolve_model
 from ..core.progress import Progress
 from ..core.run import Run
-from .config import EmbedConfig
+from .decide_config import EmbedConfig
 from .rows import split_texts
 from .similarity import Vectors, unit_vectors
 

@@ -17,8 +17,8 @@ from ..core.config import to_mapping
 from ..core.errors import UserError, unknown_name
 from ..core.progress import Progress
 from ..core.run import Run
-from .config import FilterConfig
 from .controls import clear_controls, write_controls_of
+from .decide_config import FilterConfig
 from .expressions import Condition, Kind, parse_condition
 from .ngrams import PLAIN as PLAIN_WORDS
 from .rows import KEY, Outcome, decision_table, input_rows, record

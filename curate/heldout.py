@@ -7,7 +7,7 @@ import polars as pl
 from ..core.config import to_mapping
 from ..core.errors import UserError
 from ..core.run import Run
-from .config import HeldoutConfig
+from .decide_config import HeldoutConfig
 from .rows import EXPORTED, Outcome, decision_table, export_rows, input_rows, record
 
 

@@ -3,7 +3,7 @@
 import logging
 
 from ..core.errors import UserError
-from .config import SelectConfig
+from .decide_config import SelectConfig
 from .facility_location import NEIGHBORS
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from ..core.errors import UserError, unknown_name
 from ..core.files import write_atomically
 from ..core.formats import read_examples
 from ..core.run import Run
-from .config import ImportConfig, MixConfig
+from .config import ImportConfig
+from .decide_config import MixConfig
 from .intake import columns_of
 from .rows import KEY, STORED, Outcome, decision_table, input_rows, load_rows, record, row_name
 from .score import random_number

@@ -12,9 +12,9 @@ from ..core.files import write_atomically
 from ..core.hardware import pick_device
 from ..core.progress import Progress
 from ..core.run import Run
-from .config import SelectConfig
 from .controls import clear_controls, length_bucket, length_matched, random_order, rank_correlation, write_controls
 from .coverage import Pick, k_center, nearest_to_mean
+from .decide_config import SelectConfig
 from .diversity import deita_filter, dpp, mmr
 from .embed import embed_rows
 from .facility_location import facility_location

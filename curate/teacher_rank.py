@@ -19,7 +19,8 @@ from ..core.files import write_json, write_text
 from ..core.formats import iterate_examples
 from ..core.run import Run
 from ..core.store import SampleStore
-from .config import DistillConfig, RankConfig, ScoreConfig, parse_gate
+from .config import DistillConfig, RankConfig, ScoreConfig
+from .decide_config import parse_gate
 from .distill import distill
 from .rows import load_rows
 from .score import open_scorer, read_score, score

@@ -8,7 +8,7 @@ import polars as pl
 from ..core.errors import UserError, unknown_name
 from ..core.language import CODES, detect_language
 from ..core.run import Run
-from .config import TEXTS, EmbedConfig
+from .decide_config import TEXTS, EmbedConfig
 from .scorers import WORD, Candidate, ColumnScorer, Result, Scorer
 
 NGRAM = 10  # words, as the filter's rule counts them

@@ -9,7 +9,8 @@ import pytest
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate.best import best
-from sftkit.curate.config import BestConfig, ScoreConfig, parse_gate
+from sftkit.curate.config import ScoreConfig
+from sftkit.curate.decide_config import BestConfig, parse_gate
 from sftkit.curate.rows import load_rows, row_ids
 from sftkit.curate.score import read_score, score
 

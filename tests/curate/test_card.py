@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 from sftkit.core.run import Run
-from sftkit.curate.config import DecontaminateConfig, FilterConfig
+from sftkit.curate.decide_config import DecontaminateConfig, FilterConfig
 from sftkit.curate.decontaminate import decontaminate
 from sftkit.curate.embed import embedded_text
 from sftkit.curate.filters import filter_rows

@@ -16,7 +16,8 @@ from sftkit.core.run import Run
 from sftkit.curate import certificate
 from sftkit.curate.build import build
 from sftkit.curate.certificate import Check, check_run, jaccard, like_pairs, report
-from sftkit.curate.config import BuildConfig, DedupConfig, EmbedConfig, FilterConfig, SelectConfig
+from sftkit.curate.config import BuildConfig
+from sftkit.curate.decide_config import DedupConfig, EmbedConfig, FilterConfig, SelectConfig
 from sftkit.curate.dedup import dedup
 from sftkit.curate.selection import select
 

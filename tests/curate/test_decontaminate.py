@@ -14,7 +14,8 @@ from sftkit.cli import sftkit
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate.build import build, planned_stages
-from sftkit.curate.config import BuildConfig, DecontaminateConfig, DedupConfig
+from sftkit.curate.config import BuildConfig
+from sftkit.curate.decide_config import DecontaminateConfig, DedupConfig
 from sftkit.curate.decontaminate import Index, Matcher, build_index, bundled, decontaminate, open_benchmark
 from sftkit.curate.ngrams import words
 

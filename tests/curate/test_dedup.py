@@ -8,8 +8,8 @@ import pytest
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate import cover as covering
-from sftkit.curate.config import DedupConfig
 from sftkit.curate.cover import cover
+from sftkit.curate.decide_config import DedupConfig
 from sftkit.curate.dedup import dedup, exact_witnesses, normalised, normalised_column
 from sftkit.curate.rows import load_rows, row_ids
 from sftkit.curate.similarity import Candidates, Vectors, exact_cosines, nearest, unit_vectors

@@ -13,7 +13,8 @@ from sftkit.core.formats import read_examples
 from sftkit.core.run import Run
 from sftkit.core.sources import iterate_rows
 from sftkit.curate.best import best
-from sftkit.curate.config import EXPORTS, BestConfig, ExportConfig, ImportConfig
+from sftkit.curate.config import EXPORTS, ExportConfig, ImportConfig
+from sftkit.curate.decide_config import BestConfig
 from sftkit.curate.export import WRITERS, export, push
 from sftkit.curate.intake import take_in
 

@@ -8,7 +8,8 @@ import pytest
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate.build import build
-from sftkit.curate.config import BuildConfig, FilterConfig, ScoreConfig
+from sftkit.curate.config import BuildConfig, ScoreConfig
+from sftkit.curate.decide_config import FilterConfig
 from sftkit.curate.filters import duplicate_ngrams, filter_rows, text_rules, top_ngram
 from sftkit.curate.rows import load_rows, row_ids
 from sftkit.curate.score import score

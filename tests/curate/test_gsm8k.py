@@ -9,7 +9,8 @@ import polars as pl
 import pytest
 from sftkit.core.run import Run
 from sftkit.curate.best import best
-from sftkit.curate.config import BestConfig, ImportConfig, ScoreConfig
+from sftkit.curate.config import ImportConfig, ScoreConfig
+from sftkit.curate.decide_config import BestConfig
 from sftkit.curate.intake import take_in
 from sftkit.curate.score import score
 

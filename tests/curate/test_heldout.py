@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
-from sftkit.curate.config import HeldoutConfig
+from sftkit.curate.decide_config import HeldoutConfig
 from sftkit.curate.heldout import hold_out
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
-from sftkit.curate.config import DedupConfig, EmbedConfig, SelectConfig
+from sftkit.curate.decide_config import DedupConfig, EmbedConfig, SelectConfig
 from sftkit.curate.dedup import dedup
 from sftkit.curate.facility_location import NEIGHBORS
 from sftkit.curate.memory import FEWEST, GB, cover_bytes, fit_neighbors, hold_to, select_bytes

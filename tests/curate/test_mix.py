@@ -11,7 +11,8 @@ from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate.build import build
 from sftkit.curate.certificate import check_run
-from sftkit.curate.config import BuildConfig, FilterConfig, MixConfig
+from sftkit.curate.config import BuildConfig
+from sftkit.curate.decide_config import FilterConfig, MixConfig
 from sftkit.curate.filters import filter_rows
 from sftkit.curate.mix import mix, quotas, shares_of
 from sftkit.curate.rows import load_rows

@@ -18,7 +18,8 @@ from sftkit.core.models import load_model, resolve_model
 from sftkit.core.run import Run
 from sftkit.core.values import ValueStore, value_key
 from sftkit.curate.best import best
-from sftkit.curate.config import BestConfig, ScoreConfig
+from sftkit.curate.config import ScoreConfig
+from sftkit.curate.decide_config import BestConfig
 from sftkit.curate.score import parse_scorers, score
 
 ToyRun = Callable[..., Run]

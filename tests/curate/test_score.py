@@ -8,7 +8,8 @@ from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate import score as scoring
 from sftkit.curate.best import best
-from sftkit.curate.config import BestConfig, FilterConfig, ScoreConfig
+from sftkit.curate.config import ScoreConfig
+from sftkit.curate.decide_config import BestConfig, FilterConfig
 from sftkit.curate.filters import filter_rows
 from sftkit.curate.score import parse_scorers, read_score, score, summary
 from sftkit.curate.score_cli import score as command

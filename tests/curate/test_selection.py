@@ -10,8 +10,8 @@ import pytest
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate import selection
-from sftkit.curate.config import SELECTORS, FilterConfig, SelectConfig
 from sftkit.curate.controls import length_bucket, rank_correlation
+from sftkit.curate.decide_config import SELECTORS, FilterConfig, SelectConfig
 from sftkit.curate.filters import filter_rows
 from sftkit.curate.rows import load_rows, row_ids
 from sftkit.curate.selection import row_lengths, select, share_of_rows

@@ -8,7 +8,8 @@ import pytest
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate import embed
-from sftkit.curate.config import FilterConfig, ScoreConfig
+from sftkit.curate.config import ScoreConfig
+from sftkit.curate.decide_config import FilterConfig
 from sftkit.curate.filters import filter_rows
 from sftkit.curate.score import parse_scorers, score, summary
 from sftkit.curate.similarity import exact_cosines, unit_vectors
