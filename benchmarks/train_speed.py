@@ -1,7 +1,7 @@
 """Tokens per second of full fine-tuning on one GPU: sftkit beside TRL's defaults, TRL's packing and the course notebook's recipe.
 
     python benchmarks/train_speed.py CHATS TOKENIZER [--shapes 135m,0.5b,1.5b,lora-0.6b] [--out FILE]      the table, 4 to 5 minutes
-    python benchmarks/train_speed.py CHATS TOKENIZER --shapes lora-0.6b --variants "fp32 weights;fused" --profile
+    python benchmarks/train_speed.py CHATS TOKENIZER --shapes lora-0.6b --variants "fp32 weights;PEFT" --profile
     python benchmarks/train_speed.py CHATS TOKENIZER --shapes 1.5b,lora-0.6b --variants "40 GB"     the same updates in less memory
     python benchmarks/train_speed.py CHATS TOKENIZER --losses                              each step's loss beside TRL's plain path
     python benchmarks/train_speed.py CHATS TOKENIZER --shapes tiny,lora-tiny --tiny         on a CPU: that the script is sound
@@ -31,7 +31,7 @@ from sftkit.core.formats import read_examples
 from sftkit.core.hardware import measured_peak
 from sftkit.core.models import resolve_model
 from sftkit.train.account import prepare
-from sftkit.train.adapters import fuse_adapters
+from sftkit.train.adapters import part_adapters
 from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row
 from sftkit.train.sft import adapter_config
@@ -127,7 +127,7 @@ def ours(
     step_tokens: int,
     compiled: bool = True,
     dtype: str = "auto",
-    fused: bool = False,
+    peft: bool = False,
     stream: bool = False,
 ) -> Any:
     """Train with the trainer of `sftkit train sft`. `stream`: what goes from layer to layer is bfloat16 under float32 weights, too."""
@@ -150,8 +150,8 @@ def ours(
             peft_config=adapter_config(config) if lora else None,
         )  # fmt: skip
         trainer.add_callback(clock)
-        if fused:
-            assert fuse_adapters(trainer.model)
+        if peft:
+            part_adapters(trainer.model)
         parts = trainer.packs.parts
         sizes = [sum(len(chosen[row].ids) for row in pack) for pack in trainer.packs.rows()]
         tokens = [sum(sizes[start : start + parts]) for start in range(0, len(sizes), parts)]
@@ -267,7 +267,7 @@ def variants_of(shape: str, *, step_tokens: int, large: bool) -> list[tuple[str,
         found += [(name, partial(theirs, name=name)) for name in ("notebook recipe", "TRL defaults", "TRL packing")]
     found.append(("sftkit fp32 weights", partial(ours, **told)))
     if lora:
-        found.append(("sftkit fp32 weights, fused adapters", partial(ours, **told, fused=True)))
+        found.append(("sftkit fp32 weights, PEFT's layers", partial(ours, **told, peft=True)))
     else:
         found.append(("sftkit bf16 weights", partial(ours, **told, dtype="bfloat16")))
     if small:
@@ -275,7 +275,7 @@ def variants_of(shape: str, *, step_tokens: int, large: bool) -> list[tuple[str,
         for dtype in ("auto",) if lora else ("auto", "bfloat16"):
             less = {**told, "batch_tokens": sizes[dtype]}
             name = f"sftkit {'bf16' if dtype == 'bfloat16' else 'fp32'} weights within 40 GB"
-            found.append((name, partial(ours, **less, dtype=dtype, fused=lora)))
+            found.append((name, partial(ours, **less, dtype=dtype)))
     if not lora:
         found.append(("sftkit fp32 weights, bf16 stream", partial(ours, **told, stream=True)))
     found.append(("sftkit fp32 weights, as it is", partial(ours, **{**told, "compiled": False})))

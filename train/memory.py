@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from . import head
+from .adapters import fuse_adapters
 from .config import TrainConfig
 
 REPLAYED = (2, 4)  # layers in the two replays that the whole depth follows from
@@ -40,6 +41,16 @@ class Memory:
     activations: int  # all else, at the moment of the peak
     saved_layer: int  # what one layer keeps for its way back
     peak: int
+
+    def shared(self, processes: int, gathered: int, *, accumulates: bool) -> "Memory":
+        """Return what each of several processes takes that share what stands (FSDP2), with what is gathered for a while."""
+        left = 1 - 1 / processes
+        own = [round(each / processes) for each in (self.weights, self.gradients, self.optimizer)]
+        spared = left * (self.weights + self.optimizer + (self.gradients if accumulates else 0))
+        peak = round(self.peak - spared) + gathered
+        return Memory(
+            weights=own[0], gradients=own[1], optimizer=own[2], activations=peak - own[0] - own[2], saved_layer=self.saved_layer, peak=peak
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +78,16 @@ def predict(settings: Any, load: Load) -> Memory:
     if len(replays) == 1:
         return replays[0].memory(load)
     return replays[0].extended(replays[1], counts, depth).memory(load)
+
+
+def gathered(settings: Any, load: Load) -> int:
+    """Return the bytes of weights that a process of several which share them borrows at once: what is outside of layers, and two layers."""
+    model = bare_model(settings, load)
+    layers = decoder_layers(model)
+    inside = {id(each): each for layer in layers for each in layer.parameters()}
+    outside = [each for each in model.parameters() if id(each) not in inside]
+    layer = sum(each.numel() for each in inside.values()) / len(layers)
+    return round(sum(each.numel() * each.element_size() for each in outside) + 2 * layer * (load.half or load.dtype).itemsize)
 
 
 @dataclass(kw_only=True)
@@ -212,7 +233,9 @@ def bare_model(settings: Any, load: Load) -> Any:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            get_peft_model(model, adapter_config(TrainConfig(lora_rank=load.rank)))
+            adapted = get_peft_model(model, adapter_config(TrainConfig(lora_rank=load.rank)))
+        if not load.quantised:  # four bits are PEFT's own affair
+            fuse_adapters(adapted)
         for weight in model.parameters() if load.quantised and load.half is not torch.float16 else ():
             weight.data = weight.data.to(torch.bfloat16) if weight.requires_grad else weight.data
         if load.checkpointing:
@@ -268,7 +291,7 @@ def _step(model: Any, layers: Any, batch: dict[str, Any], load: Load, live: Live
             hidden.register_hook(enter)
 
     handles = [layer.register_forward_hook(watch) for layer in layers]
-    half = load.half if load.half is not load.dtype else None
+    half = load.half if load.half is not load.dtype or load.adapter else None  # an adapter is float32 on whatever base
     computing = torch.autocast("cpu", dtype=half) if half is not None else nullcontext()
     with live, saved_by(layers[-1], set(map(_storage, model.parameters()))) as saved:
         for each in model.parameters():
@@ -346,8 +369,9 @@ def compiled_layer(model: Any, load: Load) -> int:
     if any("norm" in name and "layernorm" not in name for name, _ in layer.named_modules()):
         token += small * (heads + groups) * size + 4 * (heads + groups)  # queries and keys before they are normed (Qwen3, Gemma 3)
     copied = 0
-    if load.adapter:  # narrow products, and the attention's output once more: PEFT takes it through float32
-        token += small * (load.rank * sum(1 for each in linear if each.weight.requires_grad) // 2 + heads * size)
+    if load.adapter:  # narrow products; and in four bits the attention's output once more: PEFT takes it through float32
+        token += small * load.rank * sum(1 for each in linear if each.weight.requires_grad) // 2
+        token += small * heads * size if load.quantised else 0
     elif load.half is not None and load.half is not load.dtype:
         copied = small * sum(each.weight.numel() for each in linear)
     return load.tokens * token + copied

@@ -27,6 +27,7 @@ from ..core.errors import Diverged
 from ..core.files import read_json_lines, write_json_lines
 from ..core.progress import Progress
 from ..core.run import is_done, mark_done
+from .adapters import fuse_adapters
 from .attention import attends_packed, use_own_attention, use_packed_attention
 from .config import TrainConfig
 from .data import Row
@@ -287,7 +288,10 @@ def make_trainer(
         for each in both:
             each.longest = longest
             each.pad_to(shape)
-    base = trainer.model.get_base_model() if peft_config is not None else trainer.model
+    base = trainer.model
+    if peft_config is not None:
+        base = trainer.model.get_base_model()
+        fuse_adapters(trainer.model)
     learn_from_packs(base)
     if compiled:
         compile_layers(base)
