@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -192,6 +192,7 @@ class Distillation:
     _asked: dict[str, Wanted] = field(default_factory=dict)  # sent and not answered yet
     _deadline: float | None = None  # by time.monotonic, after which nothing more is asked
     _began: float = 0.0  # by time.monotonic, less the pauses
+    _enough: bool = False  # nothing more is asked
 
     def missing(self) -> list[Wanted]:
         """Return the wanted samples that are not stored, in order."""
@@ -241,13 +242,17 @@ class Distillation:
         keys = [longer[each.key] if longer.get(each.key) in have else each.key for each in self.wanted]
         return stored.join(pl.Series("key", keys, pl.String).to_frame(), on="key", how="semi", maintain_order="left")
 
-    def generate(self, missing: Sequence[Wanted], label: str = "distill") -> tuple[int, int, float]:
+    def generate(
+        self, missing: Sequence[Wanted], label: str = "distill", enough: Callable[[Completion, int], bool] | None = None
+    ) -> tuple[int, int, float]:
         """Generate samples and store each as it finishes; return how many, their tokens, and the seconds it took.
 
-        The engine is opened only if something is missing. Stops asking when the token budget could be overrun.
+        The engine is opened only if something is missing. Stops asking when the token budget could be overrun, or when `enough`,
+        which is told of each answer and of how many are under way, says so; what is under way is waited for.
         """
         if not missing:
             return 0, 0, 0.0
+        self._enough = False
         config, engine = self.teacher.config, self.teacher.engine
         settings = {**self.teacher.settings(), "max_new_tokens": missing[0].sampling.max_new_tokens}
         sampling_key = self.store.remember(config.teacher, settings)
@@ -273,6 +278,8 @@ class Distillation:
                     before = len(waiting)
                     for completion in engine.generate(self._ask(waiting)):
                         wanted = self._asked.pop(completion.key)
+                        if enough is not None:
+                            self._enough = enough(completion, len(self._asked)) or self._enough
                         self._spent += completion.num_tokens
                         self._read += completion.prompt_tokens or prompt_tokens(wanted.prompt)
                         if completion.finish_reason == "error":
@@ -294,7 +301,7 @@ class Distillation:
 
     def _ask(self, waiting: deque[Wanted]) -> Iterator[Request]:
         config = self.teacher.config
-        while waiting:
+        while waiting and not self._enough:
             reserved = (len(self._asked) + 1) * waiting[0].sampling.max_new_tokens  # as if every answer under way took all it may
             if self._deadline is not None and time.monotonic() > self._deadline:
                 return

@@ -1,6 +1,8 @@
-"""What a distillation will take, from a probe of a few prompts. The probe's answers are stored: nothing is wasted."""
+"""What a distillation will take, from a probe of a few prompts and a look at its pace. All those answers are stored: nothing is wasted."""
 
 import math
+import random
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -9,17 +11,56 @@ from pathlib import Path
 
 import polars as pl
 
-from ..core.engines.base import EngineConfig, Request
+from ..core.engines.base import Completion, EngineConfig, Request
+from ..core.engines.registry import choose
 from ..core.engines.tuning import Trial, tune
 from ..core.errors import UserError
 from ..core.formats import iterate_examples, split_prompt
 from ..core.progress import duration
 from .config import DistillConfig
-from .distill import PROBE, Teacher, distillation, prompt_tokens
+from .distill import PROBE, Distillation, Teacher, Wanted, distillation, prompt_tokens
 from .probe import Probe, tell
 from .rows import message_text
 
 MOST_TO_TUNE = 2000  # prompts
+SECONDS_OF_PACE = 20.0
+FEWEST_FOR_PACE = 1000  # missing samples; for fewer the probe's own rate will do
+SHARE_FOR_PACE = 4  # at most one in so many of them
+
+
+@dataclass(slots=True)
+class Pace:
+    """The rate at which an engine with all the work that it can take makes tokens, from the answers as they come.
+
+    As many answers as were under way at the first one are let go by: until then the short ones come, and the long ones are still
+    being written. Then tokens and seconds are counted, from an answer to an answer.
+    """
+
+    count: int = 0
+    passing: int = 0
+    tokens: int = 0
+    begin: float = 0.0
+    end: float = 0.0
+    after: int = 0  # tokens of what was still under way when nothing more was asked
+
+    def __call__(self, completion: Completion, under_way: int) -> bool:
+        """Take an answer; say whether it is enough."""
+        now = time.monotonic()
+        self.count += 1
+        if self.count == 1:
+            self.passing = under_way
+        if self.count <= self.passing + 1:
+            self.begin = self.end = now
+        elif self.end - self.begin < SECONDS_OF_PACE:
+            self.tokens, self.end = self.tokens + completion.num_tokens, now
+        else:
+            self.after += completion.num_tokens
+        return self.end - self.begin >= SECONDS_OF_PACE
+
+    @property
+    def rate(self) -> float | None:
+        """Return tokens per second; None where the answers were too few."""
+        return self.tokens / (self.end - self.begin) if self.end - self.begin >= SECONDS_OF_PACE else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +77,10 @@ class Estimate:
     new_tokens: float | None  # to be generated for the samples that are still missing
     standard_error: float | None  # of new_tokens; one prompt's samples count as one observation
     cost: float | None  # of what is still missing, by the prices that are set; None without a price
-    tokens_per_second: float | None  # of the probe, which runs fewer answers at once than the whole will
+    tokens_per_second: float | None
+    full: bool  # the rate is that of a full engine, and not of the probe, which runs fewer answers at once than the whole will
+    seconds_to_start: float | None  # that the engine took here; None where it was not needed
+    seconds_to_end: float  # in which the last answers are finished and the engine is no longer full
 
     @property
     def remaining(self) -> int:
@@ -45,8 +89,10 @@ class Estimate:
 
     @property
     def seconds(self) -> float | None:
-        """Return the time that the rest would take at the probe's rate."""
-        return self.new_tokens / self.tokens_per_second if self.new_tokens is not None and self.tokens_per_second else None
+        """Return the time that the rest would take at this rate, without the engine's start."""
+        if self.new_tokens is None or not self.tokens_per_second:
+            return None
+        return self.new_tokens / self.tokens_per_second + self.seconds_to_end
 
     def summary(self) -> str:
         """Write it for people."""
@@ -58,8 +104,13 @@ class Estimate:
         if self.remaining and self.prompt_tokens is not None:
             lines.append(f"tokens of prompts: {self.prompt_tokens:,}")
         if self.remaining and self.seconds is not None:
-            rate = f"{self.tokens_per_second:,.0f} tokens/s that the probe ran at; a whole batch runs faster than its {self.probed} answers"
-            lines.append(f"time: about {duration(self.seconds)} at the {rate}")
+            rate = f"at the {self.tokens_per_second:,.0f} tokens/s "
+            if self.full:
+                rate += "that it ran at for a while"
+            else:
+                rate += "that the probe ran at; a whole batch runs faster than its few answers"
+            start = "" if self.seconds_to_start is None else f", after {duration(self.seconds_to_start)} to start"
+            lines.append(f"time: about {duration(self.seconds)} {rate}{start}")
         elif self.remaining:
             lines.append("time: not known, the probe measured nothing")
         if self.remaining and self.cost is not None:
@@ -93,12 +144,19 @@ def tune_teacher(source: str | Path, config: DistillConfig, *, seconds: float, t
 def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
     """Generate one sample of up to 50 evenly spaced prompts that miss some, store them, and say what the rest will take.
 
-    The run folder is begun with these settings, as `distill` would; raises what `distill` raises.
+    Where many samples are missing and the engine is not somebody's server, it is then given all that it can take until its pace is
+    known: about 20 seconds of the work itself, after as many answers as it has under way at once. The run folder is begun with these
+    settings, as `distill` would; raises what `distill` raises.
     """
     with distillation(source, run, config) as work:
         missing = work.missing()
         asked = work.first_of_each(missing, PROBE)
+        start = time.monotonic()
+        if asked:
+            work.teacher.engine  # noqa: B018  opens it
+        started = time.monotonic() - start if asked else None
         probed, tokens, seconds = work.generate(asked, label="probe")
+        rate, paced, to_end = _pace(work, missing)
         stored = work.samples()
         keys = set(stored["key"])
         left = [each for each in missing if each.key not in keys]
@@ -111,17 +169,19 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
         for each in asked or work.first_of_each(work.wanted, PROBE):
             if each.key in answers:
                 probe.add(message_text(each.prompt.messages[-1]), answers[each.key]["text"], answers[each.key]["finish_reason"])
-        rate = tokens / seconds if probed else None
+        full = rate is not None
+        if not full and probed:
+            rate = tokens / seconds
         new_tokens = None if mean is None else mean * len(left)
         read = sum(prompt_tokens(each.prompt) for each in left)
         cost = None
         if config.priced and new_tokens is not None:
-            cost = config.cost(new_tokens, read, new_tokens / rate if rate else 0.0)
+            cost = config.cost(new_tokens, read, new_tokens / rate + to_end if rate else 0.0)
         return Estimate(
             run=work.run.path,
             wanted=len(work.wanted),
             stored=len(work.wanted) - len(missing),
-            probed=probed,
+            probed=probed + paced,
             measured=stored.height,
             probe=probe,
             prompt_tokens=read if work.teacher.chat else None,
@@ -129,4 +189,32 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
             standard_error=None if error is None else error * len(left),
             cost=cost,
             tokens_per_second=rate,
+            full=full,
+            seconds_to_start=started,
+            seconds_to_end=to_end,
         )
+
+
+def _pace(work: Distillation, missing: list[Wanted]) -> tuple[float | None, int, float]:
+    """Let the engine run full for a while; return its rate, how many samples that made, and the seconds at the end when it is not full.
+
+    The prompts are taken in a random order, so that what they say of the rest is not what stands first in the file, and
+    each with all its samples, as in the whole run.
+    """
+    stored = work.store.keys()
+    left = [each for each in missing if each.key not in stored]
+    if len(left) < FEWEST_FOR_PACE or choose(work.teacher.config.engine) == "openai":
+        return None, 0, 0.0
+    by_prompt: dict[str, list[Wanted]] = {}
+    for each in left:
+        by_prompt.setdefault(each.row[0], []).append(each)
+    groups = list(by_prompt.values())
+    random.Random(0).shuffle(groups)
+    several = getattr(work.teacher.engine, "wait_for_all", None)
+    if several is not None:
+        several()  # processes on one card start one after another
+    pace = Pace()
+    made, _, _ = work.generate([each for group in groups for each in group][: len(left) // SHARE_FOR_PACE], label="pace", enough=pace)
+    if pace.rate is None:
+        return None, made, 0.0
+    return pace.rate, made, max(0.0, time.monotonic() - pace.end - pace.after / pace.rate)

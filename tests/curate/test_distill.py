@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from sftkit.cli import sftkit
 from sftkit.core.chat import load_chat
 from sftkit.core.config import load_config
+from sftkit.core.engines import transformers_engine
 from sftkit.core.engines.base import Completion, EngineConfig, Request
 from sftkit.core.engines.replicas import Replicas
 from sftkit.core.errors import TooManyFailures, UserError
@@ -21,6 +23,7 @@ from sftkit.core.models import model_identity, resolve_model
 from sftkit.core.run import Run
 from sftkit.core.store import SampleStore, sample_key
 from sftkit.curate import distill as distill_module
+from sftkit.curate import estimate as estimate_module
 from sftkit.curate.cache import explain
 from sftkit.curate.config import DistillConfig, format_pattern
 from sftkit.curate.distill import distill
@@ -525,6 +528,44 @@ def test_a_dry_run_probes_fifty_prompts_and_wastes_nothing(tmp_path: Path, setti
     after = estimate(path, run, config)
     assert (after.stored, after.probed, after.remaining, after.tokens_per_second) == (200, 0, 0, None)
     assert "to come: 0 samples" in after.summary()
+
+
+def test_a_dry_run_of_much_work_takes_the_pace_of_a_full_engine(
+    tmp_path: Path, settings: Any, between: Between, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate_module, "SECONDS_OF_PACE", 0.05)
+    monkeypatch.setattr(transformers_engine, "WINDOW", 32)  # requests that it takes at once
+    path, run = prompts(tmp_path / "p.jsonl", 300), tmp_path / "run"
+    config = settings(k=4, max_new_tokens=8, engine={"batch_tokens": 256})
+    found = estimate(path, run, config)
+    assert found.full
+    assert 50 < found.probed == stored(run).height <= 50 + 1150 // 4
+    assert found.remaining == 1200 - found.probed
+    assert found.seconds == pytest.approx(found.new_tokens / found.tokens_per_second + found.seconds_to_end)
+    assert "that it ran at for a while, after" in found.summary()
+    paced = Counter(each.messages[-1]["content"] for each in between.asked[50:])
+    assert max(paced.values()) <= 4
+    assert len(set(list(paced)[:20]) & {f"What is {number} plus {number}?" for number in range(20)}) < 20  # not what stands first
+    result = distill(path, run, config)
+    assert result.new_samples == found.remaining
+    assert result.new_tokens == pytest.approx(found.new_tokens, rel=0.15)
+
+    pace = estimate_module.Pace()  # long answers come last: the first ones that come are not the pace
+    clock = [0.0]
+    monkeypatch.setattr(estimate_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(estimate_module, "SECONDS_OF_PACE", 5.0)
+    for seconds, tokens, enough in [
+        (1, 1, False),
+        (2, 1, False),
+        (3, 10, False),
+        (4, 10, False),
+        (7, 10, False),
+        (8, 10, True),
+        (9, 3, True),
+    ]:
+        clock[0] = float(seconds)
+        assert pace(Completion(key="k", num_tokens=tokens), 2) is enough
+    assert (pace.rate, pace.after) == (pytest.approx(30 / 5), 3)
 
 
 def test_answers_without_the_wanted_format_are_noticed_at_once(
