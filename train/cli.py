@@ -160,6 +160,7 @@ def sweep(data: str, model: str, out: Path, vary: tuple[str, ...], settings: Pat
 @config_option(TrainConfig, "batch_size")
 @config_option(TrainConfig, "max_length")
 @config_option(TrainConfig, "limit")
+@config_option(TrainConfig, "gpus")
 @config_option(TrainConfig, "memory_gb")
 @click.option("--config", "settings", type=click.Path(path_type=Path), help="YAML file with all settings; options win over it.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
@@ -168,7 +169,8 @@ def plan(
 ) -> None:
     """Say what training MODEL on DATA takes on a graphics card: what fits, how fast, how long. Nothing is trained.
 
-    Full fine-tuning, LoRA and QLoRA, with and without activations computed twice, at three sizes of a forward pass.
+    Full fine-tuning, LoRA and QLoRA, with and without activations computed twice, at three sizes of a forward pass. With --gpus, what each
+    of several takes: with the whole model on each, and sharing it (fsdp).
 
     \b
     sftkit train plan chats.jsonl --model smollm2-135m-instruct --gpu T4

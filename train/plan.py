@@ -16,7 +16,7 @@ from ..core.models import context_length, load_settings, resolve_model
 from ..core.progress import duration
 from .config import TrainConfig
 from .data import DataReport
-from .memory import Load, Memory, bare_model, predict
+from .memory import Load, Memory, bare_model, gathered, predict
 from .prepared import load_rows
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ CARDS = (
 class Option:
     """One way to train, and what it takes."""
 
-    method: str  # full, LoRA, QLoRA
+    method: str  # full, LoRA, QLoRA; on several GPUs that share the weights with fsdp
     dtype: str  # of the weights
     checkpointing: bool
     batch_tokens: int
@@ -98,13 +98,13 @@ class MemoryPlan:
         """Write it for people."""
         tokens = f"{self.report.train_rows:,} rows, {self.report.tokens:,} tokens an epoch, the longest row has {self.report.longest:,}"
         lines = [f"{self.card.name}: {self.card.memory / 1e9:.1f} GB; {tokens}", ""]
-        head = f"{'method':8}{'weights':10}{'checkpointing':15}{'tokens a pass':>14}{'peak':>10}{'fits':>6}{'tokens/s':>12}{'time':>14}"
+        head = f"{'method':12}{'weights':10}{'checkpointing':15}{'tokens a pass':>14}{'peak':>10}{'fits':>6}{'tokens/s':>12}{'time':>14}"
         lines.append(head)
         for each in self.options:
             known = not math.isnan(each.tokens_per_second)
             rate, time = (f"{each.tokens_per_second:,.0f}", duration(each.hours * 3600)) if known else ("?", "?")
             lines.append(
-                f"{each.method:8}{each.dtype:10}{'yes' if each.checkpointing else 'no':15}{each.batch_tokens:14,}"
+                f"{each.method:12}{each.dtype:10}{'yes' if each.checkpointing else 'no':15}{each.batch_tokens:14,}"
                 f"{each.memory.peak / 1e9:7.1f} GB{'yes' if each.fits else 'no':>6}{rate:>12}{time:>14}"
             )
         return "\n".join([*lines, "", self.basis])
@@ -166,10 +166,12 @@ def _options(settings: Any, report: DataReport, config: TrainConfig, card: Card)
     for method, dtype in (("full", "float32"), ("full", "bfloat16"), ("LoRA", "bfloat16"), ("QLoRA", "bfloat16")):
         if dtype == "bfloat16" and method == "full" and not card.bfloat16:
             continue
-        for checkpointing in (False, True):
-            for tokens in sorted({pass_tokens(each, report, config) for each in (32_768, 8_192, 2_048)}, reverse=True):
-                chosen = replace(config, lora=method == "LoRA", qlora=method == "QLoRA", gradient_checkpointing=checkpointing)
-                yield _option(settings, report, chosen, card, tokens, dtype)
+        kind = replace(config, lora=method == "LoRA", qlora=method == "QLoRA", parallel="auto")
+        for parallel in ways(kind):
+            for checkpointing in (False, True):
+                for tokens in sorted({pass_tokens(each, report, config) for each in (32_768, 8_192, 2_048)}, reverse=True):
+                    chosen = replace(kind, parallel=parallel, gradient_checkpointing=checkpointing)
+                    yield _option(settings, report, chosen, card, tokens, dtype)
 
 
 def pass_tokens(batch_tokens: int, report: DataReport, config: TrainConfig) -> int:
@@ -202,12 +204,13 @@ def _option(settings: Any, report: DataReport, config: TrainConfig, card: Card, 
     weights = getattr(torch, dtype) if card.bfloat16 or not config.adapter else half
     load = load_of(report, config, tokens, dtype=weights, half=None if dtype == "bfloat16" and not config.adapter else half)
     memory = predict(settings, load)
+    memory = _shared(memory, settings, load, config) if config.parallel == "fsdp" else memory
     mean = report.tokens / report.train_rows
-    rate = (
-        share_of_peak(settings, load) * card.flops * (1 if card.measured else MATRIX_SHARE) / token_flops(bare_model(settings, load), mean)
-    )
+    peak = config.gpus * card.flops * (1 if card.measured else MATRIX_SHARE)
+    rate = share_of_peak(settings, load) * peak / token_flops(bare_model(settings, load), mean)
     hours = report.tokens * config.epochs / rate / 3600 if rate else math.nan
     method = "QLoRA" if config.qlora else "LoRA" if config.lora else "full"
+    method += " fsdp" if config.gpus > 1 and config.parallel == "fsdp" else ""
     return Option(
         method=method, dtype="4 bits" if config.qlora else str(weights).removeprefix("torch."), checkpointing=load.checkpointing,
         batch_tokens=tokens, memory=memory, room=card.memory - CONTEXT, tokens_per_second=rate or math.nan, hours=hours,
@@ -231,17 +234,17 @@ class Choice:
 
     batch_tokens: int
     checkpointing: bool
+    parallel: str = "ddp"  # how several GPUs share a run
     memory: Memory | None = None
     card: Card | None = None
 
-    @property
-    def fits(self) -> bool:
-        """Say whether it is expected to fit; what was not planned is."""
-        return not (self.memory and self.card) or self.memory.peak * SLACK <= self.card.memory - CONTEXT
-
     def facts(self) -> dict[str, Any]:
         """Return it as plain values, for plan.json."""
-        told: dict[str, Any] = {"batch_tokens": self.batch_tokens, "gradient_checkpointing": self.checkpointing}
+        told: dict[str, Any] = {
+            "batch_tokens": self.batch_tokens,
+            "gradient_checkpointing": self.checkpointing,
+            "parallel": self.parallel,
+        }
         if self.memory and self.card:
             told |= {"predicted_gb": round(self.memory.peak / 1e9, 2), "card": self.card.name, "card_gb": round(self.card.memory / 1e9, 2)}
         return told
@@ -250,22 +253,39 @@ class Choice:
 def choose(settings: Any, report: DataReport, config: TrainConfig, card: Card, *, dtype: Any, half: Any, most: int = TOKENS[0]) -> Choice:
     """Return the largest forward pass that fits on a card, with activations computed twice only where that is needed.
 
-    What `config` says is kept, `most` is the largest limit tried. Where nothing fits, the smallest, with a warning.
+    Several GPUs share the weights (FSDP2) where that is asked for, or nothing fits otherwise. What `config` says is kept, `most` is the
+    largest limit tried. Where nothing fits, the smallest, with a warning.
     """
     limits = (config.batch_tokens,) if config.batch_tokens else tuple(each for each in TOKENS if each <= most)
     sizes = {pass_tokens(each, report, config): each for each in limits[::-1]}  # of limits that give the same pass, the largest
     both = (False, True) if config.gradient_checkpointing is None else (config.gradient_checkpointing,)
-    for checkpointing in both:
-        for tokens, limit in sorted(sizes.items(), reverse=True):
-            if not checkpointing and len(both) == 2 and tokens < min(FEW_TOKENS, max(sizes)):
-                break
-            load = load_of(report, replace(config, gradient_checkpointing=checkpointing), tokens, dtype=dtype, half=half)
-            memory = predict(settings, load)
-            if memory.peak * SLACK <= card.memory - CONTEXT:
-                return Choice(batch_tokens=limit, checkpointing=checkpointing, memory=memory, card=card)
+    known: dict[Load, Memory] = {}
+    for parallel in ways(config):
+        for checkpointing in both:
+            for tokens, limit in sorted(sizes.items(), reverse=True):
+                if not checkpointing and len(both) == 2 and tokens < min(FEW_TOKENS, max(sizes)):
+                    break
+                load = load_of(report, replace(config, gradient_checkpointing=checkpointing), tokens, dtype=dtype, half=half)
+                known[load] = known[load] if load in known else predict(settings, load)
+                memory = _shared(known[load], settings, load, config) if parallel == "fsdp" else known[load]
+                choice = Choice(batch_tokens=limit, checkpointing=checkpointing, parallel=parallel, memory=memory, card=card)
+                if memory.peak * SLACK <= card.memory - CONTEXT:
+                    return choice
     log.warning(
         "the smallest step that these settings allow is expected to take %.1f GB, and %s has %.1f: it is tried all the same; less is taken"
         " by dtype: bfloat16, --lora, --qlora, or a smaller max_length (see `sftkit train plan`)",
         memory.peak / 1e9, card.name, card.memory / 1e9,
     )  # fmt: skip
-    return Choice(batch_tokens=limit, checkpointing=checkpointing, memory=memory, card=card)
+    return choice
+
+
+def ways(config: TrainConfig) -> tuple[str, ...]:
+    """Return the ways in which a run's GPUs may share it, the one to be preferred first."""
+    if config.parallel != "auto":
+        return (config.parallel,)
+    return ("ddp",) if config.gpus == 1 or config.qlora else ("ddp", "fsdp")
+
+
+def _shared(memory: Memory, settings: Any, load: Load, config: TrainConfig) -> Memory:
+    """Return what a step takes on each GPU, where they share the weights."""
+    return memory.shared(config.gpus, gathered(settings, load), accumulates=load.accumulates) if config.gpus > 1 else memory

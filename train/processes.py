@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -86,7 +86,7 @@ def train_on_processes(job: Job) -> Any:
         raise KeyboardInterrupt(*([status["said"]] if status["said"] else []))
     if status["ended"] != "done":
         raise UserError(f"training on {job.config.gpus} processes ended {status['ended']}; what they said stands above")
-    return _trained(job, torch.load(folder / TRAINED, map_location="cpu", weights_only=True))
+    return with_weights(job, torch.load(folder / TRAINED, map_location="cpu", weights_only=True))
 
 
 @contextmanager
@@ -101,7 +101,7 @@ def _alone(folder: Path) -> Iterator[int]:
         yield lock.fileno()
 
 
-def _trained(job: Job, weights: dict[str, Any]) -> Any:
+def with_weights(job: Job, weights: dict[str, Any]) -> Any:
     """Return the start model with the trained weights in it."""
     from .sft import load_start
 
@@ -135,45 +135,56 @@ def _processors() -> Any:
     return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
-def start(count: int, folder: Path) -> None:
+def start(count: int, folders: Sequence[Path]) -> None:
     """Be torchrun, whose traceback says nothing that a process has not said: only how one ended that was killed is written down."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    for name in [
-        each for each in logging.root.manager.loggerDict if each.startswith(("torch.distributed.elastic", "torch.distributed.run"))
-    ]:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        torchrun(["--standalone", "--nproc-per-node", str(count), "-m", "sftkit.train.processes", "work", str(folder)])
+        torchrun(["--standalone", "--nproc-per-node", str(count), "-m", "sftkit.train.processes", "work", *map(str, folders)])
     except SignalException:
         sys.exit(1)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if not (folder / STATUS).exists():
-            how = f"by {failure.signal_name()}" if failure.exitcode < 0 else f"with exit code {failure.exitcode}"
+        how = f"by {failure.signal_name()}" if failure.exitcode < 0 else f"with exit code {failure.exitcode}"
+        for folder in [each for each in folders if not (each / STATUS).exists()]:
             write_json(folder / STATUS, {"ended": f"as process {rank} did, {how}"})
         sys.exit(1)
 
 
-def work(folder: Path) -> None:
-    """Do the work of one process; the first of them writes how it ended."""
+def work(folders: Sequence[Path]) -> None:
+    """Be one of the processes, and do one job after another."""
     import torch
 
     from ..core.cli import start_talking
+
+    start_talking()
+    if int(os.environ["RANK"]):
+        logging.getLogger("sftkit").setLevel(logging.ERROR)
+    jobs: list[Job] = [pickle.loads((folder / JOB).read_bytes()) for folder in folders]
+    cpu = jobs[0].device == "cpu"
+    if not cpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("gloo" if cpu else "nccl", timeout=PATIENCE)
+    for folder, job in zip(folders, jobs, strict=True):
+        _do(job, folder)
+        torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _do(job: Job, folder: Path) -> None:
+    """Do one process's part of a job; the first of them writes how it ended."""
+    import torch
+
     from .sft import run_trainer
     from .sharded import whole_weights
     from .trainer import unwrapped
 
-    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    start_talking()
-    if rank:
-        logging.getLogger("sftkit").setLevel(logging.ERROR)
-    job: Job = pickle.loads((folder / JOB).read_bytes())
-    if job.device != "cpu":
-        torch.cuda.set_device(local)
-    torch.distributed.init_process_group("gloo" if job.device == "cpu" else "nccl", timeout=PATIENCE)
+    rank = torch.distributed.get_rank()
 
     def ended(how: str, said: str = "") -> None:
         if not rank or how in ("error", "diverged", "memory"):
@@ -196,12 +207,10 @@ def work(folder: Path) -> None:
         if not rank:
             torch.save(weights, folder / TRAINED)
         ended("done")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "start":
-        start(int(sys.argv[2]), Path(sys.argv[3]))
+        start(int(sys.argv[2]), [Path(each) for each in sys.argv[3:]])
     else:
-        work(Path(sys.argv[2]))
+        work([Path(each) for each in sys.argv[2:]])

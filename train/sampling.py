@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from ..core.chat import Chat
@@ -114,20 +116,22 @@ class Sampler(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Keep of the file what stands before the step that is gone on from."""
-        if not state.is_world_process_zero:
-            return
         kept = [line for line in read_json_lines(self.place) if line["step"] <= state.global_step and state.global_step > 0]
         self._written = {line["step"] for line in kept}
-        write_json_lines(self.place, kept)
+        if state.is_world_process_zero:
+            write_json_lines(self.place, kept)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Answer the prompts."""
-        if state.global_step in self._written or not state.is_world_process_zero:
+        sharded = isinstance(model, FSDPModule)  # then each process has a part in every answer
+        if state.global_step in self._written or not (state.is_world_process_zero or sharded):
             return
         self._written.add(state.global_step)
-        with as_loaded(model) as plain:
+        with as_loaded(model) as plain, torch.autocast(args.device.type, torch.bfloat16, enabled=sharded and args.bf16):
             engine = TransformersEngine(plain, self.chat, identity="", batch_tokens=BATCH_TOKENS)
             answers = sorted(_answers(engine, self.rows, SAMPLE_TOKENS), key=lambda each: int(each.key))
+        if not state.is_world_process_zero:
+            return
         with open(self.place, "a", encoding="utf-8") as file:
             for row, answer in zip(self.rows, answers, strict=True):
                 facts = {"step": state.global_step, "source": row.source, "prompt": self.chat.decode(row.ids[: row.answer_start])}
@@ -141,8 +145,12 @@ def as_loaded(model: Any) -> Iterator[Any]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     training, put_back = base.training, undress(base)
     base.eval()
+    if isinstance(model, FSDPModule):
+        model.unshard()  # what stands outside of layers, which an adapter's base does not gather by itself
     try:
         yield base
     finally:
+        if isinstance(model, FSDPModule):
+            model.reshard()
         base.train(training)
         put_back()

@@ -1,9 +1,12 @@
 """FSDP2: each process keeps its share of the weights, gradients and optimizer state, and borrows a layer's weights while it computes.
 
-The numbers are those of one GPU: weights are gathered in their own format, products are made in 16 bits by autocast, gradients are added
-up in float32. A checkpoint is written whole, tensor by tensor, as a run on one GPU writes it: any number of processes goes on from it.
-PyTorch's fully_shard is called here, since accelerate's plugin saves one checkpoint for each count of processes, and an adapter's with
-the whole base. Zhao et al. 2023, arXiv 2304.11277.
+The numbers are those of one GPU. There, autocast makes 16-bit copies of float32 weights, which stand until the way back; here a layer's
+weights are gathered in 16 bits, nothing more stands, and what goes from layer to layer is float32 as there. Only the weights of norms
+lose bits by it. Gradients are added up in float32.
+
+A checkpoint is written whole, tensor by tensor, as a run on one GPU writes it: any number of processes goes on from it. PyTorch's
+fully_shard is called here, and not accelerate's plugin, whose checkpoints only as many processes read, an adapter's with the whole base
+in it. Zhao et al. 2023, arXiv 2304.11277.
 """
 
 from pathlib import Path
@@ -11,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
@@ -27,7 +30,7 @@ class ShardedTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Shard the model, then make the optimizer of its shards."""
         if not isinstance(self.model, FSDPModule):
-            shard(self.model, self.args.device.type)
+            shard(self.model, self.args.device.type, torch.bfloat16 if self.args.bf16 else None)
             plain = self.accelerator.prepare_model
             # all but DistributedDataParallel around it, which an evaluation does not get either
             self.accelerator.prepare_model = lambda model, **_: plain(model, device_placement=False, evaluation_mode=True)
@@ -56,13 +59,17 @@ class ShardedTrainer(Trainer):
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
 
-def shard(model: Any, device: str) -> None:
-    """Give each process its share of every tensor, layer by layer; what stands outside of layers is gathered for the whole of a step."""
+def shard(model: Any, device: str, half: torch.dtype | None = None) -> None:
+    """Give each process its share of every tensor, layer by layer; what stands outside of layers is gathered for the whole of a step.
+
+    `half` is the 16-bit format that layers compute in, None for their weights' own.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     layers = set(base._no_split_modules or ())
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False)
     for each in [module for module in base.modules() if type(module).__name__ in layers]:
-        fully_shard(each, mesh=mesh)
+        fully_shard(each, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
 
 

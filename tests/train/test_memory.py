@@ -139,6 +139,26 @@ def test_the_largest_pass_that_fits_is_taken_and_activations_are_computed_twice_
     assert (fixed.batch_tokens, fixed.checkpointing) == (1024, False)
 
 
+def test_several_cards_share_what_does_not_fit_one() -> None:
+    settings = Qwen2Config(
+        vocab_size=8000, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2
+    )
+    found = {}
+    for gigabytes, gpus in ((8, 8), (2.2, 1), (2.2, 8)):
+        config = TrainConfig(batch_size=64, gpus=gpus, batch_tokens=2048, gradient_checkpointing=False)
+        found[gigabytes, gpus] = choose(settings, REPORT, config, Card("a card", gigabytes * 1e9, 0.0), dtype=torch.float32, half=HALF)
+    assert [each.parallel for each in found.values()] == ["ddp", "ddp", "fsdp"]
+    alone, shared = found[2.2, 1].memory, found[2.2, 8].memory
+    assert alone is not None
+    assert shared is not None
+    assert alone.peak * plan.SLACK > 2.2e9 - plan.CONTEXT >= shared.peak * plan.SLACK
+    assert 8 * shared.weights == pytest.approx(alone.weights, rel=1e-6)
+    assert 8 * shared.optimizer == pytest.approx(alone.optimizer, rel=1e-6)
+    assert plan.ways(TrainConfig(gpus=8, qlora=True)) == ("ddp",)  # four bits are not taken apart
+    with pytest.raises(UserError, match="fsdp does not take 4-bit weights apart"):
+        TrainConfig(gpus=8, qlora=True, parallel="fsdp")
+
+
 def test_where_nothing_fits_it_says_so(caplog) -> None:
     choice = choose(LLAMA, REPORT, TrainConfig(), Card("a small card", 0.61e9, 0.0), dtype=torch.float32, half=HALF)
     assert choice.checkpointing

@@ -1,7 +1,9 @@
-"""Two processes train as one: the same losses, the same model, an adapter too, and a run that goes on after a kill."""
+"""Two processes train as one, each with the whole model or a share of it: the same losses and models, and runs that go on after a kill."""
 
 import json
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sftkit.core.errors import UserError
 from sftkit.core.models import load_model, resolve_model
+from sftkit.train import processes
 from sftkit.train.config import PreferenceConfig, TrainConfig
 from sftkit.train.sft import train
 from sftkit.train.trainer import last_checkpoint
@@ -25,30 +29,73 @@ def metrics(run: Path, name: str) -> list[float]:
     return [line[name] for line in map(json.loads, (run / "train" / "metrics.jsonl").read_text().splitlines()) if name in line]
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_two_processes_train_as_one(lora: bool, tmp_path, tiny_model, chats) -> None:
+class Put(Exception):
+    """A job was put down instead of done."""
+
+
+def test_two_processes_train_as_one_in_every_way_and_one_goes_on_from_their_checkpoints(tmp_path, tiny_model, chats, monkeypatch) -> None:
+    """All ways share one start of the processes: it takes longer than what is tested."""
     data = chats(61)  # the last update is not full
-    runs = {}
-    for gpus in (1, 2):
-        settings = TrainConfig(**{**SETTINGS, "lora": lora, "gpus": gpus, "learning_rate": 1e-2 if lora else 1e-3})
-        runs[gpus] = train(data, str(tiny_model), tmp_path / str(gpus), settings).run
-    for name in ("loss", "eval_loss", "grad_norm"):
-        assert metrics(runs[2], name) == pytest.approx(metrics(runs[1], name), abs=1e-5, rel=1e-5)
-    assert metrics(runs[2], "num_tokens") == metrics(runs[1], "num_tokens")
-    one, two = (load_model(resolve_model(run)).state_dict() for run in runs.values())
-    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-3
-    assert (runs[2] / "train" / "adapter" / "adapter_model.safetensors").exists() == lora
-    assert not (runs[2] / "train" / "processes").exists()
+    ways = [(lora, parallel) for lora in (False, True) for parallel in ("ddp", "fsdp")]
+
+    def settings(lora: bool, **more: Any) -> TrainConfig:
+        return TrainConfig(**{**SETTINGS, "lora": lora, "learning_rate": 1e-2 if lora else 1e-3, **more})
+
+    def run(way: tuple[bool, str], do: Any, gpus: int = 2) -> Path:
+        monkeypatch.setattr(processes, "train_on_processes", do)
+        more = {"gpus": gpus, "parallel": way[1], "save_minutes": 1e-6}
+        return train(data, str(tiny_model), tmp_path / f"{way[0]}-{way[1]}", settings(way[0], **more)).run
+
+    def put(job: processes.Job) -> None:
+        (folder := job.room / "processes").mkdir()
+        (folder / processes.JOB).write_bytes(pickle.dumps(job))
+        raise Put
+
+    def take(job: processes.Job) -> Any:
+        folder = job.room / "processes"
+        assert json.loads((folder / processes.STATUS).read_text())["ended"] == "done"
+        return processes.with_weights(job, torch.load(folder / processes.TRAINED, weights_only=True))
+
+    whole = {lora: train(data, str(tiny_model), tmp_path / str(lora), settings(lora)).run for lora in (False, True)}
+    for way in ways:
+        with pytest.raises(Put):
+            run(way, put)
+    folders = [tmp_path / f"{lora}-{parallel}" / "train" / "processes" for lora, parallel in ways]
+    done = subprocess.run([sys.executable, "-P", "-m", "sftkit.train.processes", "start", "2", *map(str, folders)], cwd="/", check=False)
+    assert done.returncode == 0
+    for lora, parallel in ways:
+        one, two = whole[lora], tmp_path / f"{lora}-{parallel}"
+        for name in ("loss", "eval_loss", "grad_norm"):
+            assert metrics(two, name) == pytest.approx(metrics(one, name), abs=1e-5, rel=1e-5), (lora, parallel, name)
+        assert metrics(two, "num_tokens") == metrics(one, "num_tokens")
+        copy = tmp_path / f"{lora}-{parallel}-gone-on"
+        shutil.copytree(two, copy)
+        run((lora, parallel), take)
+        # one process goes on from the last checkpoint but one of the two
+        last = last_checkpoint(copy / "train" / "checkpoints")
+        assert last is not None
+        if lora:
+            adapter = (two / "train" / "adapter" / "adapter_model.safetensors").stat().st_size
+            assert (last / "adapter_model.safetensors").stat().st_size <= 2 * adapter
+        shutil.rmtree(last)
+        again = train(data, str(tiny_model), copy, settings(lora, gpus=1)).run
+        assert metrics(again, "loss") == pytest.approx(metrics(one, "loss"), abs=1e-5, rel=1e-5), (lora, parallel)
+        first, *others = (load_model(resolve_model(each)).state_dict() for each in (one, two, again))
+        for other in others:
+            assert max(float((first[name] - other[name]).abs().max()) for name in first) < 1e-3, (lora, parallel)
+        assert (two / "train" / "adapter" / "adapter_model.safetensors").exists() == lora
+        assert not (two / "train" / "processes").exists()
 
 
 @pytest.mark.slow
 def test_killed_and_gone_on_the_losses_are_those_of_a_run_in_one_piece(tmp_path, tiny_model, chats) -> None:
     data = chats(150)
     whole = train(data, str(tiny_model), tmp_path / "whole", TrainConfig(**SETTINGS)).run
-    settings = tmp_path / "settings.yaml"
-    settings.write_text(json.dumps({**SETTINGS, "gpus": 2, "save_minutes": 0.0005}))
+    settings = {**SETTINGS, "gpus": 2, "parallel": "fsdp", "save_minutes": 0.0005}
+    told = tmp_path / "settings.yaml"
+    told.write_text(json.dumps(settings))
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "sftkit", "train", "sft", data, "--model", tiny_model, "-o", run, "--config", settings]
+    command = [sys.executable, "-m", "sftkit", "train", "sft", data, "--model", tiny_model, "-o", run, "--config", told]
     process = subprocess.Popen([str(each) for each in command], cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     while (last := last_checkpoint(run / "train" / "checkpoints")) is None or int(last.name.split("-")[1]) < 3:
@@ -57,9 +104,7 @@ def test_killed_and_gone_on_the_losses_are_those_of_a_run_in_one_piece(tmp_path,
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    finished = subprocess.run([str(each) for each in command], cwd="/", capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert "going on from step" in finished.stderr
+    train(data, str(tiny_model), run, TrainConfig(**settings))  # waits for the processes of the killed one
     assert metrics(run, "loss") == pytest.approx(metrics(whole, "loss"), abs=1e-5)
 
 
