@@ -65,6 +65,8 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         if state.global_step in (SKIPPED, state.max_steps):
             if GPU:
                 torch.cuda.synchronize()
+                if not self.times:
+                    torch.cuda.reset_peak_memory_stats()  # here the model began on the card, whole; in a real run on the CPU
             self.times.append(time.perf_counter())
 
 

@@ -162,6 +162,7 @@ def work(folders: Sequence[Path]) -> None:
 
     from ..core.cli import start_talking
 
+    end_with_parent()  # with a checkpoint, where torchrun was killed
     start_talking()
     if int(os.environ["RANK"]):
         logging.getLogger("sftkit").setLevel(logging.ERROR)
@@ -172,7 +173,7 @@ def work(folders: Sequence[Path]) -> None:
     torch.distributed.init_process_group("gloo" if cpu else "nccl", timeout=PATIENCE)
     for folder, job in zip(folders, jobs, strict=True):
         _do(job, folder)
-        torch.distributed.barrier()
+        over_processes(0)  # wait for all
     torch.distributed.destroy_process_group()
 
 

@@ -183,8 +183,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark a checkpoint as whole: only such a one is resumed from."""
-        if args.world_size > 1:
-            torch.distributed.barrier()  # each process has its part of it
+        over_processes(0)  # wait for all: each has its part of it
         if state.is_world_process_zero:
             mark_done(Path(args.output_dir) / f"checkpoint-{state.global_step}", step=state.global_step)
         self._saved = time.monotonic()
@@ -272,6 +271,8 @@ def make_trainer(
         peft_config=peft_config,
         callbacks=[watch],
     )
+    if trainer.accelerator.ddp_handler is not None:
+        trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # else they stand twice
     if half is torch.float16:  # TRL makes a 4-bit base's adapter bfloat16, which cards without it do not compute in
         for weight in trainer.model.parameters():
             weight.data = weight.data.float() if weight.requires_grad else weight.data
