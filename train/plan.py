@@ -167,7 +167,7 @@ def _options(settings: Any, report: DataReport, config: TrainConfig, card: Card)
         if dtype == "bfloat16" and method == "full" and not card.bfloat16:
             continue
         kind = replace(config, lora=method == "LoRA", qlora=method == "QLoRA", parallel="auto")
-        for parallel in ways(kind):
+        for parallel in ways(kind, None if card.bfloat16 else "torch.float16"):
             for checkpointing in (False, True):
                 for tokens in sorted({pass_tokens(each, report, config) for each in (32_768, 8_192, 2_048)}, reverse=True):
                     chosen = replace(kind, parallel=parallel, gradient_checkpointing=checkpointing)
@@ -260,7 +260,7 @@ def choose(settings: Any, report: DataReport, config: TrainConfig, card: Card, *
     sizes = {pass_tokens(each, report, config): each for each in limits[::-1]}  # of limits that give the same pass, the largest
     both = (False, True) if config.gradient_checkpointing is None else (config.gradient_checkpointing,)
     known: dict[Load, Memory] = {}
-    for parallel in ways(config):
+    for parallel in ways(config, half):
         for checkpointing in both:
             for tokens, limit in sorted(sizes.items(), reverse=True):
                 if not checkpointing and len(both) == 2 and tokens < min(FEW_TOKENS, max(sizes)):
@@ -279,11 +279,12 @@ def choose(settings: Any, report: DataReport, config: TrainConfig, card: Card, *
     return choice
 
 
-def ways(config: TrainConfig) -> tuple[str, ...]:
-    """Return the ways in which a run's GPUs may share it, the one to be preferred first."""
+def ways(config: TrainConfig, half: Any = None) -> tuple[str, ...]:
+    """Return the ways in which a run's GPUs may share it, the one to be preferred first. `half`: the 16-bit format that is computed in."""
     if config.parallel != "auto":
         return (config.parallel,)
-    return ("ddp",) if config.gpus == 1 or config.qlora else ("ddp", "fsdp")
+    whole = config.gpus == 1 or config.qlora or str(half) == "torch.float16"  # whose scaled losses FSDP was not tried with
+    return ("ddp",) if whole else ("ddp", "fsdp")
 
 
 def _shared(memory: Memory, settings: Any, load: Load, config: TrainConfig) -> Memory:

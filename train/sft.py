@@ -131,7 +131,7 @@ def _check_settings(config: TrainConfig, device: str, half: Any) -> None:
         if device != "cpu":
             raise UserError("dtype bfloat16: this GPU does not compute in it; leave dtype out (float32 weights, float16 in the products)")
         log.warning("dtype bfloat16: this processor only imitates it, slowly; leave dtype out to compute in float32")
-    _check_gpus(config, device)
+    _check_gpus(config, device, half)
     for each in config.trackers:
         if importlib.util.find_spec(each) is None:
             raise UserError(f"tracker {each}: is not installed: pip install {each}")
@@ -144,7 +144,7 @@ def _check_settings(config: TrainConfig, device: str, half: Any) -> None:
             raise missing_package("bitsandbytes", "quant") from None
 
 
-def _check_gpus(config: TrainConfig, device: str) -> None:
+def _check_gpus(config: TrainConfig, device: str, half: Any) -> None:
     """Raise UserError for processes that this machine has no cards for, or that the settings do not allow."""
     import torch
 
@@ -154,6 +154,8 @@ def _check_gpus(config: TrainConfig, device: str) -> None:
         raise UserError("gpus: pairs are learned from on one GPU")
     if device != "cpu" and torch.cuda.device_count() < config.gpus:
         raise UserError(f"gpus: {config.gpus} asked for, and this machine has {torch.cuda.device_count()}")
+    if config.parallel == "fsdp" and config.dtype == "auto" and str(half) == "torch.float16":
+        raise UserError("parallel: fsdp needs GPUs that compute in bfloat16; leave it out, and each has the whole model")
 
 
 def _write_plan(room: Path, data: TrainingData, chat: Chat, config: TrainConfig, device: str) -> None:
