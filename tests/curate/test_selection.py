@@ -13,7 +13,9 @@ from sftkit.curate import selection
 from sftkit.curate.controls import length_bucket, rank_correlation
 from sftkit.curate.decide_config import SELECTORS, FilterConfig, SelectConfig
 from sftkit.curate.filters import filter_rows
+from sftkit.curate.quotas import balanced_order, cluster, num_clusters, quota_order
 from sftkit.curate.rows import load_rows, row_ids
+from sftkit.curate.score import random_number
 from sftkit.curate.selection import row_lengths, select, share_of_rows
 from sftkit.curate.similarity import Vectors, unit_vectors
 
@@ -142,6 +144,44 @@ def test_every_method_is_a_ranking_that_neither_the_order_of_rows_nor_the_budget
     if SelectConfig(budget=1, method=method, by=by).needs_vectors:
         left = decided.filter(pl.col("action") == "rejected")
         assert left["witness_id"].is_in(rankings[2]).all()  # the certificate: a taken row and the cosine with it
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("method", ["top", "longest", "random", "stratified", "cluster-balanced"])
+def test_rankings_that_sort_equal_their_oracle(method: str, seed: int) -> None:
+    """A thousand cases of each, as `select` asks for them: rows in the order of their ids, some without a score."""
+    draw = np.random.default_rng([seed, len(method)])
+    config = SelectConfig(method=method, by=("x",) if method == "top" else (), budget=1, seed=seed, strata=("source", "length"))
+    for _ in range(50):
+        size = int(draw.integers(1, 16))
+        values = [None if draw.random() < 0.2 else float(value) for value in draw.integers(0, 5, size=size)]
+        values[0] = 1.0
+        lengths = draw.integers(1, 9, size=size).astype(float).tolist()
+        files = draw.choice(["a.jsonl", "b.jsonl"], size=size).tolist()
+        rows = pl.DataFrame(
+            {
+                "example_id": sorted(f"{name:04}" for name in draw.choice(10_000, size, replace=False)),
+                "sample_index": pl.Series([None] * size, dtype=pl.Int32),
+                "source": [f"{file}:{line}" for line, file in enumerate(files)],
+            }
+        )
+        columns = pl.DataFrame({"0": values}) if method == "top" else pl.DataFrame()
+        eligible = np.flatnonzero([value is not None for value in values]) if method == "top" else np.arange(size)
+        vectors = unit_vectors(draw.normal(size=(size, 3)))
+        found = [row for row, _, _ in selection._ranking(rows, eligible, vectors, columns, lengths, size, config)]
+        drawn = sorted(range(size), key=lambda row: random_number(seed, rows["example_id"][row], None))
+        if method == "top":
+            expected = sorted(eligible.tolist(), key=lambda row: (-(values[row] or 0.0), row))
+        elif method == "longest":
+            expected = sorted(range(size), key=lambda row: (-lengths[row], row))
+        elif method == "random":
+            expected = drawn
+        else:
+            labels = cluster(vectors, num_clusters(size, None), seed).tolist()
+            strata = labels if method == "cluster-balanced" else [(files[row], int(np.log2(lengths[row] + 1))) for row in range(size)]
+            order = balanced_order if method == "cluster-balanced" else quota_order
+            expected = [row for row, _, _ in order(strata, drawn)]
+        assert found == expected
 
 
 def test_top_and_longest_rank_by_what_they_say(toy_run: Callable[..., Run]) -> None:

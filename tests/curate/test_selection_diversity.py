@@ -40,16 +40,22 @@ def mmr_oracle(vectors: Vectors, quality: np.ndarray, weight: float) -> list[tup
 
 @pytest.mark.parametrize("seed", range(20))
 def test_mmr_equals_its_oracle(seed: int) -> None:
+    """A thousand cases; where no two rows have the same score, the order of rows changes nothing."""
     random = np.random.default_rng(seed)
-    for _ in range(20):
-        vectors = scattered(random, int(random.integers(1, 50)))
-        quality, weight = random.integers(0, 5, size=len(vectors)) / 4.0, float(random.choice([0, 0.3, 0.5, 1]))
+    for number in range(50):
+        vectors = scattered(random, int(random.integers(1, 50 if number % 10 == 0 else 20)))
+        alike = number % 2 == 0
+        quality = random.integers(0, 5, size=len(vectors)) / 4.0 if alike else random.random(len(vectors))
+        weight = float(random.choice([0, 0.3, 0.5, 1] if alike else [0.3, 0.5, 1]))
         found, expected = list(mmr(vectors, quality, weight)), mmr_oracle(vectors, quality, weight)
         assert [row for row, _, _ in found] == [row for row, _ in expected]
         assert [gain for _, gain, _ in found] == pytest.approx([gain for _, gain in expected], abs=1e-9)
         table = cosine_table(vectors)
         for place, (row, _, witness) in enumerate(found[1:], start=1):
             assert table[row, witness] == max(table[row, [pick for pick, _, _ in found[:place]]])
+        if not alike:
+            turn = random.permutation(len(vectors))
+            assert [int(turn[row]) for row, _, _ in mmr(vectors[turn], quality[turn], weight)] == [row for row, _, _ in found]
 
 
 def test_mmr_of_score_alone_is_by_score_and_of_difference_alone_is_k_center() -> None:
@@ -83,10 +89,11 @@ def dpp_oracle(vectors: Vectors, quality: np.ndarray | None, weight: float) -> l
 
 @pytest.mark.parametrize("seed", range(20))
 def test_dpp_equals_the_search_by_determinants(seed: int) -> None:
+    """A thousand cases; any smaller size is the beginning of the ranking."""
     random = np.random.default_rng(seed)
-    for number in range(5):
-        base = random.normal(size=(int(random.integers(1, 20)), 12))
-        vectors = unit_vectors(base[random.integers(len(base), size=int(random.integers(1, 30)))])
+    for number in range(50):
+        base = random.normal(size=(int(random.integers(1, 20 if number % 10 == 0 else 8)), 12))
+        vectors = unit_vectors(base[random.integers(len(base), size=int(random.integers(1, 30 if number % 10 == 0 else 12)))])
         quality, weight = (
             (None, 0.0) if number % 2 else (random.integers(0, 5, size=len(vectors)) / 4.0, float(random.choice([0.2, 0.5, 1])))
         )
@@ -94,6 +101,8 @@ def test_dpp_equals_the_search_by_determinants(seed: int) -> None:
         assert [row for row, _, _ in found] == [row for row, _ in expected]
         for (_, gain, _), (_, other) in zip(found, expected, strict=True):
             assert (gain is None and other is None) or gain == pytest.approx(other, abs=1e-6)
+        fewer = int(random.integers(1, len(vectors) + 1))
+        assert list(dpp(vectors, quality, weight, fewer)) == found[:fewer]
 
 
 def test_dpp_goes_on_where_bare_cosines_have_no_more_dimensions() -> None:
@@ -135,9 +144,10 @@ def test_the_batch_of_the_filter_changes_nothing(block: int) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_deita_equals_its_oracle(seed: int) -> None:
+    """A thousand cases; the filter looks at rows in the order of their quality, so that their order in the file changes nothing."""
     random = np.random.default_rng(seed)
-    for _ in range(20):
-        vectors = scattered(random, int(random.integers(1, 60)))
+    for _ in range(50):
+        vectors = scattered(random, int(random.integers(1, 40)))
         order, threshold = random.permutation(len(vectors)).tolist(), float(random.choice([0.3, 0.9, 0.95, 1.0]))
         found = list(deita_filter(vectors, order, threshold, block=int(random.choice([1, 3, 100]))))
         assert [row for row, _, _ in found] == deita_oracle(vectors, order, threshold)
@@ -146,6 +156,10 @@ def test_deita_equals_its_oracle(seed: int) -> None:
             earlier = [pick for pick, _, _ in found[:place]]
             assert gain == pytest.approx(1 - table[row, earlier].max(), abs=1e-9)
             assert table[row, witness] == table[row, earlier].max()
+        turn = random.permutation(len(vectors))
+        place_of = np.argsort(turn)
+        turned = deita_filter(vectors[turn], place_of[order].tolist(), threshold, block=int(random.choice([1, 3, 100])))
+        assert [int(turn[row]) for row, _, _ in turned] == [row for row, _, _ in found]
 
 
 def test_of_a_pair_one_stays_where_distilabel_keeps_none() -> None:

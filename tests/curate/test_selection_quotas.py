@@ -32,8 +32,8 @@ def quota_oracle(strata: list[int], order: list[int]) -> list[int]:
 @pytest.mark.parametrize("seed", range(20))
 def test_quotas_equal_their_oracle_and_every_budget_has_its_shares(seed: int) -> None:
     random = np.random.default_rng(seed)
-    for _ in range(10):
-        size = int(random.integers(1, 80))
+    for number in range(50):  # a thousand in all
+        size = int(random.integers(1, 80 if number % 5 == 0 else 30))
         strata = (random.integers(0, int(random.integers(1, 9)), size=size) ** 2 // 4).tolist()
         order = random.permutation(size).tolist()
         found = rows_of(quota_order(strata, order))
@@ -63,6 +63,29 @@ def test_a_larger_budget_takes_nothing_away_where_largest_remainders_do() -> Non
     found = [strata[row] for row in rows_of(quota_order(strata, range(14)))]
     counts = [found[:budget].count("c") for budget in range(15)]
     assert counts == sorted(counts)
+
+
+def balanced_oracle(clusters: list[int], order: list[int]) -> list[int]:
+    """Turn after turn the next row of every cluster that has one, larger clusters first, of equals the one that comes first."""
+    queues: dict[int, list[int]] = {}
+    for row in order:
+        queues.setdefault(clusters[row], []).append(row)
+    turn = sorted(queues.values(), key=len, reverse=True)
+    return [queue[place] for place in range(len(order)) for queue in turn if place < len(queue)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_clusters_in_turn_equal_their_oracle_and_neither_names_nor_places_count(seed: int) -> None:
+    """A thousand cases."""
+    random = np.random.default_rng(seed)
+    for _ in range(50):
+        size = int(random.integers(1, 40))
+        clusters, order = random.integers(0, int(random.integers(1, 12)), size=size).tolist(), random.permutation(size).tolist()
+        found = rows_of(balanced_order(clusters, order))
+        assert found == balanced_oracle(clusters, order)
+        turn = random.permutation(size)
+        renamed = [f"cluster {clusters[row]}" for row in turn]
+        assert [int(turn[row]) for row in rows_of(balanced_order(renamed, np.argsort(turn)[order].tolist()))] == found
 
 
 def test_every_cluster_has_one_before_any_has_two() -> None:
