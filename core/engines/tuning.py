@@ -22,10 +22,12 @@ from .registry import choose, open_engine
 
 log = logging.getLogger(__name__)
 
-STEPS: dict[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {  # one after the other, each with the best of those before
+# One after the other, each with the best of those before; the next value of one is tried only if the one before was faster, since
+# each costs a start of the engine.
+STEPS: dict[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {
     # several processes on one card: small models are bound by the host
-    "vllm": (("replicas", (1, 2, 3)), ("max_num_seqs", (256, 512, 1024, 2048)), ("max_num_batched_tokens", (8192, 16_384, 32_768))),
-    "transformers": (("batch_tokens", (4096, 16_384, 65_536)),),
+    "vllm": (("replicas", (2, 3)), ("max_num_seqs", (2048, 4096)), ("max_num_seqs", (512, 256)), ("max_num_batched_tokens", (32_768,))),
+    "transformers": (("batch_tokens", (4096, 1024)), ("batch_tokens", (65_536,))),
 }
 BETTER = 1.02  # another setting has to be so much faster: less is noise
 
@@ -67,12 +69,13 @@ def tune(
     fastest = trial.tokens_per_second
     for setting, values in STEPS[name]:
         for value in values:
-            if value in (getattr(best, setting), getattr(config, setting)) or (setting == "replicas" and value == 1):
+            if value in (getattr(best, setting), getattr(config, setting)):
                 continue
             trial, _ = _measure(model, replace(best, **{setting: value}), requests, revision, warm_up, seconds)
             tell(trial)
-            if trial.tokens_per_second > BETTER * fastest:
-                fastest, best = trial.tokens_per_second, replace(best, **{setting: value})
+            if trial.tokens_per_second <= BETTER * fastest:
+                break
+            fastest, best = trial.tokens_per_second, replace(best, **{setting: value})
     chosen = {name: getattr(best, name) for name, _ in STEPS[name]}
     write_json(_path(identity, config), {"settings": chosen, "tokens_per_second": round(fastest, 1), **_facts(identity, config)})
     return best

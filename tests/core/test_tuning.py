@@ -76,8 +76,11 @@ def test_the_fastest_is_remembered_for_this_model_and_card(engines: Callable[[di
     assert all(each.closed for each in opened)
     assert len(set(opened[0].seeds)) > len(WORK)  # the work again, with other random numbers
 
-    engines({16_384: 0.1, 4096: 0.05, 65_536: 0.0499})
-    assert tune("model", CONFIG, WORK, warm_up=5, seconds=10).batch_tokens == 4096  # 65536 is faster by less than the noise
+    engines({16_384: 0.1, 4096: 0.05, 1024: 0.06, 65_536: 0.0499})
+    trials.clear()
+    assert tune("model", CONFIG, WORK, warm_up=5, seconds=10, tell=trials.append).batch_tokens == 4096
+    # smaller still is tried since smaller was faster; 65536 is faster by less than the noise
+    assert [each.settings["batch_tokens"] for each in trials] == [16_384, 4096, 1024, 65_536]
     assert tuned(CONFIG, "sha256:m").batch_tokens == 4096
     assert tuned(replace(CONFIG, batch_tokens=999), "sha256:m").batch_tokens == 999  # what is given is meant
     assert tuned(CONFIG, "sha256:other") == CONFIG
@@ -104,6 +107,6 @@ def test_the_command_with_a_real_model(tmp_path: Path, tiny_model: Path, monkeyp
     arguments = ["curate", "tune", str(prompts), "--teacher", str(tiny_model), "--engine", "transformers", "--max-new-tokens", "8"]
     result = CliRunner().invoke(sftkit, [*arguments, "--seconds", "2"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("tokens/s") == 3
+    assert result.stdout.count("tokens/s") in (3, 4)  # the smallest only if smaller was faster
     (found,) = (tmp_path / "cache" / "tuning").iterdir()
     assert json.loads(found.read_text())["tokens_per_second"] > 0
