@@ -1,6 +1,6 @@
 """Two GPUs of one host against one of them: training by DDP and FSDP2, distillation and tasks by replicas, and what a kill costs.
 
-    python benchmarks/two_gpus.py CHATS TOKENIZER [--only equal,speed,kill,distill,tasks] [--shapes 0.5b,1.5b] [--out FILE]
+    python benchmarks/two_gpus.py CHATS TOKENIZER [--only equal,speed,kill,distill,tasks] [--shapes 0.5b,1.5b] [--mmlu FILE]
 
 CHATS is a data file with conversations, TOKENIZER a model folder whose tokenizer and template render them. Models have real shapes and
 random weights. The stages, with what each needs on two H200s:
@@ -11,8 +11,8 @@ random weights. The stages, with what each needs on two H200s:
     distill  one replica and two, the same rows; then one of the two is killed on the way                                    (5 min)
     tasks    `sftkit evaluate tasks` with one replica and with two                                                           (4 min)
 
-A line of JSON goes to FILE as soon as something is measured; a stage that fails is told, and the next one begins. Without GPUs (two
-processes on the CPU) give `--shapes tiny --step-tokens 1024`, to see that the script is sound.
+A line of JSON goes to the file named by --out as soon as something is measured; a stage that fails is told, and the next one begins.
+Without GPUs (two processes on the CPU) give `--shapes tiny --teacher tiny --step-tokens 1024`, to see that the script is sound.
 """
 
 import argparse
@@ -432,7 +432,12 @@ class Victim(threading.Thread):
 
 
 def tasks(given: argparse.Namespace, report: Report) -> None:
-    """Ask two tasks' questions of one replica and of two."""
+    """Ask two tasks' questions of one replica and of two: MMLU's probabilities of choices, where its questions are here."""
+    from sftkit.evaluate.task_data import fetch_data, stored
+
+    if given.mmlu:
+        fetch_data("mmlu", given.mmlu)
+    asked = "gsm8k,mmlu" if stored("mmlu").exists() else "gsm8k,ifeval"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = random_model("0.5b" if GPU else "tiny", given.tokenizer, folder / "model")
@@ -441,7 +446,7 @@ def tasks(given: argparse.Namespace, report: Report) -> None:
             settings = folder / f"{count}.yaml"
             engine = {"engine": given.engine, "replicas": count, "device": None if GPU else "cpu"}
             settings.write_text(json.dumps({"limit": given.questions, "max_new_tokens": given.max_new_tokens, "engine": engine}))
-            names = ["--model", f"m={model}", "--tasks", "gsm8k,mmlu", "-o", str(folder / str(count)), "--config", str(settings)]
+            names = ["--model", f"m={model}", "--tasks", asked, "-o", str(folder / str(count)), "--config", str(settings)]
             start = time.perf_counter()
             found = subprocess.run(
                 [sys.executable, "-P", "-m", "sftkit", "evaluate", "tasks", *names], capture_output=True, text=True, cwd="/", check=False
@@ -450,7 +455,7 @@ def tasks(given: argparse.Namespace, report: Report) -> None:
             if found.returncode:
                 raise RuntimeError(f"evaluate tasks with {count}: {found.stderr[-1500:]}")
             scores[count] = read_json(folder / str(count) / "evaluate" / "results.json")
-            report.add("tasks", f"{count} replica{'s' if count > 1 else ''}: gsm8k and mmlu, {given.questions} questions each,"
+            report.add("tasks", f"{count} replica{'s' if count > 1 else ''}: {asked}, {given.questions} questions each,"
                        f" {seconds:.0f} s with the start", replicas=count, seconds=seconds)  # fmt: skip
         report.add("tasks", f"done by both: {sorted(scores[1]) == sorted(scores[2])}", scores=scores)
 
@@ -487,6 +492,7 @@ def main() -> None:
     parser.add_argument("-k", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--questions", type=int, default=400)
+    parser.add_argument("--mmlu", help="file with MMLU's questions, which do not come along")
     parser.add_argument("--out", default="two_gpus.jsonl")
     given = parser.parse_args()
     given.chats, given.tokenizer = str(Path(given.chats).resolve()), str(Path(given.tokenizer).resolve())
