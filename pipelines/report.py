@@ -138,7 +138,23 @@ def _losses(path: Path) -> str:
         f"{f'; left out for all: {left}' if left else ''}. Loss is the mean of −ln p over the tokens of the answers; the intervals come"
         " from drawing whole prompts anew."
     )
-    return f"<h2>Held-out loss</h2>{_interval_chart(results['models'])}{_table(head, rows, first=1)}<p class=soft>{_text(note)}</p>"
+    parts = "".join(_losses_of_parts(results, kind) for kind in ("source", "turn"))
+    return f"<h2>Held-out loss</h2>{_interval_chart(results['models'])}{_table(head, rows, first=1)}<p class=soft>{_text(note)}</p>{parts}"
+
+
+def _losses_of_parts(results: dict[str, Any], kind: str) -> str:
+    """Return a table of the loss of each source or turn, and of the differences in it; nothing where there is one alone."""
+    models = {name: each.get(f"by_{kind}") or {} for name, each in results["models"].items()}
+    names = list(next(iter(models.values())))
+    if not names:
+        return ""
+    rows = [[name, *(f"{each[part]['value']:.3f}" for part in names)] for name, each in models.items()]
+    for each in results["differences"]:
+        unit = "" if each["loss"] else ", bits per byte"
+        changes = [each[f"by_{kind}"][part] for part in names]
+        told = [f"{change['value']:+.3f}" + (f" ({_span(change['interval'])})" if change["interval"] else "") for change in changes]
+        rows.append([f"{each['model']} − {each['baseline']}{unit}", *(text.replace("-", "−") for text in told)])
+    return f"<h3>by {kind}</h3>{_table(['model', *names], rows, first=1)}"
 
 
 def _tasks(path: Path) -> str:
@@ -153,8 +169,20 @@ def _tasks(path: Path) -> str:
                 rows.append([model, each["name"], f"{each['mean']:.1%}", told, f"{each['n']:,}", f"{each['not_found']:.1%}", apart])
         head = ["model", "metric", "score", "95 %", "questions", "no answer found", "without what was trained on"]
         changes = "".join(f"<li>{_text(_told_change(each))}" for each in task["comparisons"])
-        parts.append(f"<h3>{_text(name)}</h3>{_table(head, rows, first=2)}<ul class=soft>{changes}</ul>")
+        parts.append(f"<h3>{_text(name)}</h3>{_table(head, rows, first=2)}{_health(task['health'])}<ul class=soft>{changes}</ul>")
     return f"<h2>Tasks</h2>{''.join(parts)}" if parts else ""
+
+
+def _health(models: dict[str, Any]) -> str:
+    """Return a table of what the answers are like, of models that wrote some."""
+    names = ("stop_rate", "truncated", "repetitive", "empty", "other_language")
+    rows = []
+    for model, each in models.items():
+        if each:
+            shares = ["–" if each[name] is None else f"{each[name]:.1%}" for name in names]
+            rows.append([model, *shares, f"{each['mean_tokens']:.1f}"])
+    head = ["answers", "stopped", "cut", "repetitive", "empty", "other language", "mean tokens"]
+    return _table(head, rows, first=1) if rows else ""
 
 
 def _told_change(each: dict[str, Any]) -> str:
@@ -162,7 +190,9 @@ def _told_change(each: dict[str, Any]) -> str:
     told = f" (95 % {100 * span['low']:+.1f} to {100 * span['high']:+.1f})" if span else ""
     verdict = "significant" if each["p_adjusted"] <= 0.05 else "not significant"
     change = f"{each['model']} − {each['baseline']}: {each['metric']} {100 * each['difference']:+.1f} points"
-    return f"{change}{told}, p {each['p_adjusted']:.2g}: {verdict}".replace("-", "−")
+    found = each["detectable"]
+    seen = "too few questions to find any difference" if found is None else f"{100 * found:.1f} points would be found four times in five"
+    return f"{change}{told}, p {each['p_adjusted']:.2g}: {verdict}; {seen}".replace("-", "−")
 
 
 def _interval_chart(models: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import polars as pl
 import pytest
 import yaml
 from sftkit.core.errors import UserError
+from sftkit.evaluate.config import LossConfig
+from sftkit.evaluate.loss import loss
 from sftkit.pipelines.chain import run_chain
 from sftkit.pipelines.config import find_recipe, known_recipes, load_recipe
 from sftkit.pipelines.report import write_report
@@ -142,6 +145,21 @@ def test_a_report_of_nothing_is_an_error(tmp_path: Path) -> None:
         write_report(tmp_path / "run")
 
 
+def test_the_losses_of_turns_and_sources_stand_in_the_report(tmp_path: Path, tiny_model: Path) -> None:
+    def chat(*texts: str) -> list[dict[str, str]]:
+        return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+
+    rows = [{"messages": chat("hi", "hello", "and?", "The sea."), "source": name} for name in ("sea", "land")]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {"messages": chat("1+1", "2"), "source": "sea"}])
+    )
+    models = {"base": str(tiny_model), "sft": str(shutil.copytree(tiny_model, tmp_path / "same"))}
+    loss(tmp_path / "rows.jsonl", models, tmp_path / "run", LossConfig(resamples=1000))
+    page = write_report(tmp_path / "run").read_text()
+    assert re.search(r"<h3>by source</h3>.*<th class=n>land<th class=n>sea<.*sft − base<td class=n>\+0\.000", page, re.DOTALL)
+    assert re.search(r"<h3>by turn</h3>.*<th class=n>1<th class=n>2<", page, re.DOTALL)
+
+
 def test_tasks_of_a_recipe_stand_in_the_report(recipe: Any, tmp_path: Path) -> None:
     (tmp_path / "sums.jsonl").write_text(
         "".join(json.dumps({"question": f"Calculate {n}+{n}.", "answer": str(2 * n), "scoring": "numeric"}) + "\n" for n in range(8))
@@ -153,5 +171,7 @@ def test_tasks_of_a_recipe_stand_in_the_report(recipe: Any, tmp_path: Path) -> N
     assert re.search(r"<h2>Tasks</h2><h3>[^<]*sums", page)
     assert "sft − base: " in page
     assert "without what was trained on" in page
+    assert "<th class=n>repetitive" in page
+    assert re.search(r"four times in five|too few questions to find any difference", page)
     with pytest.raises(UserError, match=r"evaluate\.tasks: expected names"):
         load_recipe(recipe(evaluate={"tasks": {"limit": 3}}))
