@@ -198,7 +198,7 @@ def both_counts(given: argparse.Namespace, tasks: list[dict[str, Any]]) -> list[
 def equal(given: argparse.Namespace, report: Report) -> None:
     """Hold the losses of two GPUs against one's. The rows of an update stand in the same two packs, done after or beside each other."""
     shape = given.shapes.split(",")[0]
-    few = min(given.step_tokens, 16_384)
+    few = min(given.step_tokens, 8_192)
     tasks = [
         task_of(
             given, way, shape=shape, lora=lora, half=half, weak=False, losses=True, steps=8, step_tokens=few, batch_tokens=round(few * 0.6)

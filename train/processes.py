@@ -101,6 +101,13 @@ def _alone(folder: Path) -> Iterator[int]:
         yield lock.fileno()
 
 
+def wait_for_last(room: Path) -> None:
+    """Wait for the processes of a killed call, which may still be writing a checkpoint."""
+    if (folder := room / "processes").exists():
+        with _alone(folder):
+            pass
+
+
 def with_weights(job: Job, weights: dict[str, Any]) -> Any:
     """Return the start model with the trained weights in it."""
     from .sft import load_start

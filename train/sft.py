@@ -283,10 +283,11 @@ def _trained(
     deadline: float | None,
 ) -> Any:  # fmt: skip
     """Train, here or on several processes; return the trained model as it was loaded."""
-    from .processes import Job, train_on_processes
+    from .processes import Job, train_on_processes, wait_for_last
     from .trainer import unwrapped
 
     if config.gpus == 1:
+        wait_for_last(room)
         return unwrapped(run_trainer(room, start, chat, data, config, device, own, tokens, deadline))
     return train_on_processes(
         Job(room=room, start=start, data=data, config=config, device=device, own=own, tokens=tokens, deadline=deadline)
