@@ -270,7 +270,7 @@ class _Connection:
 
     Our own loop, since the caller's thread may have one that runs (a notebook), and since answers must go on coming in while
     the caller is busy with one. Each request under way has a client with one connection: httpx's pool looks at every connection
-    for every request, which with 256 of them takes six times as long as all the rest.
+    for every request, which with 256 of them takes four times as long as all the rest.
     """
 
     def __init__(self, servers: Sequence[Server], concurrency: int) -> None:
@@ -300,8 +300,8 @@ class _Connection:
         for each in others:
             each.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        for each in self._clients:
-            await each.aclose()
+        for client in self._clients:
+            await client.aclose()
 
     @contextlib.asynccontextmanager
     async def client(self, server: Server) -> AsyncIterator[httpx.AsyncClient]:
