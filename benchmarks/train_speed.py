@@ -1,7 +1,7 @@
 """Tokens per second of full fine-tuning on one GPU: sftkit beside TRL's defaults, TRL's packing and the course notebook's recipe.
 
     python benchmarks/train_speed.py CHATS TOKENIZER [--shapes 135m,0.5b,1.5b,lora-0.6b] [--out FILE]      the table, 4 to 5 minutes
-    python benchmarks/train_speed.py CHATS TOKENIZER --shapes lora-0.6b --variants "fp32 weights;PEFT" --profile
+    python benchmarks/train_speed.py CHATS TOKENIZER --shapes 135m,lora-0.6b --variants "fp32 weights.;flex" --profile
     python benchmarks/train_speed.py CHATS TOKENIZER --shapes 1.5b,lora-0.6b --variants "40 GB"     the same updates in less memory
     python benchmarks/train_speed.py CHATS TOKENIZER --losses                              each step's loss beside TRL's plain path
     python benchmarks/train_speed.py CHATS TOKENIZER --shapes tiny,lora-tiny --tiny         on a CPU: that the script is sound
@@ -21,6 +21,7 @@ import tempfile
 import time
 import warnings
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,22 @@ from sftkit.core.hardware import measured_peak
 from sftkit.core.models import resolve_model
 from sftkit.train.account import prepare
 from sftkit.train.adapters import part_adapters
+from sftkit.train.attention import packed_attention
 from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row
 from sftkit.train.sft import adapter_config
 from sftkit.train.trainer import Watch, make_trainer, token_flops
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, TrainerCallback
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import SFTConfig, SFTTrainer
 
 warnings.simplefilter("ignore")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU runs the shape `tiny`, to see that the script is sound
 STEPS = 24
+BLOCK, SHORT = 128, 256
 
 SHAPES: dict[str, Any] = {
     "lora-tiny": lambda: LlamaConfig(
@@ -81,6 +86,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         self.skip, self.seconds, self.profile = skip, seconds, profile
         self.times: dict[int, float] = {}
         self.profiler: Any = None
+        self.events: list[Any] = []  # at the end of each step that is counted, on the device
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step, now = state.global_step, time.perf_counter()
@@ -89,6 +95,9 @@ class Clock(TrainerCallback):  # type: ignore[misc]
             if step == self.skip or over:
                 synchronize()
                 self.times[step] = time.perf_counter()
+            if DEVICE == "cuda" and step >= self.skip:
+                self.events.append(torch.cuda.Event(enable_timing=True))
+                self.events[-1].record()
             if over and self.profile:
                 self.profiler = profile(activities=[ProfilerActivity.CUDA if DEVICE == "cuda" else ProfilerActivity.CPU])
                 self.profiler.__enter__()
@@ -104,6 +113,10 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         """Return the tokens a second between the two, given the tokens of each step."""
         (first, start), (last, end) = sorted(self.times.items())
         return sum(tokens[first:last]) / (end - start)
+
+    def steps_ms(self) -> list[float]:
+        """Return the milliseconds of each step that was counted, on the device."""
+        return [round(one.elapsed_time(two), 1) for one, two in pairwise(self.events)]
 
 
 def synchronize() -> None:
@@ -129,8 +142,13 @@ def ours(
     dtype: str = "auto",
     peft: bool = False,
     stream: bool = False,
+    flex: bool = False,
 ) -> Any:
-    """Train with the trainer of `sftkit train sft`. `stream`: what goes from layer to layer is bfloat16 under float32 weights, too."""
+    """Train with the trainer of `sftkit train sft`.
+
+    `stream`: what goes from layer to layer is bfloat16 under float32 weights, too. `flex`: attention by PyTorch's flex_attention.
+    `peft`: LoRA's layers as PEFT computes them.
+    """
     mean = sum(len(row.ids) for row in rows) / len(rows)
     size = max(1, round(step_tokens / mean))
     chosen = rows[: size * STEPS]
@@ -152,13 +170,67 @@ def ours(
         trainer.add_callback(clock)
         if peft:
             part_adapters(trainer.model)
+        if flex:
+            attend_by_blocks(trainer.model.get_base_model() if lora else trainer.model)
         parts = trainer.packs.parts
         sizes = [sum(len(chosen[row].ids) for row in pack) for pack in trainer.packs.rows()]
         tokens = [sum(sizes[start : start + parts]) for start in range(0, len(sizes), parts)]
         trainer.train()
         watch.close()
         flops = token_flops(trainer.model, mean)
-    return {"tokens_per_second": clock.rate(tokens), "flops": flops, "parts": parts, "step_tokens": tokens[0]}
+    return {"tokens_per_second": clock.rate(tokens), "flops": flops, "parts": parts, "step_tokens": tokens[0], "ms": clock.steps_ms()}
+
+
+def attend_by_blocks(model: Any) -> None:
+    """Let a model attend within rows by flex_attention: the blocks of 128 keys that a block of queries needs, and a mask within them."""
+    ALL_ATTENTION_FUNCTIONS.register("flex_rows", flex_rows)
+    model.set_attn_implementation("flex_rows")
+
+    def add_blocks(_module: Any, arguments: Any, named: dict[str, Any]) -> Any:
+        return arguments, {**named, "block_mask": blocks_of_rows(named["cu_seq_lens_q"], named["input_ids"].shape[1])}
+
+    model.base_model.register_forward_pre_hook(add_blocks, with_kwargs=True)
+
+
+def blocks_of_rows(bounds: torch.Tensor, width: int) -> BlockMask:
+    """Return which blocks of keys each block of queries needs, of rows end to end: those from where its first row begins to itself."""
+    count = width // BLOCK
+    lengths = bounds.diff()
+    row = torch.repeat_interleave(torch.arange(len(lengths), device=bounds.device), lengths, output_size=width)
+    places = torch.arange(count, device=bounds.device)
+    first = bounds[row[places * BLOCK]] // BLOCK
+    needed = (places - first + 1).to(torch.int32)[None, None]
+    which = ((first[:, None] + places) % count).to(torch.int32)[None, None]
+
+    def sees(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return (row[query] == row[key]) & (query >= key)
+
+    return BlockMask.from_kv_blocks(needed, which, BLOCK_SIZE=BLOCK, mask_mod=sees)
+
+
+def flex_rows(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None, *, scaling: float | None = None,
+    block_mask: Any = None, **_: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Attend as transformers asks it of a function."""
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    out = flex_attention(query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    return out.transpose(1, 2), None
+
+
+def check_blocks() -> None:
+    """Hold flex_attention over rows against our own attention; raise AssertionError where they differ."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 2 * BLOCK, 16) for heads in (4, 2, 2))
+    bounds = torch.tensor([0, 100, 101, 230, 256, 256], dtype=torch.int32)
+    found, _ = flex_rows(None, query, key, value, block_mask=blocks_of_rows(bounds, 2 * BLOCK))
+    wanted, _ = packed_attention(None, query, key, value, cu_seq_lens_q=bounds)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def short_rows(shape: str, rows: list[Row], chat: Chat, clock: Clock, **told: Any) -> Any:
+    """Train on the short rows alone: what the kernel's work for rows that might be longer costs."""
+    return ours(shape, [row for row in rows if len(row) <= SHORT], chat, clock, **told)
 
 
 def theirs(shape: str, rows: list[Row], chat: Chat, clock: Clock, *, name: str) -> Any:
@@ -278,11 +350,13 @@ def variants_of(shape: str, *, step_tokens: int, large: bool) -> list[tuple[str,
             found.append((name, partial(ours, **less, dtype=dtype)))
     if not lora:
         found.append(("sftkit fp32 weights, bf16 stream", partial(ours, **told, stream=True)))
+    found.append(("sftkit fp32 weights, flex", partial(ours, **told, flex=True)))
+    found.append((f"sftkit fp32 weights, rows to {SHORT}", partial(short_rows, **told)))
     found.append(("sftkit fp32 weights, as it is", partial(ours, **{**told, "compiled": False})))
     return found
 
 
-EXTRA = ("40 GB", "stream", "as it is")  # measured where --variants names them
+EXTRA = ("40 GB", "stream", "as it is", "flex", "rows to", "PEFT")  # measured where --variants names them
 
 
 def main() -> None:
@@ -293,7 +367,7 @@ def main() -> None:
     parser.add_argument("--out", default="train_speed.jsonl")
     parser.add_argument("--step-tokens", type=int, default=65_536)
     parser.add_argument("--seconds", type=float, default=8.0, help="that are counted of a variant")
-    parser.add_argument("--variants", default="", help="words of which a variant's name must hold one, separated by semicolons")
+    parser.add_argument("--variants", default="", help="words of which a variant's name and a full stop must hold one, between semicolons")
     parser.add_argument("--profile", action="store_true", help="write what two more steps spent their time on")
     parser.add_argument("--losses", action="store_true", help="compare the losses with TRL's plain path instead")
     parser.add_argument("--tiny", action="store_true", help="few tokens a step, for a CPU")
@@ -306,6 +380,8 @@ def main() -> None:
     print(f"{card}, {peak / 1e12:.0f} TFLOP/s in a matrix product; {len(rows):,} rows, {mean:.0f} tokens on average, {longest:,} at most",
           flush=True)  # fmt: skip
     large = DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory > 100e9
+    if "flex" in arguments.variants:
+        check_blocks()
     table, begun = [], time.perf_counter()
     for shape in arguments.shapes.split(","):
         variants = variants_of(shape, step_tokens=512 if arguments.tiny else arguments.step_tokens, large=large)
@@ -314,7 +390,7 @@ def main() -> None:
             variants = [("losses beside TRL", lambda s, r, c, _, u=updates, n=size: losses_beside_trl(s, r, c, updates=u, size=n))]
         for name, measure in variants:
             wanted = arguments.variants.split(";") if arguments.variants else []
-            if not any(word in name for word in wanted) if wanted else any(word in name for word in EXTRA):
+            if not any(word in f"{name}." for word in wanted) if wanted else any(word in name for word in EXTRA):
                 continue
             gc.collect()
             torch._dynamo.reset()  # code is compiled for each, as in a process of its own
