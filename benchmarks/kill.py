@@ -36,7 +36,7 @@ WINDOW = 2.0  # seconds within which the runs of a round are killed
 ENGINES: dict[str, dict[str, Any]] = {
     "transformers": {"device": "cpu", "dtype": "float32", "batch_tokens": 4096},
     # a cache of a given size: what is left of a card cannot be measured while others start on it, or end
-    "vllm": {"enforce_eager": True, "kv_cache_gib": 4.0, "max_num_seqs": 128, "max_num_batched_tokens": 2048, "max_model_len": 1024},
+    "vllm": {"enforce_eager": True, "kv_cache_gib": 4.0, "max_num_batched_tokens": 2048, "max_model_len": 1024},
 }
 
 
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("-k", type=int, default=4)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--sequences", type=int, default=128, help="that vLLM runs at once; few, so that a run lasts for all its kills")
     parser.add_argument("--replicas", type=int)
     parser.add_argument("--seconds", type=float, default=3600.0, help="no round is begun later")
     parser.add_argument("--out", default="kill.jsonl")
@@ -145,7 +146,9 @@ def main() -> None:
             model = random_teacher(given.shape, Path(given.model), folder / "model")
         prompts, settings = folder / "prompts.jsonl", folder / "settings.yaml"
         prompts.write_text("".join(json.dumps({"prompt": f"Tell me about the number {n}."}) + "\n" for n in range(given.prompts)))
-        share = {"gpu_memory_utilization": 0.6 / (given.lanes + 1)} if given.engine == "vllm" else {}
+        share: dict[str, Any] = {}
+        if given.engine == "vllm":
+            share = {"gpu_memory_utilization": 0.6 / (given.lanes + 1), "max_num_seqs": given.sequences}
         engine = {"engine": given.engine, **ENGINES[given.engine], **share, "replicas": given.replicas}
         settings.write_text(json.dumps({"engine": engine}))
         asked = ["--teacher", model, "-k", given.k, "--max-new-tokens", given.max_new_tokens, "--config", settings]
@@ -183,7 +186,17 @@ def measure(given: argparse.Namespace, lanes: list[Lane], whole: Lane, total: in
         }
         if given.engine == "vllm":  # they wait for each other, and go on meanwhile
             least = {lane.name: len(lane.safe) + chance.randrange(1, total // (20 * rounds)) for lane in lanes}
+        told = time.monotonic()
         while any(lane.count < least[lane.name] for lane in lanes):
+            if time.monotonic() - told > 60:
+                told = time.monotonic()
+                note(
+                    {
+                        each.name: [each.count, each.log.read_text(errors="replace")[-300:]]
+                        for each in lanes
+                        if each.count < least[each.name]
+                    }
+                )
             for lane in lanes:
                 assert not lane.ended(), f"{lane.name} has finished before kill {len(ages) + 1}: give more prompts"
                 lane.look()

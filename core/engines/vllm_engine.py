@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ..chat import Chat, load_chat
@@ -303,11 +304,12 @@ def _prepare_environment() -> None:
     """Set what vLLM reads from the environment when it is imported, except what the user has set."""
     wanted = {
         "VLLM_NO_USAGE_STATS": "1",  # it reports its use to its makers otherwise
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         # a forked child would hold the run's lock and database, and hang in torch once this process has used its threads
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
+    if not any(name.startswith("VLLM_LOGGING_") or name == "VLLM_CONFIGURE_LOGGING" for name in os.environ):
+        # warnings on stderr, but not the one about schedulers that are not vLLM's own
+        wanted["VLLM_LOGGING_CONFIG_PATH"] = str(Path(__file__).with_name("vllm_logging.json"))
     if importlib.util.find_spec("flashinfer") is None:
         wanted["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     for name, value in wanted.items():

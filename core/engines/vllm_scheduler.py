@@ -3,9 +3,12 @@
 vLLM's engine tells the process that feeds it of every new token: at a thousand sequences a thousand objects a step are built,
 packed, sent, unpacked and looked at, and with each a log-probability in arrays of its own, although nobody waits for anything
 but the whole answer and the sum of its log-probabilities. For a small model that is most of a step. Here the tokens
-are gathered where they arise. vLLM takes a scheduler by its name (`scheduler_cls`).
+are gathered where they arise, and a sequence that goes on in the middle of a block of its cache is not looked at as if it might need
+another one: of 53 ms that a step of a 1.5 B model took on an H200, the card worked for 14, and 16 went to scheduling.
+vLLM takes a scheduler by its name (`scheduler_cls`).
 """
 
+import math
 import time
 from typing import Any
 
@@ -21,11 +24,13 @@ class _Gathering:
     """Keeps what a request has got so far, and lets it go with the last token. Stands before one of vLLM's schedulers."""
 
     requests: dict[str, Any]  # vLLM's, by name
+    kv_cache_manager: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._gathered: dict[str, tuple[list[int], list[float]]] = {}  # tokens and their log-probabilities, by request
         self._last_sign = time.monotonic()
+        _shorten_way_within_blocks(self.kv_cache_manager)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Do as vLLM does, and take out what belongs to answers that are not whole."""
@@ -94,6 +99,31 @@ class _Gathering:
         for name in self._gathered.keys() - self.requests.keys():
             del self._gathered[name]
         return ended
+
+
+def _shorten_way_within_blocks(manager: Any) -> None:
+    """Let the manager of vLLM's cache look at a sequence that goes on by one token only where that begins a block.
+
+    Elsewhere the block is there already, nothing is to be freed that the next look would not free, and no block has become full.
+    """
+    kinds = manager.coordinator.single_type_managers
+    if any(type(each).__name__ not in ("FullAttentionManager", "SlidingWindowManager") for each in kinds):
+        return
+    size = math.gcd(*(each.block_size for each in kinds))
+    allocate, cache, nothing = manager.allocate_slots, manager.cache_blocks, manager.empty_kv_cache_blocks
+
+    def allocate_slots(
+        request: Any, num_new_tokens: int, *others: Any, num_lookahead_tokens: int = 0, **more: Any
+    ) -> Any:  # another argument: of a request that is not running yet
+        if num_new_tokens == 1 and not num_lookahead_tokens and not more and not others and request.num_computed_tokens % size:
+            return nothing
+        return allocate(request, num_new_tokens, *others, num_lookahead_tokens=num_lookahead_tokens, **more)
+
+    def cache_blocks(request: Any, num_computed_tokens: int) -> None:
+        if num_computed_tokens % size == 0:  # the prompt's are kept when they are allocated
+            cache(request, num_computed_tokens)
+
+    manager.allocate_slots, manager.cache_blocks = allocate_slots, cache_blocks
 
 
 class GatheringScheduler(_Gathering, Scheduler):  # type: ignore[misc]

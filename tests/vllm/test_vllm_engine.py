@@ -1,6 +1,7 @@
 """The vLLM engine, for real on a CPU: it answers as the transformers engine does, streams, and fails row by row."""
 
 import importlib.util
+import json
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -67,7 +68,11 @@ def test_greedy_answers_are_those_of_transformers(vllm_engine: Engine, reference
         assert found[key].logprob == pytest.approx(expected[key].logprob, abs=1e-3)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.7, top_p=0.8, max_new_tokens=20)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling",
+    [GREEDY, *(Sampling(temperature=0.7, top_p=0.8, max_new_tokens=tokens) for tokens in (20, 300))],  # 300: several blocks of the cache
+    ids=["greedy", "sampled", "long"],
+)
 def test_the_mean_logprob_is_the_models_own(vllm_engine: Engine, reference: Engine, sampling: Sampling) -> None:
     wanted = requests(vllm_engine, sampling)
     found = answers(vllm_engine, wanted)
@@ -112,6 +117,18 @@ def test_an_answer_ends_before_its_stop_texts_as_with_transformers(vllm_engine: 
     for key in same:
         assert (found[key].text, found[key].finish_reason) == (expected[key].text, expected[key].finish_reason)
         assert found[key].logprob == pytest.approx(expected[key].logprob, abs=1e-3)
+
+
+def test_a_schema_shapes_the_answer_and_ends_it(vllm_engine: Engine) -> None:
+    colour, number = {"enum": ["red", "blue"]}, {"enum": [1, 2]}
+    schema = {"type": "object", "properties": {"colour": colour, "number": number}, "required": ["colour", "number"]}
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=200, json_schema=json.dumps({**schema, "additionalProperties": False}))
+    found = answers(vllm_engine, requests(vllm_engine, sampling))
+    for each in found.values():
+        assert each.finish_reason == "stop", each
+        assert json.loads(each.text)["colour"] in ("red", "blue")
+        assert set(json.loads(each.text)) == {"colour", "number"}
+        assert each.num_tokens == len(each.token_ids) < 200
 
 
 def test_texts_that_cannot_be_scored_fail_alone(vllm_engine: Engine) -> None:
