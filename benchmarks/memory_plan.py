@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--out", default="memory_plan.jsonl")
     parser.add_argument("--capped", action="store_true", help="the cases of a card of 10 GB, with no more memory than that")
     parser.add_argument("--qlora", action="store_true", help="a 7B model in 4 bits on a T4's memory")
+    parser.add_argument("--only", default="", help="a word that a configuration's name must hold")
     parser.add_argument("--cpu", action="store_true", help="tiny shapes, nothing measured")
     arguments = parser.parse_args()
     device = "cpu" if arguments.cpu else "cuda"
@@ -191,7 +192,7 @@ def main() -> None:
     begun = time.perf_counter()
     print(f"{card}, torch {torch.__version__}", flush=True)
     cases = [*(CAPPED if arguments.capped else ()), *(QLORA if arguments.qlora else ())] or CASES
-    for each in cases:
+    for each in [case for case in cases if arguments.only in case.name()]:
         case = replace(each, shape="tiny", tokens=1024, compiled=False) if arguments.cpu else each
         cap = T4 if case in QLORA else CAP if case in CAPPED else 0.0
         start, error = time.perf_counter(), ""
