@@ -16,7 +16,8 @@ from ..core.checks.sandbox import available
 from ..core.config import to_mapping
 from ..core.errors import UserError, missing_package
 from ..core.files import write_atomically
-from ..core.named_models import find_models
+from ..core.judge import Judge, read_rubric
+from ..core.named_models import NamedModel, find_models
 from ..core.progress import Progress
 from ..core.store import SampleStore
 from ..core.values import ValueStore
@@ -24,6 +25,7 @@ from .ask import Asked, ask, choose_likeliest, loaded_when_needed, ways
 from .compare import Answer
 from .config import TasksConfig
 from .contamination import contaminated
+from .graded import SCALE, grade_answers, warn_of
 from .harness import PREFIX, hand_over
 from .health import health
 from .marks import Marks, TaskResult, adjust, compare_marks, measure, without
@@ -93,6 +95,7 @@ def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | 
         raise UserError(f"{', '.join(each.name for each in tasks if each.code)}: runs programs that models wrote, and {refusal}")
     if handed and importlib.util.find_spec("lm_eval") is None:
         raise missing_package("lm-eval", "lm-eval")
+    judge = _judge_of(tasks, config)
     held = {task.name: contaminated(task.items, config.train_data) for task in tasks} if config.train_data else {}
     found = find_models(models, config.engine)
     asked = ways(found, tasks, config)
@@ -108,6 +111,13 @@ def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | 
                 for way, task in product([way for way in asked if way.model is model], tasks):
                     said = choose_likeliest(way, task, choices, engine) if task.likelihood else ask(way, task, store, config, engine)
                     answers[task.name][way.name], new[task.name][way.name] = said
+        if judge is not None:
+            warn_of(judge, found)
+            grades = stack.enter_context(ValueStore(folder / "judgements.sqlite"))
+            with Judge(judge, grades, rubric=config.rubric, scale=SCALE) as judging:
+                for place, task in enumerate(tasks):
+                    if task.judged:
+                        tasks[place], answers[task.name] = grade_answers(task, answers[task.name], judging)
         results, tables = [], [pl.DataFrame(schema=SCORES)]
         for task in tasks:
             result, scores = _result(task, asked, answers[task.name], new[task.name], held.get(task.name), config)
@@ -122,6 +132,17 @@ def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | 
             pl.concat(tables).write_parquet(temporary)
         finish_section(folder, "tasks", outcome.facts(), {"models": list(models), "tasks": [each.name for each in results]})
         return outcome
+
+
+def _judge_of(tasks: Sequence[Task], config: TasksConfig) -> NamedModel | None:
+    """Return the model that grades, where some task needs one. Raises UserError where none was given, or it is not there."""
+    needing = [each.name for each in tasks if each.judged]
+    if needing and config.judge is None:
+        raise UserError(f"{', '.join(needing)}: no rule can mark the answers; expected --judge MODEL, which grades them")
+    if not needing or config.judge is None:
+        return None
+    read_rubric(config.rubric)
+    return find_models({config.judge: config.judge}, config.judge_engine)[0]
 
 
 def _limited(task: Task, config: TasksConfig) -> Task:

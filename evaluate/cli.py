@@ -11,7 +11,7 @@ from ..core.config import load_config, read_yaml
 from ..core.engines.base import EngineConfig
 from .config import CompareConfig, JudgeConfig, LossConfig, TasksConfig, parse_models
 
-NAMES = "gsm8k, ifeval, humaneval, mmlu, mmlu_generated, FILE, lm-eval:NAME."
+NAMES = "gsm8k, ifeval, humaneval, mmlu, mmlu_generated, mt_bench, FILE, lm-eval:NAME."
 OF_ENGINE = ("engine", "base_url", "device", "dtype", "batch_tokens", "replicas")
 
 
@@ -138,27 +138,28 @@ def judge(answers: tuple[str, ...], out: Path | None, verdicts: str | None, sett
 
 @evaluate.command()
 @model_options("engine", "base_url", "device", "dtype", "replicas")
-@click.option(
-    "--tasks", "names", metavar="NAME,NAME", required=True, help="gsm8k, ifeval, humaneval, mmlu, mmlu_generated, FILE, lm-eval:NAME."
-)
+@click.option("--tasks", "names", metavar="NAME,NAME", required=True, help=NAMES)
 @config_option(TasksConfig, "limit")
 @config_option(TasksConfig, "ask")
 @config_option(TasksConfig, "samples")
 @config_option(TasksConfig, "max_new_tokens")
 @config_option(TasksConfig, "train_data")
+@config_option(TasksConfig, "judge")
 @config_option(TasksConfig, "unsafe")
 def tasks(models: tuple[str, ...], out: Path | None, settings: Path | None, names: str, **options: Any) -> None:
-    """Ask all models the questions of tasks whose answers rules can judge; compare each with the first, question by question.
+    """Ask all models the questions of tasks, mark the answers by rules or a judge; compare each with the first, question by question.
 
     A model with a chat template is asked in a chat, another is given a text to go on from. A FILE (or FILE:SCORING) has a
     question in each row, and a column scoring: exact, numeric or contains (with a column answer), regex (pattern), json-schema
-    (schema), unit-test (tests). Programs run in a sandbox (bubblewrap). In a run folder answers are stored, apart from their
-    marks: the same command generates only for what changed. lm-eval:NAME runs a task of lm-eval (extra lm-eval), compared here.
+    (schema), unit-test (tests), judge (graded by --judge). Programs run in a sandbox (bubblewrap). In a run folder answers are
+    stored, apart from their marks: the same command generates only for what changed. lm-eval:NAME runs a task of lm-eval (extra
+    lm-eval), compared here.
 
     \b
     sftkit evaluate tasks --model base=MODEL --model sft=runs/b --tasks gsm8k,ifeval,humaneval -o runs/b
     sftkit evaluate tasks --model sft=runs/b --tasks gsm8k --samples 8 --train-data runs/a/curate/dataset.jsonl
     sftkit evaluate tasks --model base=MODEL --model sft=runs/b --tasks mine.jsonl,more.jsonl:numeric --ask both
+    sftkit evaluate tasks --model base=MODEL --model sft=runs/b --tasks mt_bench --judge org/name
     """
     chosen = parse_models(models)
     config = load_config(TasksConfig, merged(options, settings), str(settings or ""))

@@ -77,12 +77,15 @@ class TasksConfig:
     top_p: float = setting(0.95, "Of the answers, where there are several.")
     max_new_tokens: int | None = setting(None, "Longest answer, in tokens; each task's own when not given.")
     train_data: str | None = setting(None, "What a model was trained on: scores are given without the questions that are in it, too.")
+    judge: str | None = setting(None, "Model that grades the answers of mt_bench, and of rows whose scoring is judge.")
+    rubric: str = setting("helpfulness", "What the judge grades by: a name as for `evaluate judge`, a text file, or the rubric in words.")
     unsafe: bool = setting(False, "Run the programs in answers without a sandbox. They can do whatever you can.")
     workers: int = setting(2, "Programs that run at once.")
     lm_eval_tasks: str | None = setting(None, "Folder of your own tasks for lm-eval, beside those that it has.")
     resamples: int = setting(10_000, "Resamples that the 95 % intervals of scores are taken from.")
     seed: int = setting(0, "Decides the resamples, and the answers where there are several.")
     engine: EngineConfig = field(default_factory=EngineConfig, metadata={"help": "How the models are run."})
+    judge_engine: EngineConfig = field(default_factory=EngineConfig, metadata={"help": "How the judge is run."})
 
     def __post_init__(self) -> None:
         _at_least_one(self, "limit", "samples", "max_new_tokens", "workers")

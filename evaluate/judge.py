@@ -21,7 +21,7 @@ from ..core.values import ValueStore
 from .calibration import agreement_lines, calibrate, share
 from .config import JudgeConfig
 from .preferences import Agreement, WinRate, win_rate
-from .results import aligned, counted, finish_section, open_section, told
+from .results import aligned, counted, finish_section, open_section, told, told_question
 from .statistics import holm
 
 log = logging.getLogger(__name__)
@@ -232,7 +232,7 @@ def _compare(
     pairs = []
     for key in judged:
         said = [each for each in questions[key] if each["role"] != "system"]
-        pairs.append(Pair(_told_prompt(said), model.texts[key], baseline.texts[key], references.get(content_id(said))))
+        pairs.append(Pair(told_question(said), model.texts[key], baseline.texts[key], references.get(content_id(said))))
     verdicts = judging.compare(pairs)
     sound = [(pair, verdict) for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.winner is not None]
     errors = [verdict.error.partition(":")[0] for verdict in verdicts if verdict.winner is None]
@@ -246,12 +246,6 @@ def _compare(
     )
     rows = [_row(model.name, baseline.name, *each) for each in zip(judged, pairs, verdicts, strict=True)]
     return numbers, reasons, pl.DataFrame(rows, schema=JUDGEMENTS)
-
-
-def _told_prompt(said: Sequence[Message]) -> str:
-    """Return a question as a judge reads it: its text, or all turns with their roles."""
-    texts = [str(each.get("content") or "") for each in said]  # a turn that only calls a tool has none
-    return texts[0] if len(said) == 1 else "\n\n".join(f"{each['role']}: {text}" for each, text in zip(said, texts, strict=True))
 
 
 def _row(model: str, baseline: str, key: str, pair: Pair, verdict: Verdict) -> dict[str, Any]:

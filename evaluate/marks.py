@@ -198,9 +198,11 @@ def compare_marks(
             detectable = minimum_detectable_difference(n, (only_first + only_second + 2) / (n + 2))
         else:
             interval = bootstrap_mean(change, clusters=clusters, **drawn).interval
-            p_value = sign_flip(cluster_sums([change], clusters)[:, 0], **drawn)
+            sums = cluster_sums([change], clusters)[:, 0]
+            p_value = sign_flip(sums, **drawn)
             width = 0.0 if interval is None else interval.high - interval.low
-            detectable = DETECTABLE * width / 2 if width > 0 and math.isfinite(width) else None
+            enough = 2 / 2 ** len(sums) <= 0.05  # the least p-value that flipping so many signs can give
+            detectable = DETECTABLE * width / 2 if enough and width > 0 and math.isfinite(width) else None
         comparison = Comparison(
             task=task,
             metric=metric,

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..core.example import Message
 from ..core.files import read_json, write_json
 from ..core.run import Run, is_done, mark_done, read_done
 
@@ -80,3 +81,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def told_question(said: Sequence[Message]) -> str:
+    """Return a question as a judge reads it: its text, or all turns with their roles."""
+    texts = [str(each.get("content") or "") for each in said]  # a turn that only calls a tool has none
+    return texts[0] if len(said) == 1 else "\n\n".join(f"{each['role']}: {text}" for each, text in zip(said, texts, strict=True))

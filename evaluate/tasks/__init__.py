@@ -1,4 +1,4 @@
-"""Tasks with answers that rules can judge, by name. A new one is a new file with `load` in it, and one line here."""
+"""Tasks with answers that rules can mark, or a judge, by name. A new one is a new file with `load` in it, and one line here."""
 
 import importlib
 from pathlib import Path
@@ -13,6 +13,7 @@ TASKS = {  # name: (file, function)
     "humaneval": ("humaneval", "load"),
     "mmlu": ("mmlu", "load"),
     "mmlu_generated": ("mmlu", "load_generated"),
+    "mt_bench": ("mt_bench", "load"),
 }
 
 

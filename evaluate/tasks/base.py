@@ -6,6 +6,8 @@ from typing import Any
 
 from ...core.example import Message
 
+JUDGED = "judge"  # the scoring of a question whose answers a model grades: see `graded`
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -48,8 +50,14 @@ class Task:
     stops: tuple[str, ...] = ("\nQuestion:",)  # where a completion has gone on to another question
     likelihood: bool = False  # the choices are compared by their probability, nothing is generated
     code: bool = False  # answers are run
+    judged: bool = False  # some answers at least are graded by a model
 
 
 def asked(question: str) -> list[Message]:
     """Return a question as a conversation."""
     return [{"role": "user", "content": question}]
+
+
+def only_judged(item: Item, answer: str) -> dict[str, Mark]:
+    """Stand where a task has no rule."""
+    raise AssertionError(f"{item.id}: is marked by a judge, whose grades were not asked for")

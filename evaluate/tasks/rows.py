@@ -14,7 +14,7 @@ from ...core.example import Example, Message, content_id
 from ...core.formats import FORMATS, detect_format, split_prompt
 from ...core.sources import iterate_rows
 from ..config import TasksConfig
-from .base import Item, Mark, Task
+from .base import JUDGED, Item, Mark, Task, only_judged
 from .humaneval import told
 
 SECONDS = 20  # a user's pattern may take on one answer; a sound one takes none, one that backtracks would take years
@@ -64,6 +64,7 @@ SCORING: dict[str, tuple[Callable[[Mapping[str, Any], str], Mark] | None, str]] 
     "contains": (_contains, "answer"),
     "json-schema": (_schema, "schema"),
     "unit-test": (None, "tests"),  # runs programs: see `load`
+    JUDGED: (None, ""),  # graded by a model, beside `answer` where there is one
 }
 
 
@@ -84,8 +85,6 @@ def load(source: str, config: TasksConfig) -> Task:
         if gold is not None:
             target.setdefault("answer", gold)
         scoring = str(target.setdefault("scoring", default))
-        if scoring == "judge":
-            raise UserError(f"{place}: scoring 'judge' is what `sftkit evaluate judge` does; here are {', '.join(SCORING)}")
         if not scoring:
             raise UserError(f"{place}: says no scoring; add a column scoring, or give {path}:SCORING: {', '.join(SCORING)}")
         if scoring not in SCORING:
@@ -102,17 +101,23 @@ def load(source: str, config: TasksConfig) -> Task:
         scorer = SCORING[item.target["scoring"]][0]
         if scorer is not None:
             return {"score": scorer(item.target, answer)}
+        if item.target["scoring"] == JUDGED:
+            return only_judged(item, answer)
         program = extract_program(answer, entry_point=item.target.get("entry_point"))
         verdict = run_tests(program, item.target["tests"], entry_point=item.target.get("entry_point"), unsafe=config.unsafe)
         found = verdict.ended not in ("no_code", "syntax")
         return {"score": Mark(float(verdict.passed), found, told(verdict.ended, verdict.message, verdict.attempts))}
 
-    code = any(item.target["scoring"] == "unit-test" for item in items)
-    return Task(name=Path(path).name, items=items, metrics=("score",), score=score, code=code)
+    kinds = {item.target["scoring"] for item in items}
+    return Task(name=Path(path).name, items=items, metrics=("score",), score=score, code="unit-test" in kinds, judged=JUDGED in kinds)
 
 
 def _question(rest: dict[str, Any], place: str) -> tuple[list[Message], str | None]:
     """Return a row's conversation up to its last question, and the answer that stands behind it, if one does."""
+    if not rest:
+        raise UserError(
+            f"{place}: has no question, only what the answer is held against; expected a column prompt or question, or messages"
+        )
     messages = FORMATS[detect_format(frozenset(rest), place)](rest, place)
     if not any(each["role"] == "user" for each in messages):
         raise UserError(f"{place}: has no question; expected a column prompt or question, or messages of a user")
@@ -129,13 +134,13 @@ def _unused(name: str, used: Mapping[str, str]) -> str:
 
 def _check(target: Mapping[str, Any], scoring: str, place: str, columns: list[str]) -> None:
     column = SCORING[scoring][1]
-    if target.get(column) is None:
+    if column and target.get(column) is None:
         raise UserError(f"{place}: scoring {scoring!r} needs a column {column}; found {', '.join(columns)}")
     if column == "answer":
         golds = _several(target["answer"])
         if not golds or not all(isinstance(each, (str, int, float)) and str(each).strip() for each in golds):
             raise UserError(f"{place}: answer is {str(target['answer'])[:60]!r}; expected a text, a number or a list of them, none empty")
-    elif column != "schema" and not (isinstance(target[column], str) and target[column].strip()):
+    elif column not in ("", "schema") and not (isinstance(target[column], str) and target[column].strip()):
         raise UserError(f"{place}: {column} is {str(target[column])[:60]!r}; expected a text")
     if not isinstance(target.get("entry_point", ""), str):
         raise UserError(f"{place}: entry_point is {str(target['entry_point'])[:60]!r}; expected the name of a function")

@@ -304,7 +304,7 @@ BAD: list[tuple[list[dict[str, Any]], str]] = [
     ([{"prompt": "a", "scoring": "contains", "answer": ""}], r"answer is ''; expected a text, a number or a list of them, none empty"),
     ([{"prompt": "a", "answer": "b"}], r"rows.jsonl:1: says no scoring; add a column scoring, or give .*rows.jsonl:SCORING"),
     ([{"prompt": "a", "answer": "b", "scoring": "exat"}], r"rows.jsonl:1: unknown scoring 'exat': did you mean 'exact'"),
-    ([{"prompt": "a", "answer": "b", "scoring": "judge"}], r"scoring 'judge' is what `sftkit evaluate judge` does"),
+    ([{"answer": "b", "scoring": "exact"}], r"rows.jsonl:1: has no question, only what the answer is held against"),
     (
         [{"id": "x", "prompt": "a", "answer": "b", "scoring": "exact"}, {"id": "x", "prompt": "c", "answer": "d", "scoring": "exact"}],
         r"rows.jsonl:2: the id 'x' is that of .*rows.jsonl:1 too",
@@ -396,6 +396,13 @@ def test_one_question_and_ties_give_words_and_no_nan(mine: Path, tiny_model: Pat
 
 def marks(*values: float) -> list[list[dict[str, Mark]]]:
     return [[{"m": Mark(value, answer=str(value))}] for value in values]
+
+
+def test_five_questions_with_scores_are_too_few_to_find_any_difference() -> None:
+    one, other = marks(0.1, 0.5, 0.2, 0.9, 0.4, 0.3), marks(0.3, 0.6, 0.5, 1.0, 0.5, 0.9)
+    for n, enough in ((5, False), (6, True)):
+        (found,) = compare_marks("t", "m", {"a": one[:n], "b": other[:n]}, [None] * n, DRAWN)
+        assert (found.p_value <= 0.05, found.detectable is not None) == (enough, enough)
 
 
 def test_questions_that_share_a_subject_count_less() -> None:

@@ -1,0 +1,67 @@
+"""Answers that no rule can mark: a judge gives each a grade, and the grade is its mark."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..core.judge import Item as Graded
+from ..core.judge import Judge
+from ..core.named_models import NamedModel
+from .compare import Answer
+from .results import told_question
+from .tasks.base import JUDGED, Item, Mark, Task
+
+log = logging.getLogger(__name__)
+
+SCALE = 6  # grades: 1 is worth 0, the highest 1
+
+Answers = dict[str, list[list[Answer]]]  # by model, for each item
+
+
+def grade_answers(task: Task, answers: Answers, judging: Judge) -> tuple[Task, Answers]:
+    """Let a judge grade the answers to a task's judged questions; return the task that marks by the grades.
+
+    An answer that got no grade comes back with that as its error, `not_graded`. An empty one is worth nothing, and nobody is asked.
+    """
+    wanted = {}
+    for several in answers.values():
+        for item, given in zip(task.items, several, strict=True):
+            for each in given:
+                if judged(item) and not each.error and each.text.strip():
+                    reference = item.target.get("answer")
+                    wanted[item.id, each.text] = Graded(
+                        told_question(item.messages), each.text, None if reference is None else str(reference)
+                    )
+    grades = dict(zip(wanted, judging.grade(list(wanted.values())), strict=True))
+    missing = {key: grade.error for key, grade in grades.items() if grade.value is None}
+    for (name, _), error in list(missing.items())[:1]:
+        log.warning("%s: %d answers got no grade; the first, to %s: %s", task.name, len(missing), name, error)
+
+    def score(item: Item, text: str) -> dict[str, Mark]:
+        if not judged(item):
+            return task.score(item, text)
+        value = grades[item.id, text].value if text.strip() else None
+        mark = Mark(0.0, False) if value is None else Mark((value - 1) / (SCALE - 1), True, f"{value:.2f}")
+        return {task.metrics[0]: mark}
+
+    marked = {
+        name: [
+            [replace(each, error="not_graded") if (item.id, each.text) in missing and not each.error else each for each in given]
+            for item, given in zip(task.items, several, strict=True)
+        ]
+        for name, several in answers.items()
+    }
+    return replace(task, score=score), marked
+
+
+def judged(item: Item) -> bool:
+    """Say whether only a judge can mark the answers to a question."""
+    return item.target.get("scoring") == JUDGED
+
+
+def warn_of(judge: NamedModel, models: Sequence[NamedModel]) -> None:
+    """Say what a reader should know of a judge before believing its grades."""
+    for model in models:
+        if model.identity == judge.identity:
+            log.warning("the judge is %s itself: judges prefer their own answers", model.name)
+    log.warning("what a judge is worth is known from labelled pairs: sftkit evaluate judge RUN --judge %s --calibrate FILE", judge.name)

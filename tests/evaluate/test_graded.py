@@ -1,0 +1,82 @@
+"""Answers that a judge grades: the grade is the mark, what got none is left out for all, and nobody is asked twice."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from sftkit.core import judge as judging
+from sftkit.core.engines.base import EngineConfig
+from sftkit.core.errors import UserError
+from sftkit.core.judge import Item, Judge
+from sftkit.core.named_models import find_models
+from sftkit.core.values import ValueStore
+from sftkit.evaluate.benchmark import evaluate_tasks
+from sftkit.evaluate.config import TasksConfig
+from sftkit.evaluate.tasks import open_task
+
+from .conftest import ANSWER, QUESTIONS, Watch
+
+CPU = EngineConfig(engine="transformers", device="cpu", dtype="float32")
+
+
+def settings(**values: Any) -> TasksConfig:
+    return TasksConfig(**{"max_new_tokens": 16, "resamples": 1000, "engine": CPU, "judge_engine": CPU, **values})
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Four questions that only a judge can mark, one with a reference, and one that a rule marks."""
+    judged: list[dict[str, Any]] = [{"id": f"q{n}", "prompt": question, "scoring": "judge"} for n, question in enumerate(QUESTIONS)]
+    judged[3]["answer"] = "1"
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in [*judged, {"id": "r", "prompt": QUESTIONS[0], "scoring": "contains", "answer": "1"}])
+    )
+    return path  # fmt: skip
+
+
+def test_the_grade_is_the_mark_and_nobody_is_asked_twice(
+    tmp_path: Path, rows: Path, tiny_model: Path, trained_model: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judging, "LEAST_MASS", 0.0)  # a model of random weights gives its digits what it gives any token
+    models, run = {"base": str(tiny_model), "sft": str(trained_model)}, tmp_path / "run"
+    (task,) = evaluate_tasks(models, [str(rows)], run, settings(judge=str(tiny_model))).tasks
+    assert watch.events[-2:] == ["open tiny-chat", "close tiny-chat"]
+    assert watch.events.count("close trained") == 1  # one model at a time
+    marks = pl.read_parquet(run / "evaluate" / "task_scores.parquet").filter(pl.col("model") == "sft")
+    (model,) = find_models({"judge": str(tiny_model)}, CPU)
+    with ValueStore(tmp_path / "own.sqlite") as store, Judge(model, store) as judge:
+        asked = [Item(question, ANSWER, "1" if place == 3 else None) for place, question in enumerate(QUESTIONS)]
+        expected = [((each.value or 0) - 1) / 5 for each in judge.grade(asked)]
+    assert marks["value"].to_list() == pytest.approx([*expected, 1.0], abs=1e-4)
+    assert task.n == 5
+    opened = len(watch.events)
+    again = evaluate_tasks(models, [str(rows)], run, settings(judge=str(tiny_model))).tasks[0]
+    assert (again.metrics, len(watch.events)) == (task.metrics, opened)
+
+
+def test_answers_without_a_grade_are_left_out_for_all_models(
+    tmp_path: Path, rows: Path, tiny_model: Path, trained_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = {"base": str(tiny_model), "sft": str(trained_model)}
+    (task,) = evaluate_tasks(models, [str(rows)], None, settings(judge=str(trained_model))).tasks  # it writes ANSWER, never a digit
+    assert (task.n, sum(task.left_out.values())) == (1, 4)
+    assert all(reason.startswith("not_graded") for reason in task.left_out)
+    assert "not a grade: the judge gives 1 to 6 together a probability of" in caplog.text
+    assert "the judge is sft itself: judges prefer their own answers" in caplog.text
+
+
+def test_what_a_judge_needs(tmp_path: Path, rows: Path, tiny_model: Path) -> None:
+    with pytest.raises(UserError, match=r"mt_bench, rows\.jsonl: no rule can mark the answers; expected --judge MODEL"):
+        evaluate_tasks({"m": str(tiny_model)}, ["mt_bench", str(rows)], None, settings())
+    with pytest.raises(UserError, match="rubric 'nice': expected one of"):
+        evaluate_tasks({"m": str(tiny_model)}, [str(rows)], None, settings(judge=str(tiny_model), rubric="nice"))
+
+
+def test_mt_bench_asks_its_first_turns_and_brings_the_references() -> None:
+    task = open_task("mt_bench", settings())
+    assert (len(task.items), task.metrics, task.judged) == (80, ("grade",), True)
+    assert sum("answer" in item.target for item in task.items) == 39
+    assert all(isinstance(item.target.get("answer", ""), str) for item in task.items)
