@@ -48,6 +48,16 @@ class EngineConfig:
     max_model_len: int | None = setting(None, "Context length that vLLM reserves; the model's own when not given.")
     enforce_eager: bool = setting(False, "Start vLLM without compiling graphs: a faster start, slower tokens.")
 
+    def __post_init__(self) -> None:
+        count = str(self.replicas)
+        if self.replicas not in (None, "auto") and not (count.isdecimal() and int(count) > 0):
+            raise UserError(f"replicas: expected a whole number from 1, or auto (one for each GPU), found {count!r}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise UserError(f"gpu_memory_utilization: expected a share above 0 and up to 1, found {self.gpu_memory_utilization}")
+        for name in ("concurrency", "batch_tokens", "tensor_parallel_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: expected 1 or more, found {getattr(self, name)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:

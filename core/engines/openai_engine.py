@@ -364,8 +364,6 @@ def open(model: str, config: EngineConfig, *, revision: str | None = None) -> Op
         raise UserError("engine openai: needs base_url, the address of a server, as http://localhost:8000/v1")
     if revision is not None:
         raise UserError(f"revision {revision}: a server chooses what it serves; leave the revision out")
-    if config.concurrency < 1:
-        raise UserError(f"concurrency: expected 1 or more, found {config.concurrency}")
     servers = [Server(address, key_of_servers()) for address in dict.fromkeys(map(address_of, config.base_url.split(",")))]
     contexts, names = [], []
     for server in servers:

@@ -372,13 +372,7 @@ def replica_count(config: EngineConfig) -> int:
     """Return how many processes a config asks for; `auto` is one for each GPU."""
     if config.replicas == "auto":
         return max(1, len(visible_gpus()) // config.tensor_parallel_size)
-    try:
-        count = int(config.replicas or 1)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise UserError(f"replicas: expected a whole number from 1, or auto (one for each GPU), found {config.replicas!r}")
-    return count
+    return int(config.replicas or 1)
 
 
 def open_replicas(module: str, model: str, config: EngineConfig, *, revision: str | None = None) -> Replicas:

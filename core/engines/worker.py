@@ -2,7 +2,6 @@
 
 import contextlib
 import faulthandler
-import importlib
 import multiprocessing.connection
 import os
 import queue
@@ -17,6 +16,7 @@ from typing import Any
 from ..cli import start_talking
 from ..errors import UserError
 from .base import Engine, EngineDied, choice_logprobs
+from .registry import start
 
 SECONDS_BETWEEN_BEATS = 0.5
 SECONDS_TO_CLOSE = 20.0
@@ -83,7 +83,7 @@ class Worker:
         """Open the engine and answer until the other end closes."""
         threading.Thread(target=self._receive, name="sftkit-receive", daemon=True).start()
         try:
-            engine: Engine = importlib.import_module(module).open(model, config, revision=revision)
+            engine = start(module, model, config, revision=revision)
             self._engine = engine
             self.send("ready", engine.identity, engine.context_length)
             threading.Thread(target=self._beat, args=(engine,), name="sftkit-beat", daemon=True).start()

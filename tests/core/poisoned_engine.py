@@ -66,4 +66,6 @@ def open(model: str, config: EngineConfig, *, revision: str | None = None) -> Po
         os.kill(os.getpid(), signal.SIGSEGV)
     if poison.read_text() == "never starts":
         threading.Event().wait()
+    if poison.read_text().startswith("no memory") and config.gpu_memory_utilization > float(poison.read_text().split()[-1]):
+        raise UserError("the model: cannot start with it") from RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
     return Poisoned(poison)
