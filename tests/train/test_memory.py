@@ -229,4 +229,8 @@ def test_a_model_that_cannot_be_replayed_is_trained_all_the_same(tmp_path, tiny_
     monkeypatch.setattr(plan, "predict", refuse)
     run = train(chats(20), str(tiny_model), tmp_path / "run", TrainConfig(memory_gb=4.0, stop_check=0)).run
     assert "memory: cannot be planned for llama (aten._local_scalar_dense.default)" in caplog.text
-    assert json.loads((run / "train" / "plan.json").read_text())["memory"] == {"batch_tokens": 2048, "gradient_checkpointing": False}
+    assert json.loads((run / "train" / "plan.json").read_text())["memory"] == {
+        "batch_tokens": 2048,
+        "gradient_checkpointing": False,
+        "parallel": "ddp",
+    }

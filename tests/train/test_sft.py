@@ -1,6 +1,7 @@
 """Training a tiny model for real: it learns, it goes on after any stop as if nothing had happened, and what is saved stops."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -141,27 +142,26 @@ def test_layers_are_taken_out_of_the_start(tmp_path: Path, tiny_model: Path, cha
     )
 
 
-def test_killed_and_gone_on_the_losses_are_those_of_a_run_in_one_piece(tmp_path: Path, tiny_model: Path, chats) -> None:
-    data = chats(150)
+def test_killed_and_gone_on_the_losses_are_those_of_a_run_in_one_piece(tmp_path: Path, tiny_model: Path, chats, caplog) -> None:
+    data, run = chats(150), tmp_path / "run"
+    settings = config(logging_steps=1, save_minutes=1e-6)  # a checkpoint after every step
     whole = train(data, str(tiny_model), tmp_path / "whole", config(logging_steps=1))
-    settings = tmp_path / "settings.yaml"
-    settings.write_text(
-        "{learning_rate: 0.003, epochs: 2.0, validation: 0.1, dtype: float32, logging_steps: 1, save_minutes: 0.0005}\n"  # every step
-    )
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "sftkit", "train", "sft", data, "--model", tiny_model, "-o", run, "--config", settings]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sftkit.train.sft", "sftkit.train.trainer"])  # imported once
     for seen in (3, 12):
-        process = subprocess.Popen([str(each) for each in command], cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = context.Process(target=train, args=(data, str(tiny_model), run, settings))
+        process.start()
         deadline = time.monotonic() + 90
         while (last := last_checkpoint(run / "train" / "checkpoints")) is None or int(last.name.split("-")[1]) < seen:
-            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert process.is_alive()
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    finished = subprocess.run([str(each) for each in command], cwd="/", capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert "going on from step" in finished.stderr
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    caplog.set_level("INFO", logger="sftkit")
+    train(data, str(tiny_model), run, settings)
+    assert "going on from step" in caplog.text
     losses = [{line["step"]: line["loss"] for line in metrics(each) if "loss" in line} for each in (whole.run, run)]
     assert losses[0].keys() == losses[1].keys()
     assert all(losses[1][step] == pytest.approx(loss, abs=1e-5) for step, loss in losses[0].items())
