@@ -193,6 +193,7 @@ class Distillation:
     _deadline: float | None = None  # by time.monotonic, after which nothing more is asked
     _began: float = 0.0  # by time.monotonic, less the pauses
     _enough: bool = False  # nothing more is asked
+    _opened: dict[tuple[int, ...], bool] = field(default_factory=dict)  # by the last tokens of a prompt: whether a thought is open there
 
     def missing(self) -> list[Wanted]:
         """Return the wanted samples that are not stored, in order."""
@@ -325,9 +326,11 @@ class Distillation:
         assert completion.finish_reason != "error"
         reasoning, text = completion.reasoning, completion.text
         if reasoning is None:
-            chat, ids = self.teacher.chat, wanted.prompt.ids
+            chat, end = self.teacher.chat, wanted.prompt.ids[-8:]
+            if chat and end not in self._opened:  # nearly all prompts end in the same way
+                self._opened[end] = chat.decode(end).rstrip().endswith(OPEN)
             # where a server renders, the prompt's end is not known: a closing tag without an opening one tells
-            opened = chat.decode(ids[-8:]).rstrip().endswith(OPEN) if chat else CLOSE in text and OPEN not in text
+            opened = self._opened[end] if chat else CLOSE in text and OPEN not in text
             reasoning, text = split_reasoning(text, opened=opened)
         return Sample(
             example_id=wanted.prompt.example.id,

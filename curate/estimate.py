@@ -214,7 +214,8 @@ def _pace(work: Distillation, missing: list[Wanted]) -> tuple[float | None, int,
     if several is not None:
         several()  # processes on one card start one after another
     pace = Pace()
-    made, _, _ = work.generate([each for group in groups for each in group][: len(left) // SHARE_FOR_PACE], label="pace", enough=pace)
-    if pace.rate is None:
-        return None, made, 0.0
+    first = [each for group in groups for each in group][: len(left) // SHARE_FOR_PACE]
+    made, tokens, seconds = work.generate(first, label="pace", enough=pace)
+    if pace.rate is None:  # all of it, its beginning and end included
+        return (tokens / seconds if made else None), made, 0.0
     return pace.rate, made, max(0.0, time.monotonic() - pace.end - pace.after / pace.rate)
