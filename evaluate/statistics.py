@@ -165,7 +165,8 @@ def bootstrap(sums: Numbers, statistic: Callable[[Numbers], Numbers], *, level: 
     `sums` is [clusters, columns], `statistic` maps [resamples, columns] to [resamples]. Whole clusters are drawn because
     the rows of one prompt are not independent: Davison and Hinkley 1997, "Bootstrap Methods and their Application", 3.8.
     The interval is the expanded percentile one, which is as wide as Student's where a plain percentile interval is too
-    narrow for few clusters: Hesterberg 2015, "What teachers should know about the bootstrap", arXiv 1411.5279.
+    narrow for few clusters: Hesterberg 2015, "What teachers should know about the bootstrap", arXiv 1411.5279. Where a few clusters
+    decide, as the longest answers do, it is as wide as Student's with as many degrees of freedom as their spread is known with.
     """
     value = float(statistic(sums.sum(axis=0, keepdims=True))[0])
     n = len(sums)
@@ -179,9 +180,26 @@ def bootstrap(sums: Numbers, statistic: Callable[[Numbers], Numbers], *, level: 
         places = generator.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
         times = np.bincount(places.ravel(), minlength=size * n).reshape(size, n)  # how often each resample has each cluster
         drawn.append(statistic(times @ sums))
-    tail = float(ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 - level) / 2)))
+    freedom = _degrees_of_freedom(statistic(sums.sum(axis=0) - sums))
+    tail = float(ndtr(math.sqrt(n / (n - 1)) * stdtrit(freedom, (1 - level) / 2)))
     low, high = np.quantile(np.concatenate(drawn), [tail, 1 - tail])
     return Estimate(value, Interval(float(low), float(high)))
+
+
+def _degrees_of_freedom(left_out: Numbers) -> float:
+    """Return the degrees of freedom of the variance of a statistic, from its values without each cluster: at most n - 1.
+
+    Those of the chi-squared distribution that has the mean and the variance of the sample variance (Satterthwaite 1946, "An
+    approximate distribution of estimates of variance components", Biometrics Bulletin 2): 2 n / (k - (n - 3) / (n - 1)), k the kurtosis.
+    """
+    n = len(left_out)
+    away = left_out[np.isfinite(left_out)]
+    away = away - away.mean() if len(away) else away
+    spread = float((away**2).mean()) if len(away) else 0.0
+    if spread == 0:
+        return n - 1
+    heavier = float((away**4).mean()) / spread**2 - (n - 3) / (n - 1)
+    return n - 1 if heavier <= 0 else min(n - 1, max(1.0, 2 * n / heavier))
 
 
 def sign_flip(differences: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> float:
