@@ -6,9 +6,10 @@
 
 With --shape the teacher has a real shape, random weights and the tokenizer of the folder: every answer has --new-tokens. The engines:
 
-    vllm      LLM at its defaults: `chat`, and `chat-asked`, which asks for what sftkit asks (a seed and a log-probability each)
-    sftkit    LLM with sftkit's settings: `chat` and `chat-asked` again; `raw`, rendered requests all at once; `chunks` of 512 of them, each
-              waited for, as the peers do; and `distill` into a run folder, fed by sftkit in this process
+    vllm      LLM at its defaults: `chat`
+    sftkit    LLM with sftkit's settings: `chat`; `chat-asked`, which asks for what sftkit asks (a seed and a log-probability each);
+              `distill` into a run folder, fed by sftkit in this process; and where --ways names them `raw`, rendered requests all at once,
+              and `chunks` of 512 of them, each waited for, as the peers do
     process   `distill` as the command runs it: the engine in a process of its own, which is started again when it dies
     2, 3      so many of them on the card
 
@@ -18,8 +19,8 @@ median over the rounds. Start-up is told apart. The share of time that the card 
 every eighth answer take eight times as long. A round of 2,048 requests takes 3 to 10 s for each way, an engine 50 to 100 s to start;
 no engine and no further round is begun after --seconds. For the bars, in order of what is left out first:
 
-    --engines sftkit,vllm,process,2 --ways chat,distill,chat-asked --requests 2048 --seconds 260         330 s
-    --engines sftkit --ways chunks,distill --long-tailed --requests 2048 --seconds 200                   220 s
+    --engines sftkit,vllm,2,process --repetitions 3 --seconds 330                             420 s, or 510 with the last
+    --engines sftkit --ways chunks,distill --long-tailed --repetitions 3 --seconds 150        200 s
 
 To see on a CPU that it runs: --shape tiny --requests 16 --new-tokens 16 --repetitions 1 --engines sftkit,process --max-num-seqs 8
 """
@@ -49,7 +50,7 @@ from teachers import random_teacher, write_questions
 
 CHUNK = 512
 CONTEXT = 4096
-WAYS = {"vllm": ("chat", "chat-asked"), "sftkit": ("chat", "distill", "chat-asked")}  # raw and chunks where they are asked for
+WAYS = {"vllm": ("chat",), "sftkit": ("chat", "distill", "chat-asked")}  # raw and chunks where they are asked for
 BARS = (  # of the first to the second, and what is asked of it
     ("sftkit distill", "sftkit chat", 0.97),
     ("process distill", "sftkit chat", 0.97),
@@ -164,7 +165,7 @@ class Rounds:
             if repetition > 1 and time.monotonic() - self.began > self.given.seconds:
                 self.note({"engine": name, "rounds left out": self.given.repetitions + 1 - repetition})
                 break
-            for way in ways:
+            for way in ways if repetition % 2 else ways[::-1]:  # so that none always comes first
                 folder = self.scratch / f"{name}-{way}-{repetition}"
                 begin = time.perf_counter()
                 with distillation(self.prompts, folder, replace(self.base, seed=repetition)) as work:
