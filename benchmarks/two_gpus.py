@@ -379,7 +379,7 @@ def distill(given: argparse.Namespace, report: Report) -> None:
             start = time.perf_counter()
             with closing(open_engine(str(model), replace(kind, replicas=count))) as engine:
                 engines: Any = engine
-                while not all(each and each.ready for each in engines._processes):
+                while not all(each and each.ready for each in engines._processes) and time.perf_counter() - start < 240:
                     engines._listen()
                 started = time.perf_counter() - start
                 for name in ("warm", "measured", *(("killed",) if count == 2 else ())):
