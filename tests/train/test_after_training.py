@@ -249,14 +249,9 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, tiny_model, chats, m
         train(chats(20), str(tiny_model), tmp_path / "run", TrainConfig(trackers=("wandb",)))
 
 
-@pytest.mark.parametrize("tracker", ["trackio", "wandb"])
-def test_trackers_with_services_of_their_own_take_the_numbers_offline(tracker, tmp_path, tiny_model, chats, monkeypatch) -> None:
-    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path)}.items():
-        monkeypatch.setenv(name, value)
-    module = pytest.importorskip(tracker)
-    settings = TrainConfig(trackers=(tracker,), logging_steps=1, stop_check=0, dtype="float32")
-    train(chats(40), str(tiny_model), tmp_path / "run", settings)
-    if tracker == "wandb":
-        module.finish()  # it writes at the end of the process
-    (kept,) = [*tmp_path.glob("*.db"), *tmp_path.glob("wandb/offline-run-*/run-*.wandb")]
-    assert b"train/loss" in kept.read_bytes() + b"".join(each.read_bytes() for each in tmp_path.glob("*.db-wal"))
+def test_trackio_takes_the_numbers_on_this_machine(tmp_path, tiny_model, chats, monkeypatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    pytest.importorskip("trackio")  # which reads the variable
+    train(chats(40), str(tiny_model), tmp_path / "run", TrainConfig(trackers=("trackio",), logging_steps=1, stop_check=0, dtype="float32"))
+    files = [*tmp_path.glob("*.db"), *tmp_path.glob("*.db-wal")]
+    assert b"train/loss" in b"".join(each.read_bytes() for each in files)
