@@ -48,7 +48,7 @@ class DistillConfig(Sampling):
     """What is asked of which teacher. All but k, the limits and the engine is fixed once the run folder has begun."""
 
     teacher: str = field(metadata={"help": "The model that answers: a folder, a Hub id, a .gguf file, a catalogue name, a server's model."})
-    revision: str | None = setting(None, "Branch, tag or commit of a Hub model.")
+    revision: str | None = setting(None, "Branch, tag or commit of a Hub model; of a served one a name for what it is.")
     k: int = setting(1, "Samples for each prompt. More than last time generates only the new ones.")
     system: str | None = setting(None, "System message, put before every prompt that has none.")
     thinking: bool = setting(False, "Render the prompt so that a thinking teacher thinks.")

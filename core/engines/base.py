@@ -25,7 +25,7 @@ class EngineConfig:
     base_url: str | None = setting(
         None,
         "Address of an OpenAI-compatible server (engine openai), as http://localhost:8000/v1; several of the same model, parted by commas,"
-        " share the work, and the first names the samples.",
+        " share the work. Samples are known by the first, or, with a revision, by that and the model's name.",
     )
     concurrency: int = setting(64, "Requests in flight at a server; twice this waits in memory.")
     batch_tokens: int = setting(16_384, "Upper limit of tokens (prompt and answer) in one batch of the transformers engine.")

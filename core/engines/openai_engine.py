@@ -52,16 +52,24 @@ REFUSAL = re.compile(
 class OpenAIEngine:
     """Asks servers of the same model for answers, each time the one with the least to do. See `core.engines.base.Engine`.
 
-    A server's weights cannot be hashed: its identity is its address (of several, the first) and the model's name there, so
-    samples stay valid when the server changes what it serves under that name. It renders the messages itself and has its own words for the
+    A server's weights cannot be hashed: samples stay valid when it changes what it serves under a name. Its identity is the model's
+    name with the revision that the user says it is, wherever it is served; without one, the name at that address (of several, the
+    first: one may be added without making samples stale). It renders the messages itself and has its own words for the
     log-probability: vLLM's is the model's own, before temperature and top-p; others may count otherwise, or not tell.
     """
 
     def __init__(
-        self, servers: Sequence[Server], model: str, *, models: Sequence[str], context_length: int | None, concurrency: int
+        self,
+        servers: Sequence[Server],
+        model: str,
+        *,
+        models: Sequence[str],
+        context_length: int | None,
+        concurrency: int,
+        revision: str | None = None,
     ) -> None:
         self.chat: Chat | None = None
-        self.identity = f"openai:{servers[0].url}:{model}"
+        self.identity = f"openai:{model}@{revision}" if revision else f"openai:{servers[0].url}:{model}"
         self.context_length = context_length
         self._servers, self._model, self._models = servers, model, models
         self._concurrency = concurrency
@@ -362,8 +370,6 @@ def open(model: str, config: EngineConfig, *, revision: str | None = None) -> Op
     """
     if not config.base_url:
         raise UserError("engine openai: needs base_url, the address of a server, as http://localhost:8000/v1")
-    if revision is not None:
-        raise UserError(f"revision {revision}: a server chooses what it serves; leave the revision out")
     servers = [Server(address, key_of_servers()) for address in dict.fromkeys(map(address_of, config.base_url.split(",")))]
     contexts, names = [], []
     for server in servers:
@@ -374,7 +380,8 @@ def open(model: str, config: EngineConfig, *, revision: str | None = None) -> Op
         entry = next((each for each in entries if each["id"] == model), {})
         lengths = [entry.get(name) for name in ("max_model_len", "context_length", "context_window")]  # vLLM's name, and others'
         contexts += [each for each in lengths if isinstance(each, int)][:1]
-    return OpenAIEngine(servers, model, models=names, context_length=min(contexts, default=None), concurrency=config.concurrency)
+    context = min(contexts, default=None)
+    return OpenAIEngine(servers, model, models=names, context_length=context, concurrency=config.concurrency, revision=revision)
 
 
 def _models(server: Server) -> list[dict[str, Any]]:

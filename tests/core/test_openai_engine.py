@@ -445,9 +445,14 @@ def test_one_address_in_many_spellings() -> None:
     assert openai_engine.address_of("https://host/api/v2/") == "https://host/api/v2"
 
 
-def test_a_revision_means_nothing_to_a_server(server: Server) -> None:
-    with pytest.raises(UserError, match="revision main: a server chooses"):
-        open_engine("m", EngineConfig(base_url=server.url), revision="main")
+def test_with_a_revision_the_model_is_known_and_not_its_address(server: Server) -> None:
+    other = Server()
+    either = [f"{server.url},{other.url}", f"{other.url},{server.url}", other.url]
+    with_revision = {open_engine("m", EngineConfig(base_url=each), revision="2026-11").identity for each in either}
+    assert with_revision == {"openai:m@2026-11"}
+    without = [open_engine("m", EngineConfig(base_url=each)).identity for each in either]
+    assert without == [f"openai:{server.url}:m", f"openai:{other.url}:m", f"openai:{other.url}:m"]
+    other.close()
 
 
 def test_a_server_scores_no_text(server: Server) -> None:
