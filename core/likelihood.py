@@ -17,6 +17,8 @@ from .values import ValueStore, value_key
 
 log = logging.getLogger(__name__)
 
+PIECE = 1000  # characters of a text that are scored in one go
+
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
@@ -26,6 +28,7 @@ class HeldOut:
     prompt_id: str  # rows of the same prompt are not independent
     turn_bytes: tuple[int, ...]  # of each of its answers, in UTF-8
     error: str | None
+    text: str | None = None  # scored as it stands, without a template, instead of the conversation's answers
 
     @property
     def num_bytes(self) -> int:
@@ -67,6 +70,17 @@ def read_row(example: Example) -> HeldOut:
     return HeldOut(example, content_id(split_prompt(example)[0]), tuple(len(each.encode()) for each in answers), error)
 
 
+def read_texts(example: Example) -> list[HeldOut]:
+    """Return what a row's messages say as texts to be scored as they stand, in pieces that any model's context holds.
+
+    Rule: `empty_text`.
+    """
+    text = "\n\n".join(_text(each) for each in example.messages).strip()
+    pieces = [text[start : start + PIECE] for start in range(0, len(text), PIECE)] or [""]
+    name = content_id(example.messages)
+    return [HeldOut(example, name, (len(each.encode()),), None if each.strip() else "empty_text", each) for each in pieces]
+
+
 def _text(answer: Message) -> str:
     """Return what the bytes of an answer are counted of: its content, and its tool calls as compact JSON."""
     calls = answer.get("tool_calls")
@@ -76,11 +90,33 @@ def _text(answer: Message) -> str:
 
 def likelihoods(model: NamedModel, rows: Sequence[HeldOut], store: ValueStore) -> tuple[list[Likelihood], int]:
     """Return what a model gives each row, and how many of them were computed now: those that were not stored."""
-    readings = [
-        Reading(error=row.error) if row.error else read_conversation(model, row.example.messages, where=row.example.source) for row in rows
-    ]
+    readings = [Reading(error=row.error) if row.error else _read(model, row) for row in rows]
     errors, computed = compute(model, readings, store)
     return [_sum(each, len(row.turn_bytes), store, errors) for row, each in zip(rows, readings, strict=True)], computed
+
+
+def _read(model: NamedModel, row: HeldOut) -> Reading:
+    if row.text is None:
+        return read_conversation(model, row.example.messages, where=row.example.source)
+    return read_text(model, row.text)
+
+
+def read_text(model: NamedModel, text: str) -> Reading:
+    """Return a text as a model reads it: behind the token that begins one, or else ends one, so that its first token counts, too.
+
+    Rule: `too_long`, `no_token_to_begin_with`.
+    """
+    assert model.chat is not None
+    tokenizer = model.chat.tokenizer
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if begin is None:
+        return Reading(error="no_token_to_begin_with")
+    ids = (begin, *tokenizer(text, add_special_tokens=False)["input_ids"])
+    if model.context is not None and len(ids) > model.context:
+        return Reading(error="too_long")
+    mask = (False, *[True] * (len(ids) - 1))
+    key = value_key("logprobs", model.identity, model.engine.engine, model.engine.dtype, ids, [int(each) for each in mask])
+    return Reading(key, ids, mask, (False,) * (len(ids) - 1))
 
 
 def read_conversation(model: NamedModel, messages: Sequence[Message], *, where: str, train_on: str = "all") -> Reading:

@@ -76,6 +76,7 @@ def compare(models: tuple[str, ...], out: Path | None, settings: Path | None, qu
 @evaluate.command()
 @click.argument("heldout")
 @model_options("device", "dtype", "batch_tokens")
+@config_option(LossConfig, "text")
 @config_option(LossConfig, "limit")
 @config_option(LossConfig, "resamples")
 @config_option(LossConfig, "seed")
@@ -90,6 +91,7 @@ def loss(heldout: str, models: tuple[str, ...], out: Path | None, settings: Path
     \b
     sftkit evaluate loss heldout.jsonl --model base=smollm2-135m-instruct --model sft=runs/b
     sftkit evaluate loss runs/a/curate/heldout.jsonl --model base=MODEL --model sft=runs/b --model teacher=org/name -o runs/b
+    sftkit evaluate loss general.txt --text --model base=MODEL --model sft=runs/b          # what training made it forget
     """
     chosen = parse_models(models)
     config = load_config(LossConfig, merged(options, settings), str(settings or ""))

@@ -28,6 +28,7 @@ class CompareConfig:
 class LossConfig:
     """How the held-out loss is taken, and how its intervals are."""
 
+    text: bool = setting(False, "Score the texts themselves as they stand, without a template: what a model keeps of a language at large.")
     limit: int | None = setting(None, "Only the first rows of the file.")
     resamples: int = setting(10_000, "Resamples of the prompts that the 95 % intervals are taken from.")
     seed: int = setting(0, "Decides the resamples.")

@@ -18,7 +18,7 @@ from ..core.engines.registry import choose
 from ..core.errors import UserError
 from ..core.files import write_atomically
 from ..core.formats import iterate_examples
-from ..core.likelihood import HeldOut, Likelihood, likelihoods, read_row
+from ..core.likelihood import HeldOut, Likelihood, likelihoods, read_row, read_texts
 from ..core.named_models import NamedModel, find_models
 from ..core.values import ValueStore
 from .config import LossConfig
@@ -69,7 +69,7 @@ class ModelLoss:
     macro_loss: float  # mean over the rows of each row's mean: short answers count as much as long ones
     bits_per_byte: Estimate
     text_loss: float  # the loss without the ends of turn
-    end_loss: float | None  # of the ends of turn alone; None where the template writes none
+    end_loss: float | None  # of the ends of turn alone; None for texts, which have none
     scored: int  # rows in this call; the others were stored
     by_source: dict[str, Estimate]  # the loss of each source's rows; empty where there is one source alone, or too many
     by_turn: dict[str, Estimate]  # of the first answers of conversations, the second, and so on; empty where there is one turn alone
@@ -83,7 +83,7 @@ class LossDifference:
     baseline: str
     loss: Estimate | None  # None where the two count different tokens in the same answers: then bits_per_byte compares them
     bits_per_byte: Estimate
-    excludes_zero: bool  # the interval of the loss, or of bits_per_byte where there is no loss
+    shown: bool  # the interval of the loss, or of bits_per_byte where there is no loss, leaves zero out, and the test agrees
     p_value: float  # sign flips of the prompts' differences
     p_adjusted: float  # Holm, over the models
     rows_better: int
@@ -97,6 +97,7 @@ class LossResult:
 
     folder: Path | None  # evaluate/ of the run, where one was given
     heldout: str
+    text: bool  # the rows were scored as plain texts
     rows: int
     used: int
     prompts: int  # of the used rows
@@ -107,15 +108,16 @@ class LossResult:
 
     def facts(self) -> dict[str, Any]:
         """Return it as plain values, for results.json."""
-        plain = {name: getattr(self, name) for name in ("heldout", "rows", "used", "prompts", "num_bytes", "left_out")}
+        plain = {name: getattr(self, name) for name in ("heldout", "text", "rows", "used", "prompts", "num_bytes", "left_out")}
         models = {each.name: asdict(each) for each in self.models}
         return {**plain, "models": models, "differences": [asdict(each) for each in self.differences]}
 
     def summary(self) -> str:
         """Write it for people."""
+        what = ("pieces", "texts", "text") if self.text else ("rows", "prompts", "answers")
         lines = [
-            f"{self.heldout}: {self.used:,} of {self.rows:,} rows, {self.prompts:,} prompts, {self.num_bytes:,} bytes of answers;"
-            " loss is the mean of -ln p over the tokens of the answers"
+            f"{self.heldout}: {self.used:,} of {self.rows:,} {what[0]}, {self.prompts:,} {what[1]}, {self.num_bytes:,} bytes of {what[2]};"
+            f" loss is the mean of -ln p over the tokens of the {what[2]}"
         ]
         if self.left_out:
             lines.append(f"left out for all models: {told(self.left_out)}")
@@ -132,7 +134,9 @@ class LossResult:
         lines += [_told_difference(each, self.used) for each in self.differences]
         if 1 < self.prompts < FEW:
             lines.append(f"{self.prompts} prompts are few: the intervals are rough, and narrower than they should be if anything")
-        return "\n".join([*lines, *([f"losses: {self.folder / 'losses.parquet'}"] if self.folder else [])])
+        return "\n".join(
+            [*lines, *([f"losses: {self.folder / ('text_losses.parquet' if self.text else 'losses.parquet')}"] if self.folder else [])]
+        )
 
     def _parts(self, kind: str) -> list[str]:
         """Return a table of the losses of parts of the data, and of the differences in them."""
@@ -164,8 +168,10 @@ def _told_difference(each: LossDifference, used: int) -> str:
             parts.append(f"{name} {value} (95 % {span})")
     if headline.interval is None:
         verdict = "one prompt alone tells nothing about others"
-    elif each.excludes_zero:
+    elif each.shown:
         verdict = f"{each.model} is {'better' if headline.value < 0 else 'worse'}"
+    elif headline.interval.excludes(0.0):
+        verdict = "the interval leaves zero out and the test does not agree, no difference is shown"
     else:
         verdict = "the interval holds zero, no difference is shown"
     tests = f"p {each.p_adjusted:.2g}, better on {each.rows_better:,} of {used:,} rows"
@@ -175,22 +181,25 @@ def _told_difference(each: LossDifference, used: int) -> str:
 def loss(heldout: str | Path, models: Mapping[str, str], out: Path | None, config: LossConfig) -> LossResult:
     """Score the answers of held-out rows with all models (name: reference); return their losses and the paired differences.
 
-    All assistant turns of a conversation count, rendered as in training. A row that is too long for one model, or refused
-    by its template, is left out for all of them. Into the run folder `out` go evaluate/losses.parquet and the section
-    `loss` of evaluate/results.json; log-probabilities are stored under keys of what decides them, so that only what changed
-    is computed again. Without `out` nothing is kept. Raises UserError when no row is left.
+    All assistant turns of a conversation count, rendered as in training; with `text` all that the rows say, as it stands. A row
+    that is too long for one model, or refused by its template, is left out for all of them. Into the run folder `out` go
+    evaluate/losses.parquet and the section `loss` of evaluate/results.json (of texts: text_losses.parquet, `text_loss`);
+    log-probabilities are stored under keys of what decides them, so that only what changed is computed again. Without `out`
+    nothing is kept. Raises UserError when no row is left.
     """
     engine = _scoring_engine(config.engine)
-    rows = [read_row(example) for example in islice(iterate_examples(heldout), config.limit)]
+    examples = islice(iterate_examples(heldout), config.limit)
+    rows = [row for example in examples for row in (read_texts(example) if config.text else [read_row(example)])]
     if all(row.error for row in rows):
         reasons = told(counted(row.error for row in rows))
         raise UserError(
             f"{rows[0].example.source}: this and all other rows have no answer to score ({reasons}); expected conversations with an"
-            " assistant turn, or a column completion, response, output or answer"
+            " assistant turn, or a column completion, response, output or answer; --text scores plain texts"
         )
     found = find_models(models, engine)
     settings = {"heldout": str(heldout), "models": dict(models), **to_mapping(config)}
-    with open_section(out, "loss", settings) as folder:
+    section, table = _place(config.text)
+    with open_section(out, section, settings) as folder:
         scored, new = {}, {}
         with ValueStore(folder / "logprobs.sqlite") as store:
             for model in found:
@@ -199,10 +208,15 @@ def loss(heldout: str | Path, models: Mapping[str, str], out: Path | None, confi
         for reason, count in counted(why).items():
             log.warning("left out for all models: %s %s, the first is %s", f"{count:,}", reason, rows[why.index(reason)].example.source)
         result = _result(folder if out else None, str(heldout), rows, scored, why, found, new, config)
-        with write_atomically(folder / "losses.parquet") as temporary:
+        with write_atomically(folder / table) as temporary:
             _frame(rows, scored, why).write_parquet(temporary)
-        finish_section(folder, "loss", result.facts(), {"models": list(models), "rows": len(rows)})
+        finish_section(folder, section, result.facts(), {"models": list(models), "rows": len(rows)})
         return result
+
+
+def _place(text: bool) -> tuple[str, str]:
+    """Return the section of results.json and the table of losses: those of texts stand beside those of answers."""
+    return ("text_loss", "text_losses.parquet") if text else ("loss", "losses.parquet")
 
 
 def _scoring_engine(engine: EngineConfig) -> EngineConfig:
@@ -259,6 +273,7 @@ def _result(
     return LossResult(
         folder=folder,
         heldout=heldout,
+        text=config.text,
         rows=len(rows),
         used=len(used),
         prompts=len(set(prompts)),
@@ -274,8 +289,6 @@ def _model_loss(
 ) -> ModelLoss:
     nats, tokens = -columns["sum_logprob"], columns["num_tokens"]
     end_nats, ends = -columns["end_logprob"].sum(), columns["num_ends"].sum()
-    if not ends:
-        log.warning("%s: its template ends no turn, so its loss and its bits per byte are those of the texts alone", model.name)
     return ModelLoss(
         name=model.name,
         reference=model.reference,
@@ -314,7 +327,7 @@ def _differences(
                 baseline=baseline,
                 loss=nats,
                 bits_per_byte=bits,
-                excludes_zero=interval is not None and interval.excludes(0.0),
+                shown=interval is not None and interval.excludes(0.0) and adjusted <= 0.05,
                 p_value=p_value,
                 p_adjusted=adjusted,
                 rows_better=int((change < 0).sum()),

@@ -44,7 +44,8 @@ def write_report(path: Path) -> Path:
     Raises UserError for a folder that is no run, or that holds nothing to report yet.
     """
     run = Run.open(path)
-    parts = [_findings(path), _ablation(path), _losses(path), _tasks(path), _answers(path), _training(path), _curation(run), _how(run)]
+    losses = _losses(path, "loss", "Held-out loss") + _losses(path, "text_loss", "Loss on plain texts")
+    parts = [_findings(path), _ablation(path), losses, _tasks(path), _answers(path), _training(path), _curation(run), _how(run)]
     if not any(parts[:-1]):
         raise UserError(f"{path}: holds nothing to report yet: no data set, no model, no evaluation")
     recipe = run.config().get("recipe", {})
@@ -71,7 +72,7 @@ def headline(path: Path) -> list[str]:
         if {"base", "sft", "teacher"} <= models.keys() and all(each["loss"] for each in differences):
             base, sft, teacher = (models[name]["loss"]["value"] for name in ("base", "sft", "teacher"))
             gap = next(each for each in differences if each["model"] == "teacher")
-            if base > teacher and gap["excludes_zero"]:
+            if base > teacher and gap["shown"]:
                 found.append(f"that is {(base - sft) / (base - teacher):.0%} of the way to the teacher's own loss, {teacher:.2f}")
     if "compare" in results:
         models = results["compare"]["models"]
@@ -94,7 +95,7 @@ def _told_loss(models: dict[str, Any], difference: dict[str, Any]) -> str:
     told = f"held-out {name.replace('_', ' ')}: {before:.2f} before, {after:.2f} after, a change of {change:+.2f}"
     if interval is None:
         return f"{told}; one prompt alone gives no interval"
-    verdict = ("it is better" if change < 0 else "it is worse") if difference["excludes_zero"] else "the interval holds zero: none is shown"
+    verdict = ("it is better" if change < 0 else "it is worse") if difference["shown"] else "none is shown"
     return f"{told} (95 % {interval['low']:+.2f} to {interval['high']:+.2f}): {verdict}".replace("-", "−").replace("held−out", "held-out")
 
 
@@ -122,8 +123,8 @@ def _ablation(path: Path) -> str:
     return f"<h2>Did the selection pay?</h2>{_table(head, rows, first=1)}<p class=soft>{_text(note)}</p>"
 
 
-def _losses(path: Path) -> str:
-    results = _results(path).get("loss")
+def _losses(path: Path, section: str, title: str) -> str:
+    results = _results(path).get(section)
     if not results:
         return ""
     head = ["model", "loss", "95 %", "bits per byte", "of the text", "of the end of turn"]
@@ -133,13 +134,16 @@ def _losses(path: Path) -> str:
         ends = [f"{each[key]:.3f}" if each[key] is not None else "none" for key in ("text_loss", "end_loss")]
         rows.append([name, numbers[0], _span(each["loss"]["interval"]), numbers[1], *ends])
     left = ", ".join(f"{count:,} {reason}" for reason, count in results["left_out"].items())
+    plain = section == "text_loss"
+    rows_of = "pieces of {} texts, scored as they stand" if plain else "held-out rows of {} prompts, in no training set"
+    texts, prompts = ("texts", "texts") if plain else ("answers", "prompts")
     note = (
-        f"{results['used']:,} held-out rows of {results['prompts']:,} prompts, in no training set; the same rows for every model"
-        f"{f'; left out for all: {left}' if left else ''}. Loss is the mean of −ln p over the tokens of the answers; the intervals come"
-        " from drawing whole prompts anew."
+        f"{results['used']:,} {rows_of.format(format(results['prompts'], ','))}; the same for every model"
+        f"{f'; left out for all: {left}' if left else ''}. Loss is the mean of −ln p over the tokens of the {texts};"
+        f" the intervals come from drawing whole {prompts} anew."
     )
     parts = "".join(_losses_of_parts(results, kind) for kind in ("source", "turn"))
-    return f"<h2>Held-out loss</h2>{_interval_chart(results['models'])}{_table(head, rows, first=1)}<p class=soft>{_text(note)}</p>{parts}"
+    return f"<h2>{title}</h2>{_interval_chart(results['models'])}{_table(head, rows, first=1)}<p class=soft>{_text(note)}</p>{parts}"
 
 
 def _losses_of_parts(results: dict[str, Any], kind: str) -> str:
@@ -213,8 +217,8 @@ def _interval_chart(models: dict[str, Any]) -> str:
         )
     height = len(spans) * row + 6
     return (
-        f"<figure><svg viewBox='0 0 {width} {height}' width={width} height={height} role=img aria-label='held-out loss of each model'"
-        f" font-size=14 fill='currentColor'>{''.join(bars)}</svg><figcaption>Held-out loss with its 95 % interval: lower is better."
+        f"<figure><svg viewBox='0 0 {width} {height}' width={width} height={height} role=img aria-label='loss of each model'"
+        f" font-size=14 fill='currentColor'>{''.join(bars)}</svg><figcaption>Loss with its 95 % interval: lower is better."
         "</figcaption></figure>"
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from sftkit.core.chat import load_chat
 from sftkit.core.config import load_config
 from sftkit.core.errors import UserError
@@ -111,7 +112,7 @@ def test_a_trained_model_is_better_and_the_first_is_what_it_is_compared_with(tmp
     assert difference.loss.value == pytest.approx(sft.loss.value - base.loss.value)
     assert difference.bits_per_byte.value == pytest.approx(sft.bits_per_byte.value - base.bits_per_byte.value)
     assert difference.loss.interval.high < 0
-    assert difference.excludes_zero
+    assert difference.shown
     assert difference.p_value == 2 / 2**12  # better on every prompt
     assert difference.rows_better == 12
     assert sft.end_loss is not None
@@ -129,7 +130,7 @@ def test_a_model_is_no_better_than_itself(tiny_model: Path, heldout: Path) -> No
     (difference,) = loss(heldout, {"a": str(tiny_model), "b": str(tiny_model)}, None, settings()).differences
     assert difference.loss is not None
     assert difference.loss.value == 0.0
-    assert not difference.excludes_zero
+    assert not difference.shown
     assert (difference.p_value, difference.rows_better) == (1.0, 0)
 
 
@@ -246,6 +247,38 @@ def test_each_turn_has_its_loss_and_the_turns_are_the_whole(tmp_path: Path, tiny
     assert change.by_turn["3"].interval is None  # one conversation is that long
     assert re.search(r"loss by turn \(95 %\) +1 +2 +3\n(.*\n){2}sft − base ", result.summary())
     assert "loss by turn" not in single.summary()
+
+
+def test_plain_texts_are_scored_as_they_stand_and_leave_the_answers_losses_alone(
+    tmp_path: Path, tiny_model: Path, tiny_base_model: Path, heldout: Path
+) -> None:
+    (tmp_path / "general.txt").write_text("The waves are high, the wind is low.\n世界。 這是一個測試。\n" + "the sea " * 200 + "\n")
+    models = {"chat": str(tiny_model), "base": str(tiny_base_model)}
+    loss(heldout, models, tmp_path / "run", settings())
+    result = loss(tmp_path / "general.txt", models, tmp_path / "run", settings(text=True))
+    assert (result.used, result.prompts, result.models[0].end_loss) == (4, 3, None)  # the long one is scored in two pieces
+    assert "3 texts, 1,666 bytes of text" in result.summary()
+    table = pl.read_parquet(tmp_path / "run" / "evaluate" / "text_losses.parquet").filter(pl.col("model") == "chat")
+    chat, model = load_chat(resolve_model(tiny_model)), load_model(resolve_model(tiny_model), dtype="float32")
+    ids = torch.tensor([[chat.tokenizer.eos_token_id, *chat.tokenizer("世界。 這是一個測試。")["input_ids"]]])
+    with torch.no_grad():
+        expected = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum().item()
+    assert table["sum_logprob"][1] == pytest.approx(expected, abs=1e-3)
+    assert table["num_tokens"][1] == ids.shape[1] - 1
+    facts = json.loads((tmp_path / "run" / "evaluate" / "results.json").read_text())
+    assert (facts["loss"]["used"], facts["text_loss"]["used"]) == (5, 4)
+    assert [read_done(tmp_path / "run" / "evaluate")[name]["rows"] for name in ("loss", "text_loss")] == [5, 4]
+
+
+def test_where_the_interval_and_the_test_disagree_no_difference_is_shown(tmp_path: Path, tiny_model: Path, trained_model: Path) -> None:
+    rows = write_rows(tmp_path / "few.jsonl", [turns(f"What is {number}?", "The answer is 1.") for number in range(4)])
+    result = loss(rows, {"base": str(tiny_model), "sft": str(trained_model)}, None, settings())
+    (difference,) = result.differences
+    assert difference.loss is not None
+    assert difference.loss.interval is not None
+    assert difference.loss.interval.high < 0
+    assert (difference.p_value, difference.shown) == (2 / 2**4, False)  # four prompts cannot show anything
+    assert "the interval leaves zero out and the test does not agree, no difference is shown" in result.summary()
 
 
 def test_nothing_is_computed_twice(tmp_path: Path, tiny_model: Path, trained_model: Path, heldout: Path, watch: Any) -> None:

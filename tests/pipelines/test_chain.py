@@ -155,7 +155,9 @@ def test_the_losses_of_turns_and_sources_stand_in_the_report(tmp_path: Path, tin
     )
     models = {"base": str(tiny_model), "sft": str(shutil.copytree(tiny_model, tmp_path / "same"))}
     loss(tmp_path / "rows.jsonl", models, tmp_path / "run", LossConfig(resamples=1000))
+    loss(tmp_path / "rows.jsonl", models, tmp_path / "run", LossConfig(resamples=1000, text=True))
     page = write_report(tmp_path / "run").read_text()
+    assert re.search(r"<h2>Held-out loss</h2>.*<h2>Loss on plain texts</h2>.*3 pieces of 2 texts, scored as they stand", page, re.DOTALL)
     assert re.search(r"<h3>by source</h3>.*<th class=n>land<th class=n>sea<.*sft − base<td class=n>\+0\.000", page, re.DOTALL)
     assert re.search(r"<h3>by turn</h3>.*<th class=n>1<th class=n>2<", page, re.DOTALL)
 
