@@ -30,10 +30,10 @@ COMPILED_STEPS = 300  # as train.trainer
 
 # Share of the measured matrix-product peak that a step reached, by the model's width, on one H200 (docs/training-speed.md).
 SHARES = {
-    "compiled": ((576, 0.33), (896, 0.54), (1536, 0.63)),
+    "compiled": ((576, 0.36), (896, 0.54), (1536, 0.62)),
     "plain": ((576, 0.26), (896, 0.46), (1536, 0.58)),
 }
-ADAPTER_SHARE = 0.35 / 0.55  # of a full step's share; measured at a width of 1024
+ADAPTER_SHARE = 0.37 / 0.55  # of a full step's share; measured at a width of 1024
 MATRIX_SHARE = 0.8  # of its data sheet's figure a card reaches in a large matrix product: 795 of 989 TFLOP/s on that H200
 
 
