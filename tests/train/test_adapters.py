@@ -64,6 +64,18 @@ def test_the_same_as_peft_within_rounding_under_autocast() -> None:
     assert offs[1] <= offs[0] * 1.05  # as near to float32 as PEFT's own 16 bits
 
 
+def test_activations_computed_twice_leave_nothing_behind() -> None:
+    model, ids = adapted(), torch.randint(0, 64, (1, 64))
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    wanted = losses_and_gradients(model, ids)
+    fuse_adapters(model)
+    found = losses_and_gradients(model, ids)
+    for one, other in zip(wanted, found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+    assert not any(each.pending for each in model.modules() if isinstance(each, FusedLinear))
+
+
 def test_outside_training_and_without_the_adapter_it_is_peft() -> None:
     model, ids = adapted(), torch.randint(0, 64, (1, 16))
     plain = model.eval()(input_ids=ids).logits
