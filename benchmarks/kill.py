@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--out", default="kill.jsonl")
     given = parser.parse_args()
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and leave no run behind
 
     def note(row: dict[str, Any]) -> None:
         print(json.dumps({"after": round(time.monotonic() - began), **row}), flush=True)
