@@ -69,12 +69,17 @@ def ways(models: Sequence[NamedModel], tasks: Sequence[Task], config: TasksConfi
             )
         if config.ask == "completion" and model.chat is None:
             raise UserError(f"{model.name}={model.reference}: a server renders chats alone; leave --ask completion away")
-        if config.ask == "both" and own and model.chat is not None:
-            found += [Asked(f"{model.name}:chat", model, True), Asked(f"{model.name}:completion", model, False)]
+        if config.ask == "both" and model.chat is not None:
+            both = [Asked(f"{model.name}:chat", model, True), Asked(f"{model.name}:completion", model, False)]
+            found += both if own else both[::-1]  # first as it is at its best: the first of all is what others are compared with
         else:
             found.append(Asked(model.name, model, own if config.ask in ("auto", "both") else config.ask == "chat"))
-        if not own:
-            log.info("%s has no chat template of its own: it is given texts to go on from", model.name)
+        if not own and config.ask == "both":
+            log.info(
+                "%s has no chat template of its own: in chats it is asked by the built-in one, which it may never have seen", model.name
+            )
+        elif not own:
+            log.info("%s has no chat template of its own: it is given texts to go on from (--ask both asks it in chats, too)", model.name)
     return found
 
 

@@ -132,8 +132,11 @@ def test_several_samples_give_pass_at_k_and_the_majority(mine: Path, trained_mod
 
 
 def test_a_model_without_a_template_is_given_a_text(mine: Path, tiny_base_model: Path, tiny_model: Path) -> None:
-    result = evaluate_tasks({"base": str(tiny_base_model)}, [str(mine)], None, settings(ask="both"))
+    result = evaluate_tasks({"base": str(tiny_base_model)}, [str(mine)], None, settings())
     assert list(result.tasks[0].metrics) == ["base"]
+    twice = evaluate_tasks({"base": str(tiny_base_model)}, [str(mine)], None, settings(ask="both"))
+    assert list(twice.tasks[0].metrics) == ["base:completion", "base:chat"]
+    assert twice.tasks[0].metrics["base:completion"] == result.tasks[0].metrics["base"]
     both = evaluate_tasks({"it": str(tiny_model)}, [str(mine)], None, settings(ask="both"))
     assert list(both.tasks[0].metrics) == ["it:chat", "it:completion"]
     with pytest.raises(UserError, match="has no chat template of its own; leave --ask chat away"):
