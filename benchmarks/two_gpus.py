@@ -358,7 +358,8 @@ def random_model(shape: str, tokenizer: str, folder: Path) -> Path:
 def prompts_of(given: argparse.Namespace, folder: Path) -> Path:
     """Write the first message of each conversation as a prompt."""
     place = folder / "prompts.jsonl"
-    texts = {each.messages[0].content: None for each in read_examples(given.chats) if each.messages and each.messages[0].role == "user"}
+    first = (each.messages[0] for each in read_examples(given.chats) if each.messages)
+    texts = {each["content"]: None for each in first if each["role"] == "user" and isinstance(each["content"], str)}
     place.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in list(texts)[: given.prompts]))
     return place
 
