@@ -75,9 +75,7 @@ def ways(models: Sequence[NamedModel], tasks: Sequence[Task], config: TasksConfi
         else:
             found.append(Asked(model.name, model, own if config.ask in ("auto", "both") else config.ask == "chat"))
         if not own and config.ask == "both":
-            log.info(
-                "%s has no chat template of its own: chats go by the built-in one, which it may never have seen", model.name
-            )
+            log.info("%s has no chat template of its own: chats go by the built-in one, which it may never have seen", model.name)
         elif not own:
             log.info("%s has no chat template of its own: it is given texts to go on from (--ask both asks it in chats, too)", model.name)
     return found

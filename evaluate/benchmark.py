@@ -123,7 +123,8 @@ def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | 
             result, scores = _result(task, asked, answers[task.name], new[task.name], held.get(task.name), config)
             results.append(result)
             tables.append(scores)
-        results += [hand_over(name, asked, folder, config) for name in handed]
+        theirs = [way for way in asked if not way.chat or way.model.chat is None or way.model.chat.template_source == "model"]
+        results += [hand_over(name, theirs, folder, config) for name in handed]  # lm-eval knows no template but a model's own
         outcome = TasksResult(folder=folder if out else None, tasks=adjust(results))
         with write_atomically(folder / "task_answers.parquet") as temporary:
             tables_of_answers = [_answer_table(task, answers[task.name]) for task in tasks]
