@@ -16,7 +16,13 @@ NEVER = 4.0  # above any cosine: a row covered so well gains nothing
 
 
 def facility_location(
-    vectors: Vectors, quality: Cosines | None = None, weight: float = 0.0, *, neighbors: int = NEIGHBORS, block: int = 32
+    vectors: Vectors,
+    quality: Cosines | None = None,
+    weight: float = 0.0,
+    *,
+    neighbors: int = NEIGHBORS,
+    block: int = 32,
+    nearest_only: bool = False,
 ) -> Iterator[Pick]:
     """Yield the rows in the order of exact greedy for facility location; with `quality` for QDIT (Bukharin 2023).
 
@@ -27,8 +33,11 @@ def facility_location(
     This is lazy greedy: what a row added earlier bounds what it adds now. Float32 products only propose, and the rows that come
     near the best are summed in whole numbers, so that `neighbors` and `block` decide time and memory and never the outcome.
     Memory is 16 bytes for each of n·neighbors similarities, and a tile of them.
+
+    With `nearest_only` what is not remembered counts as 0 (Wei, Iyer & Bilmes 2014): this is no exact greedy any more, its value is
+    nearly the same, and after the first look at all similarities a pick costs next to nothing. `neighbors` then decides the outcome.
     """
-    state = Covering(vectors, neighbors)
+    state = Covering(vectors, neighbors, nearest_only=nearest_only)
     num_rows = len(vectors)
     bonus = np.zeros(num_rows) if quality is None else weight * quality
     share = 1.0 if quality is None else 1 - weight
@@ -79,7 +88,8 @@ class Covering:
     it is asked for, or brought up to date for all rows after a pick, whichever is likely to be less work.
     """
 
-    def __init__(self, vectors: Vectors, neighbors: int) -> None:
+    def __init__(self, vectors: Vectors, neighbors: int, *, nearest_only: bool = False) -> None:
+        """With `nearest_only` no row is open: no other row than those remembered is taken to cover it."""
         from scipy.sparse import csr_array
 
         num_rows = len(vectors)
@@ -87,11 +97,12 @@ class Covering:
         self.covered = np.zeros(num_rows, dtype=np.int64)  # cosine with the nearest pick in UNITs, 0 at least
         self.witness = np.full(num_rows, -1, dtype=np.int64)
         self._floor = _floors(vectors, neighbors)
+        self._nearest_only = nearest_only
         self.bound = np.zeros(num_rows)  # what each row adds, at most
         self.exact = np.ones(num_rows, dtype=bool)  # where the bound is what the row adds,
         self.error = np.full(num_rows, ROUNDING * num_rows)  # but for this at most
         self._expected = self._asked = num_rows  # rows that are computed between two picks
-        self._guess = -1 if num_rows <= neighbors else _likely_first(vectors)
+        self._guess = -1 if nearest_only or num_rows <= neighbors else _likely_first(vectors)
         self._after_guess = np.zeros(num_rows)  # the bounds once that is picked
         starts, columns, cosines = self._look_at_all(neighbors)
         by_row = csr_array((cosines, columns, starts), shape=(num_rows, num_rows))
@@ -105,6 +116,8 @@ class Covering:
             _, places = _ranges(starts, rows)
             self._closed_gain += np.bincount(columns[places], np.maximum(cosines[places], 0), num_rows)
         self._gather_open()
+        if not self._num_open:
+            self._close()
 
     def _gather_open(self) -> None:
         """Copy what `compute` needs of the open rows: rows that close later stay there, as rows that gain nothing."""
@@ -170,9 +183,13 @@ class Covering:
         if self._num_open < 0.75 * len(self._open_rows):
             self._gather_open()
         if not self._num_open:
-            self.bound = self._closed_gain
-            self.exact[:] = True
-            self.error = self._least_error(np.arange(len(self._floor)))
+            self._close()
+
+    def _close(self) -> None:
+        """Take what is remembered for all that is gained: no row is open any more."""
+        self.bound = self._closed_gain
+        self.exact[:] = True
+        self.error = self._least_error(np.arange(len(self._floor)))
 
     def _carry_on(self, pick: int, rows: Indices, cosines: Indices) -> None:
         """Take from all bounds what is gained no more when these open rows are covered so well, or leave the bounds inexact."""
@@ -219,6 +236,8 @@ class Covering:
         return ROUNDING * (self._num_open + 1 + self._column_starts[rows + 1] - self._column_starts[rows])
 
     def _is_open(self, rows: Indices) -> npt.NDArray[np.bool_]:
+        if self._nearest_only:
+            return np.zeros(len(rows), dtype=bool)
         return self.covered[rows] < (self._floor[rows] + MARGIN) * UNIT
 
     def _look_at_all(self, neighbors: int) -> tuple[Indices, npt.NDArray[np.int32], npt.NDArray[np.float32]]:

@@ -39,11 +39,12 @@ def cover_bytes(num_rows: int, dimensions: int) -> int:
 def fit_neighbors(config: SelectConfig, num_rows: int, dimensions: int, size: int) -> int:
     """Return how many similarities facility location may remember of each row, and say what the method will take.
 
+    With nearest_only their number decides what is selected, so that it is not lowered.
     Raises UserError where memory_gb is too little for the method.
     """
     neighbors = NEIGHBORS
     limit = None if config.memory_gb is None else config.memory_gb * GB
-    if config.method in ("facility-location", "qdit") and limit is not None:
+    if config.method in ("facility-location", "qdit") and limit is not None and not config.nearest_only:
         rest = limit - select_bytes(config.method, num_rows, dimensions, size, 0)
         neighbors = max(min(NEIGHBORS, int(rest / (REMEMBERED * num_rows))), FEWEST)
     what = f"select {config.method}"

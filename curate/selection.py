@@ -129,7 +129,7 @@ def _compared(
         weight = config.quality_weight if config.method == "qdit" else 0.0
         quality = quality if config.method == "qdit" else None
         if config.epsilon is None:
-            return facility_location(vectors, quality, weight, neighbors=neighbors)
+            return facility_location(vectors, quality, weight, neighbors=neighbors, nearest_only=config.nearest_only)
         from .accelerated import stochastic_facility_location
 
         return stochastic_facility_location(vectors, size, quality, weight, epsilon=config.epsilon, seed=config.seed, device=pick_device())
