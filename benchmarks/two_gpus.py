@@ -273,7 +273,7 @@ def killed(given: argparse.Namespace, report: Report, folder: Path, model: Path,
     settings = place / "settings.yaml"
     rows = 600 if GPU else 60
     told = {
-        "limit": rows, "batch_size": 16, "logging_steps": 1, "save_minutes": 0.02, "validation": 0.05, "stop_check": 0, "compile": False,
+        "limit": rows, "batch_size": 16, "logging_steps": 1, "save_minutes": 0.003, "validation": 0.05, "stop_check": 0, "compile": False,
         "batch_tokens": 4096 if GPU else 512, "lora": method == "lora", "parallel": way, "learning_rate": 1e-3,
     }  # fmt: skip
     settings.write_text(json.dumps(told))
