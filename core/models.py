@@ -24,6 +24,7 @@ NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.p
 DECISIVE = ("config.json", "generation_config.json", "adapter_config.json")  # settings that change what the weights compute
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CHUNK = 1 << 24
+UNQUANTISED = "take the engine vllm, which reads most kinds on a GPU, or the model before it was quantised"
 UNREADABLE = (ValueError, LookupError, TypeError, EOFError, OverflowError, struct.error)  # what the libraries raise for damaged files
 
 
@@ -75,9 +76,10 @@ def _on_disk(path: Path) -> Path:
     for inner in (path / "train" / "final", path / "final"):
         if (inner / "config.json").exists():
             return inner
-    if (path / "config.json").exists():
+    adapter = (path / "adapter_config.json").exists() and all(file.name.startswith("adapter_model") for file in _weights(path))
+    if (path / "config.json").exists() and not adapter:
         return path
-    if (path / "adapter_config.json").exists():
+    if adapter:
         raise UserError(f"{path}: is an adapter, not a whole model; `sftkit train merge {path} -o FOLDER` makes FOLDER one")
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
@@ -99,7 +101,7 @@ def model_identity(ref: ModelRef) -> str:
         return f"hub:{ref.hub_id}@{_hub_commit(ref)}"
     if ref.path.is_file():
         return f"sha256:{_file_hash(ref.path)}"
-    weights = sorted({file for pattern in WEIGHTS for file in ref.path.glob(pattern) if file.name not in NO_WEIGHTS})
+    weights = _weights(ref.path)
     if not weights:
         raise UserError(f"{ref.path}: holds no weights (*.safetensors); give a complete model folder")
     whole = hashlib.sha256()
@@ -107,6 +109,10 @@ def model_identity(ref: ModelRef) -> str:
         if file.exists():
             whole.update(f"{file.name}\0{_file_hash(file)}\n".encode())
     return f"sha256:{whole.hexdigest()}"
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted({file for pattern in WEIGHTS for file in folder.glob(pattern) if file.name not in NO_WEIGHTS})
 
 
 def _hub_commit(ref: ModelRef) -> str:
@@ -170,21 +176,39 @@ def load_settings(ref: ModelRef) -> Any:
             raise UserError(f"{ref.name}: its config cannot be read: {_one_line(error)}") from error
 
 
+def quantisation(ref: ModelRef) -> str | None:
+    """Return how a model's weights are quantised, as its config names it (awq, gptq, bitsandbytes); None where they are not."""
+    if ref.path is not None and ref.path.is_file():
+        return None  # a GGUF file is unpacked
+    found = getattr(load_settings(ref), "quantization_config", None)
+    if found is None:
+        return None
+    kind = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(getattr(kind, "value", kind) or "in a way that it does not name")
+
+
 def load_model(ref: ModelRef, *, dtype: str = "auto", device: str | None = None, classifier: bool = False) -> Any:
     """Load a causal language model, in eval mode. A GGUF file is unpacked into plain weights that can be trained and saved.
 
-    `dtype` auto takes the checkpoint's own (bfloat16 for GGUF). With `classifier` it is a sequence classification model.
-    Raises UserError for damaged or incomplete files, and for a classifier whose head the files do not hold.
+    `dtype` auto takes the checkpoint's own (bfloat16 for GGUF). With `classifier` it is a sequence classification model. One whose
+    weights are quantised can be used and not moved: it needs the device. Raises UserError for damaged or incomplete files, for
+    weights quantised in a way that cannot be read here, and for a classifier whose head the files do not hold.
     """
     import safetensors
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.quantizers import AutoHfQuantizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # loading takes seconds; core.progress talks where it takes longer
 
     name, arguments = ref.pretrained()
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    kind = quantisation(ref)
+    if kind is not None:
+        if not AutoHfQuantizer.supports_quant_method(load_settings(ref).quantization_config):
+            raise UserError(f"{ref.name}: its weights are quantised ({kind}), which transformers cannot read; {UNQUANTISED}")
+        arguments["device_map"] = {"": device or "cpu"}
     with _hub_errors(ref):
         try:
             if ref.path is not None and ref.path.is_file():
@@ -198,7 +222,11 @@ def load_model(ref: ModelRef, *, dtype: str = "auto", device: str | None = None,
                 model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **arguments)
         except (*UNREADABLE, RuntimeError, safetensors.SafetensorError) as error:
             raise UserError(f"{ref.name}: cannot be loaded: {_one_line(error)}") from error
-    return (model.to(device) if device else model).eval()
+        except ImportError as error:
+            if kind is None:
+                raise
+            raise UserError(f"{ref.name}: its weights are quantised ({kind}): {_one_line(error)}; or {UNQUANTISED}") from error
+    return (model.to(device) if device and kind is None else model).eval()
 
 
 def context_length(settings: Any) -> int | None:

@@ -16,7 +16,7 @@ from ..chat import Chat, load_chat
 from ..errors import UserError
 from ..hardware import half_precision, pick_device
 from ..head import Scorer
-from ..models import context_length, load_model, model_identity, resolve_model
+from ..models import context_length, load_model, model_identity, quantisation, resolve_model
 from .base import ChoiceRequest, Completion, EngineConfig, Request, ScoreRequest, TokenLogprobs
 from .stops import StopTexts
 
@@ -282,7 +282,11 @@ def open(model: str, config: EngineConfig, *, revision: str | None = None) -> Tr
     ref = resolve_model(model, revision=revision)
     chat = load_chat(ref)
     device = pick_device(config.device)
-    loaded = load_model(ref, dtype=config.dtype)
-    if config.dtype == "auto" and loaded.dtype != torch.float32:
-        loaded = loaded.to(half_precision(device) or torch.float32)
-    return TransformersEngine(loaded.to(device), chat, identity=model_identity(ref), batch_tokens=config.batch_tokens)
+    if quantisation(ref) is not None:
+        loaded = load_model(ref, dtype=config.dtype, device=device)
+    else:
+        loaded = load_model(ref, dtype=config.dtype)
+        if config.dtype == "auto" and loaded.dtype != torch.float32:
+            loaded = loaded.to(half_precision(device) or torch.float32)
+        loaded = loaded.to(device)
+    return TransformersEngine(loaded, chat, identity=model_identity(ref), batch_tokens=config.batch_tokens)

@@ -4,11 +4,14 @@ import json
 import logging
 import os
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sftkit.core.engines.base import EngineConfig, Request, Sampling
+from sftkit.core.engines.registry import open_engine
 from sftkit.core.errors import UserError
 from sftkit.core.models import (
     ModelRef,
@@ -18,6 +21,7 @@ from sftkit.core.models import (
     load_settings,
     load_tokenizer,
     model_identity,
+    quantisation,
     resolve_model,
 )
 
@@ -243,3 +247,44 @@ def test_the_context_is_that_of_the_text_part() -> None:
     assert context_length(Whole()) == 77
     assert context_length(Old()) == 1024
     assert context_length(object()) is None
+
+
+def quantised(model: Path, **settings: Any) -> ModelRef:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    return resolve_model(model)
+
+
+def test_quantised_weights_are_read_or_it_is_said_what_reads_them(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert quantisation(resolve_model(model)) is None
+    unknown = quantised(model, quant_method="nonsense")
+    assert quantisation(unknown) == "nonsense"
+    with pytest.raises(UserError, match=r"its weights are quantised \(nonsense\), which transformers cannot read; take the engine vllm"):
+        load_model(unknown)
+    monkeypatch.setattr("transformers.quantizers.quantizer_awq.is_gptqmodel_available", lambda: False)
+    with pytest.raises(UserError, match=r"its weights are quantised \(awq\): .*pip install gptqmodel.*; or take the engine vllm"):
+        load_model(quantised(model, quant_method="awq", bits=4, group_size=64, zero_point=True, version="gemm"))
+
+
+def test_a_model_that_bitsandbytes_quantised_answers(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    place = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    packed = AutoModelForCausalLM.from_pretrained(model, quantization_config=place, dtype=torch.bfloat16, device_map="cpu")
+    packed.save_pretrained(tmp_path / "packed")
+    for file in model.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "packed")
+    with closing(open_engine(str(tmp_path / "packed"), EngineConfig(engine="transformers", device="cpu"))) as engine:
+        sampling = Sampling(temperature=0, max_new_tokens=4)
+        (found,) = engine.generate([Request(key="a", prompt_ids=(5, 6, 7), messages=[], sampling=sampling, seed=0)])
+        assert engine.identity == model_identity(resolve_model(tmp_path / "packed"))
+    assert (found.error, found.num_tokens > 0) == (None, True)
+
+
+def test_an_adapter_is_no_model_whether_or_not_a_config_lies_beside_it(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "adapter_config.json").write_text("{}")
+    (model / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"is an adapter, not a whole model; `sftkit train merge .* -o FOLDER` makes FOLDER one"):
+        resolve_model(model)
