@@ -1,9 +1,10 @@
-"""Seconds and memory of selection: facility location beside apricot's lazy greedy, k-center, and how memory grows.
+"""Seconds and memory of selection: facility location beside apricot's and submodlib's lazy greedy, k-center, and how memory grows.
 
-    python benchmarks/selection.py [--vectors FILE.npy] [--apricot PYTHON] [--repeats 3] [--center-rows 100000] [--only NAME]
+    python benchmarks/selection.py [--vectors FILE.npy] [--peers PYTHON] [--repeats 3] [--center-rows 100000] [--only NAME]
 
 FILE.npy holds embeddings (a run's curate/embeddings.npy); without it rows are drawn around 500 centres in 384 dimensions. PYTHON is
-an interpreter that has apricot-select and numpy: `python -m venv /tmp/apricot && /tmp/apricot/bin/pip install apricot-select`.
+an interpreter that has the peers: `python -m venv /tmp/peers && /tmp/peers/bin/pip install apricot-select submodlib-py`. One that is
+not installed is skipped, and so it says. submodlib is asked once: it takes minutes.
 Every measurement is a process of its own, variants in turn; medians. Memory is the process's peak, with the interpreter and
 the vectors; the value of a selection is Σ_i max(0, max_s cos(i, s)), computed here for all alike.
 """
@@ -27,7 +28,10 @@ from sftkit.curate.coverage import k_center, nearest_to_mean
 from sftkit.curate.facility_location import facility_location
 import scipy.sparse
 start = time.perf_counter()
-ranking = facility_location(vectors) if method == "facility-location" else k_center(vectors, nearest_to_mean(vectors))
+if method == "k-center":
+    ranking = k_center(vectors, nearest_to_mean(vectors))
+else:
+    ranking = facility_location(vectors, nearest_only=method == "nearest-only")
 picks = [row for row, _, _ in islice(ranking, size)]
 seconds = time.perf_counter() - start
 print(json.dumps({"seconds": seconds, "mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "picks": picks}))
@@ -49,6 +53,21 @@ print(json.dumps({"seconds": seconds, "mb": resource.getrusage(resource.RUSAGE_S
 """
 
 
+SUBMODLIB = """
+import json, resource, sys, time
+import numpy as np
+vectors, size = np.load(sys.argv[1]), int(sys.argv[3])
+from submodlib import FacilityLocationFunction
+start = time.perf_counter()
+similarities = np.maximum(vectors @ vectors.T, 0)
+function = FacilityLocationFunction(n=len(vectors), mode="dense", sijs=similarities, separate_rep=False)
+chosen = function.maximize(budget=size, optimizer="LazyGreedy", show_progress=False)
+seconds = time.perf_counter() - start
+picks = [int(row) for row, _ in chosen]
+print(json.dumps({"seconds": seconds, "mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "picks": picks}))
+"""
+
+
 def drawn(num_rows: int, dimensions: int = 384) -> np.ndarray:
     """Return unit vectors around 500 centres, as texts on 500 topics lie: cosines about .5 within one, about 0 between."""
     random = np.random.default_rng(0)
@@ -64,13 +83,17 @@ def value(vectors: np.ndarray, picks: list[int]) -> float:
 
 
 def measure(variants: dict[str, tuple[str, str, str]], file: Path, size: int, repeats: int) -> None:
-    """Run every variant (interpreter, program, method) in turn; print medians."""
+    """Run every variant (interpreter, program, method) in turn; print medians. A method "once" is not repeated."""
     results: dict[str, list[dict]] = {name: [] for name in variants}
-    for _ in range(repeats):
+    for number in range(repeats):
         for name, (python, program, method) in variants.items():
+            if number and method == "once":
+                continue
             done = subprocess.run([python, "-c", program, str(file), method, str(size)], capture_output=True, text=True)
             if done.returncode:
-                print(f"{name}: failed: {done.stderr.strip().splitlines()[-1]}")
+                why = done.stderr.strip().splitlines()[-1]
+                if not number:
+                    print(f"{name}: {'skipped, not installed' if why.startswith('ModuleNotFoundError') else f'failed: {why}'}", flush=True)
                 continue
             results[name].append(json.loads(done.stdout))
     vectors = np.load(file)
@@ -88,14 +111,18 @@ def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vectors", type=Path)
-    parser.add_argument("--apricot")
+    parser.add_argument("--peers")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--center-rows", type=int, default=100_000)
     parser.add_argument("--only", choices=("location", "center", "growth"))
     options = parser.parse_args()
-    location = {"facility location, exact": (sys.executable, OURS, "facility-location")}
-    beside = {**location, **({"apricot, lazy": (options.apricot, APRICOT, "")} if options.apricot else {})}
+    location = {
+        "facility location, exact": (sys.executable, OURS, "facility-location"),
+        "facility location, nearest only": (sys.executable, OURS, "nearest-only"),
+    }
+    peers = {"apricot, lazy": (options.peers, APRICOT, ""), "submodlib, lazy": (options.peers, SUBMODLIB, "once")}
+    beside = {**location, **(peers if options.peers else {})}
     center = {"k-center": (sys.executable, OURS, "k-center")}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "vectors.npy"
