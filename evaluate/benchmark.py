@@ -175,7 +175,7 @@ def _result(
         metrics[name] = [measure(each, metric, groups, drawn) for metric in task.metrics]
         if held is not None:
             clean = [item.id not in held for item in items]
-            metrics[name] = [without(metric, each, clean) for metric in metrics[name]]
+            metrics[name] = [without(metric, each, groups, clean, drawn) for metric in metrics[name]]
     result = TaskResult(
         name=task.name,
         n=len(items),

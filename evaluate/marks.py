@@ -11,6 +11,7 @@ import numpy as np
 from .health import Health
 from .results import aligned, told
 from .statistics import (
+    Estimate,
     Interval,
     bootstrap_mean,
     cluster_sums,
@@ -39,9 +40,9 @@ class Metric:
     mean: float
     interval: Interval | None
     not_found: float  # share of answers in which no answer was found; they count as wrong
-    pass_at: dict[int, float]  # of several samples: that one of k is right
-    majority: float | None  # of several samples: that the answer given most often is right; ties are shared
-    clean: float | None = None  # the mean without the questions that stand in the training data
+    pass_at: dict[int, Estimate]  # of several samples: that one of k is right
+    majority: Estimate | None  # of several samples: that the answer given most often is right; ties are shared
+    clean: Estimate | None = None  # the mean without the questions that stand in the training data
     clean_n: int | None = None
 
 
@@ -96,8 +97,8 @@ class TaskResult:
             for each in metrics:
                 span = "one alone" if each.interval is None else f"{100 * each.interval.low:.1f} to {100 * each.interval.high:.1f} %"
                 row = [name, each.name, _percent(each.mean), span, f"{each.n:,}", _percent(each.not_found)]
-                row += [_percent(each.pass_at.get(k)) for k in extra] + ([_percent(each.majority)] if extra else [])
-                rows.append([*row, *([f"{_percent(each.clean)} of {each.clean_n:,}"] if clean else [])])
+                row += [_told(each.pass_at.get(k)) for k in extra] + ([_told(each.majority)] if extra else [])
+                rows.append([*row, *([f"{_told(each.clean)} of {each.clean_n:,}"] if clean else [])])
         lines += aligned(rows)
         if clean:
             lines.append(f"{self.contaminated:,} of {self.n:,} questions stand in the training data")
@@ -121,45 +122,65 @@ def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
+def _told(estimate: Estimate | None) -> str:
+    if estimate is None or estimate.interval is None:
+        return _percent(None if estimate is None else estimate.value)
+    return f"{100 * estimate.value:.1f} % ({100 * estimate.interval.low:.1f} to {100 * estimate.interval.high:.1f})"
+
+
 def measure(marks: Sequence[Marks], metric: str, groups: Sequence[str | None], drawn: Mapping[str, Any]) -> Metric:
     """Return a model's number for a metric, from the marks of each item's answers. There is at least one item."""
-    values = [sum(each[metric].value for each in item) / len(item) for item in marks]
+    values = _means(marks, metric)
     every = [each[metric] for item in marks for each in item]
     samples = len(marks[0])
     binary = all(each.value in (0.0, 1.0) for each in every)
     clusters = _clusters(groups)
-    mean = sum(values) / len(values)
-    interval: Interval | None
-    if binary and samples == 1 and clusters is None:
-        interval = wilson(round(sum(values)), len(values))
-    else:
-        interval = bootstrap_mean(values, clusters=clusters, **drawn).interval
-        if interval is not None and binary and interval.low == interval.high and mean in (0.0, 1.0):
-            count = len(set(clusters)) if clusters else len(values)  # all alike: resamples cannot show that others may differ
-            interval = wilson(round(mean * count), count)
+    whole = _estimate(values, clusters, binary, drawn)
     pass_at, majority = {}, None
     if samples > 1 and binary:
         steps = sorted({1, samples, *(2**power for power in range(1, samples.bit_length()) if 2**power < samples)})
         right = [round(sum(each[metric].value for each in item)) for item in marks]
-        pass_at = {k: sum(pass_at_k(samples, correct, k) for correct in right) / len(right) for k in steps}
+        pass_at = {k: _estimate([pass_at_k(samples, correct, k) for correct in right], clusters, binary, drawn) for k in steps}
         if any(each.answer for each in every):
-            majority = sum(_majority([each[metric] for each in item]) for item in marks) / len(marks)
+            majority = _estimate([_majority([each[metric] for each in item]) for item in marks], clusters, binary, drawn)
     return Metric(
         name=metric,
         n=len(values),
         clusters=len(set(clusters)) if clusters else None,
-        mean=mean,
-        interval=interval,
+        mean=whole.value,
+        interval=whole.interval,
         not_found=sum(not each.found for each in every) / len(every),
         pass_at=pass_at,
         majority=majority,
     )
 
 
-def without(metric: Metric, marks: Sequence[Marks], clean: Sequence[bool]) -> Metric:
+def without(
+    metric: Metric, marks: Sequence[Marks], groups: Sequence[str | None], clean: Sequence[bool], drawn: Mapping[str, Any]
+) -> Metric:
     """Return a metric with its mean over the clean items beside it."""
-    kept = [sum(each[metric.name].value for each in item) / len(item) for item, good in zip(marks, clean, strict=True) if good]
-    return replace(metric, clean=sum(kept) / len(kept) if kept else None, clean_n=len(kept))
+    kept = [place for place, good in enumerate(clean) if good]
+    if not kept:
+        return replace(metric, clean_n=0)
+    binary = all(each[metric.name].value in (0.0, 1.0) for item in marks for each in item)
+    values = _means([marks[place] for place in kept], metric.name)
+    return replace(metric, clean=_estimate(values, _clusters([groups[place] for place in kept]), binary, drawn), clean_n=len(kept))
+
+
+def _means(marks: Sequence[Marks], metric: str) -> list[float]:
+    return [sum(each[metric].value for each in item) / len(item) for item in marks]
+
+
+def _estimate(values: Sequence[float], clusters: Sequence[str] | None, binary: bool, drawn: Mapping[str, Any]) -> Estimate:
+    """Return the mean of questions and its interval: Wilson's where each is right or wrong and independent, else a bootstrap."""
+    if binary and clusters is None and all(each in (0.0, 1.0) for each in values):
+        return Estimate(sum(values) / len(values), wilson(round(sum(values)), len(values)))
+    found = bootstrap_mean(values, clusters=clusters, **drawn)
+    span = found.interval
+    if span is not None and binary and span.low == span.high and found.value in (0.0, 1.0):
+        count = len(set(clusters)) if clusters else len(values)  # all alike: resamples cannot show that others may differ
+        return Estimate(found.value, wilson(round(found.value * count), count))
+    return found
 
 
 def _majority(marks: Sequence[Mark]) -> float:

@@ -169,7 +169,7 @@ def _tasks(path: Path) -> str:
             for each in metrics:
                 span, clean = each["interval"], each["clean"]
                 told = "" if span is None else f"{span['low']:.1%} to {span['high']:.1%}"
-                apart = "" if clean is None else f"{clean:.1%} of {each['clean_n']:,}"
+                apart = "" if clean is None else f"{clean['value']:.1%} of {each['clean_n']:,}"
                 rows.append([model, each["name"], f"{each['mean']:.1%}", told, f"{each['n']:,}", f"{each['not_found']:.1%}", apart])
         head = ["model", "metric", "score", "95 %", "questions", "no answer found", "without what was trained on"]
         changes = "".join(f"<li>{_text(_told_change(each))}" for each in task["comparisons"])

@@ -25,7 +25,7 @@ from sftkit.evaluate.config import TasksConfig
 from sftkit.evaluate.contamination import contaminated
 from sftkit.evaluate.health import health, repeats
 from sftkit.evaluate.marks import adjust, compare_marks, measure
-from sftkit.evaluate.statistics import pass_at_k
+from sftkit.evaluate.statistics import Estimate, pass_at_k, wilson
 from sftkit.evaluate.tasks import open_task
 from sftkit.evaluate.tasks.base import Item, Mark, Task, asked
 
@@ -125,9 +125,12 @@ def test_several_samples_give_pass_at_k_and_the_majority(mine: Path, trained_mod
     result = evaluate_tasks({"sft": str(trained_model)}, [str(numeric)], None, settings(samples=3, temperature=0.2))
     (metric,) = result.tasks[0].metrics["sft"]
     assert sorted(metric.pass_at) == [1, 2, 3]
-    assert metric.pass_at[1] == pytest.approx(metric.mean)
-    assert metric.pass_at[1] <= metric.pass_at[3] <= 1.0
-    assert metric.majority == pytest.approx(0.5)
+    assert metric.pass_at[1].value == pytest.approx(metric.mean)
+    assert metric.pass_at[1].value <= metric.pass_at[3].value <= 1.0
+    assert all(each.interval and each.interval.low <= each.value <= each.interval.high for each in metric.pass_at.values())
+    assert metric.majority is not None
+    assert metric.majority.value == pytest.approx(0.5)
+    assert metric.majority.interval is not None
     assert "pass@3" in result.summary()
 
 
@@ -442,13 +445,18 @@ def test_pass_at_k(n: int, correct: int, k: int, value: float) -> None:
     assert pass_at_k(n, correct, k) == pytest.approx(value)
 
 
+def majority(items: list[list[dict[str, Mark]]]) -> float | None:
+    found = measure(items, "m", [None] * len(items), DRAWN).majority
+    return found and found.value
+
+
 def test_the_majority_answers_and_ties_are_shared() -> None:
     item = [{"m": Mark(1.0, True, "1")}, {"m": Mark(0.0, True, "2")}, {"m": Mark(1.0, True, "1")}]
     tied = [{"m": Mark(1.0, True, "1")}, {"m": Mark(0.0, True, "2")}, {"m": Mark(0.0, False)}]
     silent = [{"m": Mark(0.0, False)}] * 3
-    assert measure([item], "m", [None], DRAWN).majority == 1.0
-    assert measure([tied], "m", [None], DRAWN).majority == 0.5
-    assert measure([silent, item], "m", [None, None], DRAWN).majority == 0.5
+    assert majority([item]) == 1.0
+    assert majority([tied]) == 0.5
+    assert majority([silent, item]) == 0.5
 
 
 def test_health_names_what_is_wrong() -> None:
@@ -494,7 +502,7 @@ def test_contamination_is_found_and_scored_apart(tmp_path: Path, tiny_model: Pat
     result = evaluate_tasks({"sft": str(trained_model)}, [str(path)], None, settings(train_data=str(train)))
     (metric,) = result.tasks[0].metrics["sft"]
     assert result.tasks[0].contaminated == 2
-    assert (metric.clean_n, metric.clean) == (1, 1.0)
+    assert (metric.clean_n, metric.clean) == (1, Estimate(1.0, wilson(1, 1)))
     assert "2 of 3 questions stand in the training data" in result.summary()
 
 
