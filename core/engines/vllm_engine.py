@@ -18,6 +18,7 @@ from ..hardware import gpu_memory, visible_gpus
 from ..models import ModelRef, context_length, load_settings, model_identity, resolve_model
 from .base import ChoiceRequest, Completion, EngineConfig, EngineDied, Request, Sampling, ScoreRequest, TokenLogprobs
 from .stops import first_stop
+from .vllm_errors import first_error
 from .vllm_processes import Processes
 
 log = logging.getLogger(__name__)
@@ -361,10 +362,11 @@ def _start(ref: ModelRef, arguments: dict[str, Any]) -> Any:
         # the context decides how many sequences and tokens it takes at once: as for LLM, not as for a server
         return LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
     except refusals as error:
+        cause = error if (told := first_error()) is None else RuntimeError(told)
         raise UserError(
-            f"{ref.name}: vLLM cannot start with it ({_one_line(error)}); its messages above say why. Lower gpu_memory_utilization or"
+            f"{ref.name}: vLLM cannot start with it ({_one_line(cause)}); its messages above say more. Lower gpu_memory_utilization or"
             " max_model_len where memory is the reason, or take the engine transformers"
-        ) from error
+        ) from cause
 
 
 def _refusals() -> tuple[type[Exception], ...]:

@@ -4,14 +4,20 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TypeVar
+
+from .vllm_errors import PLACE, first_error
 
 T = TypeVar("T")
 
@@ -19,12 +25,13 @@ SECONDS_TO_GIVE_UP = 10.0
 
 # Reads process ids until the other end of its input is closed, which the kernel does for a process that is killed as well.
 GUARD = """
-import os, signal, sys
+import os, shutil, signal, sys
 for number in sys.stdin.read().split():
     try:
         os.kill(int(number), signal.SIGKILL)
     except ProcessLookupError:
         pass
+shutil.rmtree(sys.argv[1], ignore_errors=True)
 """
 
 
@@ -39,14 +46,19 @@ class Processes:
     def __init__(self) -> None:
         self._before = {each.pid for each in multiprocessing.active_children()}
         self._seen: dict[int, multiprocessing.process.BaseProcess] = {}
+        self._folder = Path(tempfile.mkdtemp(prefix="sftkit-vllm-"))
+        self.errors = self._folder / "errors.jsonl"  # what the processes write of theirs
         # a session of its own: Ctrl-C in the terminal must not reach it
-        self._guard = subprocess.Popen([sys.executable, "-c", GUARD], stdin=subprocess.PIPE, text=True, start_new_session=True)
+        self._guard = subprocess.Popen(
+            [sys.executable, "-c", GUARD, str(self._folder)], stdin=subprocess.PIPE, text=True, start_new_session=True
+        )
 
     def start(self, make: Callable[[], T]) -> T:
         """Call `make`, which starts the processes, in a thread of its own; return or raise what comes of it.
 
         An interruption of the caller kills what has been started so far, and is raised.
         """
+        os.environ[PLACE] = str(self.errors)  # the processes inherit it
         multiprocessing.resource_tracker.ensure_running()  # starting it later would take the mask away again
         outcome: Future[T] = Future()
 
@@ -110,9 +122,11 @@ class Processes:
         while not codes and time.monotonic() < deadline:  # vLLM's own watcher may be about to learn the code
             codes = [each.exitcode for each in self._seen.values() if each.exitcode is not None]
             time.sleep(0.01)
+        told = first_error(self.errors)
         if not codes:
-            return "has ended"
-        return f"was killed ({signal.Signals(-codes[0]).name})" if codes[0] < 0 else f"has ended with exit code {codes[0]}"
+            return "has ended" if told is None else f"has ended: {told}"
+        how = f"was killed ({signal.Signals(-codes[0]).name})" if codes[0] < 0 else f"has ended with exit code {codes[0]}"
+        return how if told is None else f"{how}: {told}"
 
     def close(self) -> None:
         """Kill what is left of the processes."""
@@ -120,3 +134,4 @@ class Processes:
         self._kill()
         self._guard.kill()
         self._guard.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -131,6 +131,12 @@ def test_a_schema_shapes_the_answer_and_ends_it(vllm_engine: Engine) -> None:
         assert each.num_tokens == len(each.token_ids) < 200
 
 
+def test_the_reason_of_a_failed_start_is_told(tiny_for_vllm: Path) -> None:
+    config = EngineConfig(engine="vllm", dtype="float32", kv_cache_gib=1e-5, max_num_seqs=2, enforce_eager=True)
+    with pytest.raises(UserError, match=r"vLLM cannot start with it \(ValueError: .*not enough GPU memory"):
+        open_engine(str(tiny_for_vllm), config)
+
+
 def test_texts_that_cannot_be_scored_fail_alone(vllm_engine: Engine) -> None:
     texts = {"sound": tuple(range(5, 20)), "longest": tuple([5] * 511), "too long": tuple([5] * 512), "short": (5,), "unknown": (5, 10**6)}
     found = {each.key: each for each in vllm_engine.logprobs(ScoreRequest(key=key, ids=ids, start=1) for key, ids in texts.items())}
