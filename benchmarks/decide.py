@@ -1,4 +1,4 @@
-"""Seconds and memory of the steps that decide, on stored rows: filter, exact dedup, best, select, why; and rows one by one as the baseline.
+"""Seconds and memory of the steps that decide, on stored rows, filter to select, and of why; and rows one by one as the baseline.
 
     python benchmarks/decide.py [ROWS] [FOLDER]       1,000,000 rows of 100 tokens, four samples to a prompt; FOLDER keeps the run
     python benchmarks/decide.py fuzz [ROWS]           100,000 rows, 5 % of them poisoned, through every step: is the law kept?
@@ -84,7 +84,8 @@ def keep_one_by_one(run: Any) -> None:
 
 def steps() -> dict[str, Any]:
     from sftkit.curate.best import best
-    from sftkit.curate.decide_config import BestConfig, DedupConfig, FilterConfig, SelectConfig
+    from sftkit.curate.decide_config import BestConfig, DecontaminateConfig, DedupConfig, FilterConfig, SelectConfig
+    from sftkit.curate.decontaminate import decontaminate
     from sftkit.curate.dedup import dedup
     from sftkit.curate.filters import filter_rows
     from sftkit.curate.selection import select
@@ -95,6 +96,7 @@ def steps() -> dict[str, Any]:
         "keep": keep,
         "filter": lambda run: filter_rows(run, FilterConfig()),
         "filter --where": lambda run: filter_rows(run, FilterConfig(where=("num_tokens < 104 and logprob > -0.95",))),
+        "decontaminate": lambda run: decontaminate(run, DecontaminateConfig()),
         "dedup exact": lambda run: dedup(run, DedupConfig(semantic=None)),
         "best": lambda run: best(run, BestConfig(by=("logprob",))),
         "select random": lambda run: select(run, SelectConfig(method="random", budget=10**5)),

@@ -4,11 +4,11 @@ Of the benchmarks that come along only hashes of 8-word runs are kept (curate/da
 order of their items. A longer run is a row of them that also stands in a row in the text, so one index serves every length.
 """
 
-import json
 import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +18,14 @@ import polars as pl
 
 from ..core.config import to_mapping
 from ..core.errors import UserError, unknown_name
-from ..core.example import Decision
+from ..core.example import row_id
 from ..core.files import write_atomically
 from ..core.formats import iterate_examples
 from ..core.progress import Progress
 from ..core.run import Run
 from .decide_config import DecontaminateConfig
-from .ngrams import Hashes, Lookup, Offsets, Runs, gathered, hash_words, ngrams, whole_texts, words
-from .rows import Outcome, input_rows, keys, message_text, record, row_ids
+from .ngrams import Hashes, Lookup, Offsets, Runs, gathered, hash_words, ngrams, ngrams_of, whole_texts, words
+from .rows import KEY, Outcome, decision_table, input_rows, message_text, record, written_turns
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ BUNDLED = Path(__file__).parent / "data"
 POSTINGS_AT_A_TIME = 2_000_000
 MOST = 5  # items told of one turn: a template that hundreds of them share would tell all
 TURNS_AT_A_TIME = 20_000
+THREADS = 2  # numpy leaves the interpreter while it computes
 SENTENCE_END = re.compile(r"[.!?:;。！？：；\n]+")
 COLUMNS = {
     "row": pl.String,
@@ -74,7 +75,7 @@ class Index:
 
 def build_index(name: str, entries: Sequence[tuple[str, str]]) -> Index:
     """Make the index of a benchmark from (item, text) pairs."""
-    hashed = hash_words(_plain(text) for _, text in entries)
+    hashed = hash_words(plain(text) for _, text in entries)
     return Index(name, [item for item, _ in entries], hashed.sizes, ngrams(hashed, GRAM), whole_texts(hashed))
 
 
@@ -116,42 +117,50 @@ def decontaminate(run: Run, config: DecontaminateConfig) -> Outcome:
     curate/contamination.parquet lists the items, longest run first, of one turn 5 at most.
     """
     matcher = Matcher([open_benchmark(name) for name in config.benchmarks], config.ngram, config.min_coverage)
-    rows = input_rows(run, STAGE)
+    rows = input_rows(run, STAGE, [*KEY, "messages"])
     run.configure(STAGE, to_mapping(config), free=("*",))
-    texts: list[str] = []
-    owners: list[tuple[int, int]] = []
-    asked: list[bool] = []
-    for row, conversation in enumerate(rows["messages"]):
-        turns = json.loads(conversation)
-        if config.on == "prompt" and turns and turns[-1].get("role") == "assistant":
-            turns = turns[:-1]
-        for turn, message in enumerate(turns):
-            texts.append(message_text(message))
-            owners.append((row, turn))
-            asked.append(message.get("role") != "assistant")
-    matches = []
-    with Progress(STAGE, total=len(texts), unit="turns") as progress:
-        for start in range(0, len(texts), TURNS_AT_A_TIME):
-            part = texts[start : start + TURNS_AT_A_TIME]
-            matches += [(*owners[start + each.text], each) for each in matcher.find(part, asked[start : start + TURNS_AT_A_TIME])]
-            progress.advance(len(part))
+    turns = turn_table(rows["messages"], prompt_only=config.on == "prompt")
+    matches: list[tuple[int, int, Match]] = []
+    owner, number = turns["row"].to_numpy(), turns["turn"].to_numpy()
+
+    def find(start: int) -> list[Match]:
+        part = turns[start : start + TURNS_AT_A_TIME]
+        return matcher.find(part["text"].to_list(), part["asked"].to_numpy())
+
+    with Progress(STAGE, total=len(turns), unit="turns") as progress, ThreadPoolExecutor(THREADS) as pool:
+        starts = range(0, len(turns), TURNS_AT_A_TIME)
+        for start, found in zip(starts, pool.map(find, starts), strict=True):
+            matches += [(int(owner[start + each.text]), int(number[start + each.text]), each) for each in found]
+            progress.advance(min(TURNS_AT_A_TIME, len(turns) - start))
     matches.sort(key=lambda found: (found[0], -found[2].longest, -found[2].coverage, found[2].entry, found[1]))
     best: dict[int, Match] = {}
     for row, _, match in matches:
         best.setdefault(row, match)
-    _report(run, rows, matches, matcher, {owner: text for owner, text in zip(owners, texts, strict=True) if owner[0] in best})
-    decisions = []
-    for row, name in enumerate(keys(rows)):
-        if row in best:
-            benchmark, item = matcher.item(best[row].entry)
-            rule = f"contaminated:{benchmark}"
-            decisions.append(Decision(*name, STAGE, "rejected", rule, best[row].coverage, config.min_coverage, item))
-        else:
-            decisions.append(Decision(*name, STAGE, "kept"))
-    notes = [
-        f"{count:,} rows hold an item of {name}" for name, count in Counter(matcher.item(each.entry)[0] for each in best.values()).items()
-    ]
-    return record(run, STAGE, rows, decisions, [*notes, *(["curate/contamination.parquet has the items"] if best else [])])
+    _report(run, rows, matches, matcher, turns)
+    items = [matcher.item(match.entry) for match in best.values()]
+    told = pl.DataFrame(
+        [(row, f"contaminated:{name}", match.coverage, item) for (row, match), (name, item) in zip(best.items(), items, strict=True)],
+        schema={"row": pl.UInt32, "rule": pl.String, "score": pl.Float64, "witness": pl.String},
+        orient="row",
+    )
+    decided = rows.select(KEY).with_row_index("row").join(told, on="row", how="left", maintain_order="left")
+    threshold = pl.when(pl.col("rule").is_not_null()).then(config.min_coverage)
+    decisions = decision_table(decided, STAGE, pl.col("rule"), score=pl.col("score"), threshold=threshold, witness_id=pl.col("witness"))
+    notes = [f"{count:,} rows hold an item of {name}" for name, count in Counter(name for name, _ in items).items()]
+    return record(run, STAGE, rows.select(KEY), decisions, [*notes, *(["curate/contamination.parquet has the items"] if best else [])])
+
+
+def turn_table(messages: pl.Series, *, prompt_only: bool) -> pl.DataFrame:
+    """Return the turns of conversations, given as JSON text: row, turn, text and whether it is `asked`, no answer.
+
+    With `prompt_only` without the answer that a conversation ends with.
+    """
+    table = pl.DataFrame({"turns": written_turns(messages)}).with_row_index("row")
+    table = table.with_columns(turn=pl.int_ranges(pl.col("turns").list.len())).explode("turns", "turn").drop_nulls("turns").unnest("turns")
+    asked = pl.col("role").ne_missing("assistant")
+    if prompt_only:
+        table = table.filter(asked | (pl.col("turn") < pl.col("turn").max().over("row")))
+    return table.select("row", "turn", text="content", asked=asked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,19 +189,26 @@ class Matcher:
         self._lookup, self._first, self._counts = Lookup(table), first, counts
         self._entry = np.repeat(np.arange(len(per_entry)), per_entry)[order]  # by posting
         self._place = gathered([0] * len(per_entry), per_entry)[order]
+        self._short_items: dict[int, tuple[Lookup, Offsets]] = {}  # by their number of words; of equal items the first
+        for size in range(LEAST, GRAM):
+            entries = np.flatnonzero(self._sizes == size)
+            if len(entries):
+                table, first = np.unique(self._whole[entries], return_index=True)
+                self._short_items[size] = (Lookup(table), entries[first])
 
     def item(self, entry: int) -> tuple[str, str]:
         """Return the benchmark and the item of an entry."""
         which = int(np.searchsorted(self._firsts, entry, side="right")) - 1
         return self._indexes[which].name, self._indexes[which].items[entry - self._firsts[which]]
 
-    def find(self, texts: Sequence[str], asked: Sequence[bool]) -> list[Match]:
+    def find(self, texts: Sequence[str], asked: Sequence[bool] | npt.NDArray[np.bool_]) -> list[Match]:
         """Return what the texts hold; `asked` says which are no answers."""
-        hashed = hash_words(_plain(text) for text in texts)
-        return self._long(hashed) + self._short(hashed, texts, np.asarray(asked, dtype=bool))
+        texts = [plain(text) for text in texts]
+        hashed = hash_words(texts)
+        grams = ngrams_of(hashed, [GRAM, *self._short_items])
+        return self._long(grams[GRAM]) + self._short(hashed, grams, texts, np.asarray(asked, dtype=bool))
 
-    def _long(self, hashed: Runs) -> list[Match]:
-        grams = ngrams(hashed, GRAM)
+    def _long(self, grams: Runs) -> list[Match]:
         where, known = self._lookup.find(grams.values)
         owner = np.searchsorted(grams.starts, where, side="right") - 1
         shares = np.cumsum(self._counts[known]) // POSTINGS_AT_A_TIME  # whole texts together, not many more postings than that
@@ -235,28 +251,24 @@ class Matcher:
             found.append(Match(int(text[best]), int(entry[best]), int(longest[pair]), float(coverage[pair]), int(at[best])))
         return found
 
-    def _short(self, hashed: Runs, texts: Sequence[str], asked: npt.NDArray[np.bool_]) -> list[Match]:
+    def _short(self, hashed: Runs, grams: dict[int, Runs], texts: Sequence[str], asked: npt.NDArray[np.bool_]) -> list[Match]:
         found = []
-        for size in range(LEAST, GRAM):
-            entries = np.flatnonzero(self._sizes == size)
-            table, first = np.unique(self._whole[entries], return_index=True)
-            grams = ngrams(hashed, size)
-            where, known = Lookup(table).find(grams.values)
-            text = np.searchsorted(grams.starts, where, side="right") - 1
+        for size, (lookup, entries) in self._short_items.items():
+            where, known = lookup.find(grams[size].values)
+            text = np.searchsorted(grams[size].starts, where, side="right") - 1
             if size < SHORT:
                 alone = asked[text] & (hashed.sizes[text] == size)
                 where, known, text = where[alone], known[alone], text[alone]
-            places = where - grams.starts[text]
-            entry = entries[first[known]]
-            matches = [Match(int(t), int(e), size, 1.0, int(p)) for t, e, p in zip(text, entry, places, strict=True)]
+            places = where - grams[size].starts[text]
+            matches = [Match(int(t), int(e), size, 1.0, int(p)) for t, e, p in zip(text, entries[known], places, strict=True)]
             found += [each for each in matches if asked[each.text] or _is_sentence(texts[each.text], each)]
         return found
 
 
 def _is_sentence(text: str, match: Match) -> bool:
     """Say whether a match is all of a sentence or a line: within one, five words may be a title that anyone cites."""
-    copied = words(_plain(text))[match.place : match.place + match.longest]
-    return any(words(part) == copied for part in SENTENCE_END.split(_plain(text)))
+    copied = words(text)[match.place : match.place + match.longest]
+    return any(words(part) == copied for part in SENTENCE_END.split(text))
 
 
 def _is_first(*columns: Offsets) -> npt.NDArray[np.bool_]:
@@ -281,19 +293,20 @@ def _covered(pairs: Offsets, starts: Offsets, sizes: Offsets) -> Offsets:
     return np.add.reduceat(np.maximum(ends - np.maximum(starts + shift, before), 0), pairs)
 
 
-def _plain(text: str) -> str:
-    return text.replace("’", "'")  # one sign in two shapes, which benchmarks and their copies mix
+def plain(text: str) -> str:
+    """Return a text with one shape of the apostrophe, of which benchmarks and their copies have two."""
+    return text.replace("’", "'")
 
 
-def _report(
-    run: Run, rows: pl.DataFrame, matches: Sequence[tuple[int, int, Match]], matcher: Matcher, texts: dict[tuple[int, int], str]
-) -> None:
-    ids = row_ids(rows)
+def _report(run: Run, rows: pl.DataFrame, matches: Sequence[tuple[int, int, Match]], matcher: Matcher, turns: pl.DataFrame) -> None:
+    hit = pl.DataFrame([match[:2] for match in matches], schema={"row": pl.UInt32, "turn": pl.Int64}, orient="row").unique()
+    there = turns.join(hit, on=["row", "turn"], how="semi")
+    texts = {(row, turn): text for row, turn, text in there.select("row", "turn", "text").iter_rows()}
     found = []
     for row, turn, match in matches:
-        run_of_words = words(_plain(texts[row, turn]))[match.place : match.place + match.longest]
+        run_of_words = words(plain(texts[row, turn]))[match.place : match.place + match.longest]
         text = b" ".join(run_of_words).decode("utf-8", "replace")
-        found.append((ids[row], turn, *matcher.item(match.entry), match.longest, match.coverage, text))
+        found.append((row_id(*rows.row(row)[:2]), turn, *matcher.item(match.entry), match.longest, match.coverage, text))
     table = pl.DataFrame(found, schema=COLUMNS, orient="row").sort("longest", "coverage", descending=True, maintain_order=True)
     with write_atomically(run.room("curate") / "contamination.parquet") as temporary:
         table.write_parquet(temporary)

@@ -65,8 +65,9 @@ def hash_words(texts: Iterable[str]) -> Runs:
     """
     parts, sizes = [np.empty(0, dtype=np.uint64)], [np.zeros(1, dtype=np.int64)]
     rest = iter(texts)
-    while found := [_spaced(text) for text in islice(rest, TEXTS_AT_A_TIME)]:
-        letters = np.frombuffer(b"".join(found), dtype=np.uint8)
+    while found := list(islice(rest, TEXTS_AT_A_TIME)):
+        spaced, lengths_of_texts = _spaced(found)
+        letters = np.frombuffer(spaced, dtype=np.uint8)
         places = np.flatnonzero(letters != SPACE)
         begins = np.flatnonzero(np.diff(places, prepend=-2) > 1)  # of words, among `places`; every text ends with a space
         lengths = np.diff(begins, append=len(places))
@@ -74,31 +75,47 @@ def hash_words(texts: Iterable[str]) -> Runs:
         factors = mixed(np.arange(1, lengths.max(initial=0) + 1, dtype=np.uint64)) | np.uint64(1)
         sums = np.add.reduceat(factors[within] * letters[places], begins) if len(begins) else np.empty(0, dtype=np.uint64)
         parts.append(mixed(sums))
-        ends = np.cumsum([len(each) for each in found])
-        sizes.append(np.diff(np.searchsorted(places[begins], ends), prepend=0))
+        sizes.append(np.diff(np.searchsorted(places[begins], np.cumsum(lengths_of_texts)), prepend=0))
     return Runs(np.concatenate(parts), np.cumsum(np.concatenate(sizes)))
 
 
-def _spaced(text: str) -> bytes:
-    """Return the words of a text, each with a space or more behind it."""
-    return text.encode().translate(PLAIN) + b" " if text.isascii() else b" ".join([*words(text), b""]) + b" "
+def _spaced(texts: list[str]) -> tuple[bytes, list[int]]:
+    """Return the words of texts, each with a space or more behind it, one text after the other, and how many bytes each takes."""
+    joined = "\n".join([*texts, ""])
+    if joined.isascii():
+        return joined.encode().translate(PLAIN), [len(text) + 1 for text in texts]
+    each = [text.encode().translate(PLAIN) + b" " if text.isascii() else b" ".join([*words(text), b""]) + b" " for text in texts]
+    return b"".join(each), list(map(len, each))
 
 
 def ngrams(hashed: Runs, n: int) -> Runs:
     """Return the hashes of each text's runs of n words, in order; a text of fewer words has none."""
-    sizes = np.maximum(hashed.sizes - n + 1, 0)
-    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    whole = max(len(hashed.values) - n + 1, 0)
-    values = np.full(whole, n, dtype=np.uint64)
-    for place in range(n):
+    return ngrams_of(hashed, (n,))[n]
+
+
+def ngrams_of(hashed: Runs, sizes: Iterable[int]) -> dict[int, Runs]:
+    """Return what `ngrams` does for several sizes, made of each other: a run's hash is a polynomial in its words."""
+    wanted, found = set(sizes), {}
+    longest = max(wanted)
+    values = np.zeros(len(hashed.values), dtype=np.uint64)
+    inside = np.ones(len(hashed.values), dtype=bool)
+    ends = hashed.starts[1:]
+    power = np.uint64(1)
+    for n in range(1, longest + 1):
+        whole = max(len(hashed.values) - n + 1, 0)
+        values, inside = values[:whole], inside[:whole]
         values *= FACTOR
-        values += hashed.values[place : place + whole]
-    inside = np.ones(whole, dtype=bool)
-    for back in range(1, n):  # runs that begin so near the end of a text that they reach into the next
-        ends = hashed.starts[1:] - back
-        ends = ends[(ends >= hashed.starts[:-1]) & (ends < whole)]
-        inside[ends] = False
-    return Runs(mixed(values[inside]), starts)
+        values += hashed.values[n - 1 : n - 1 + whole]
+        if n > 1:  # runs that begin so near the end of a text that they reach into the next
+            late = ends - (n - 1)
+            inside[late[(late >= hashed.starts[:-1]) & (late < whole)]] = False
+        with np.errstate(over="ignore"):
+            power = power * FACTOR
+            if n in wanted:
+                counts = np.maximum(hashed.sizes - n + 1, 0)
+                starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+                found[n] = Runs(mixed(values[inside] + np.uint64(n) * power), starts)
+    return found
 
 
 def whole_texts(hashed: Runs) -> Hashes:

@@ -156,6 +156,15 @@ def all_text(messages: pl.Series) -> pl.Series:
     )
 
 
+def written_turns(messages: pl.Series) -> pl.Series:
+    """Return the turns of each conversation, given as JSON text, as TURNS has them: the content is `message_text`."""
+
+    def other(text: str) -> list[dict[str, Any]]:
+        return [{"role": each.get("role"), "content": message_text(each)} for each in json.loads(text)]
+
+    return _by_turns(messages, TURNS, pl.col("turns"), other)
+
+
 def _by_turns(messages: pl.Series, kind: Any, plain: pl.Expr, other: Callable[[str], Any]) -> pl.Series:
     """Return `plain` of the conversations that are turns of a role and a text alone, as the column `turns`, and `other` of the rest."""
     is_plain = messages.str.contains(PLAIN)
