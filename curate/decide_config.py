@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.config import setting
+from ..core.engines.base import EXECUTORS
 from ..core.errors import UserError
 
 
@@ -115,7 +116,10 @@ class EmbedConfig:
         "auto", "Number format; auto is bfloat16 where the processor multiplies it itself.", choices=("auto", "bfloat16", "float32")
     )
     batch_tokens: int = setting(2048, "Tokens in one batch on a CPU; a GPU takes 32 times as many.")
-    device: str | None = setting(None, "Where the embedder runs: cpu, cuda; found by itself when not given.")
+    device: str | None = setting(None, "Where the embedder runs: cpu, cuda; found by itself when not given, on a Ray cluster cpu.")
+    replicas: str | int | None = setting(None, "Processes with the embedder, spread over the GPUs; auto: one for each GPU.")
+    executor: str = setting("local", "Where such processes run: local, or ray, on the machines of a Ray cluster.", choices=EXECUTORS)
+    ray_address: str | None = setting(None, "Address of the Ray cluster, as auto or ray-head:6379; this machine's own when not given.")
 
 
 @dataclass(frozen=True, kw_only=True)

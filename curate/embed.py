@@ -6,14 +6,17 @@ import logging
 import random
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 
 from ..core.config import to_mapping
+from ..core.engines.base import EmbeddingEngine, EmbedRequest, EngineConfig
+from ..core.engines.embedder import open as open_here
+from ..core.engines.registry import open_embedder
 from ..core.errors import UserError
 from ..core.files import write_atomically
 from ..core.hardware import half_precision, pick_device
@@ -34,8 +37,7 @@ def embed_rows(run: Run, rows: pl.DataFrame, on: str, config: EmbedConfig) -> Ve
 
     System turns are left out: one that all rows share would make them all alike, and use up the tokens that are read.
     """
-    reference = resolve_model(config.model)
-    identity = model_identity(reference)
+    identity = model_identity(resolve_model(config.model))
     dtype = _resolve_dtype(config)
     texts = [embedded_text(messages, on) for messages in rows["messages"]]
     settings = json.dumps([identity, config.max_seq_length, dtype])
@@ -45,7 +47,7 @@ def embed_rows(run: Run, rows: pl.DataFrame, on: str, config: EmbedConfig) -> Ve
     if fresh:
         if store.places:
             log.info("embed: %s of %s texts are embedded already", f"{len(set(names)) - len(fresh):,}", f"{len(set(names)):,}")
-        _embed(fresh, store, reference, dtype, config)
+        _embed(fresh, store, dtype, config)
     run.configure("embed", {**to_mapping(config), "identity": identity, "dtype": dtype}, free=("*",))
     return store.vectors([store.places[name] for name in names])
 
@@ -95,32 +97,40 @@ class EmbeddingStore:
         return (np.concatenate(self._parts) if len(self._parts) > 1 else self._parts[0])[places]
 
 
-def _embed(fresh: dict[str, str], store: EmbeddingStore, reference: Any, dtype: str, config: EmbedConfig) -> None:
-    import torch
-
-    embedder, device = _load(reference, config)
-    lengths = _num_tokens(list(fresh.values()), embedder)
-    longest = embedder.max_seq_length or config.max_seq_length
-    cut = sum(length > longest for length in lengths)
-    if cut:
-        log.info(
-            "embed: %s of %s texts are longer than %d tokens; only their beginning is compared", f"{cut:,}", f"{len(lengths):,}", longest
-        )
-    sizes = dict(zip(fresh, (min(length, longest) for length in lengths), strict=True))
-    limit = config.batch_tokens * (1 if device == "cpu" else 32)
-    batches = length_batches(sizes, limit)
-    random.Random(0).shuffle(batches)  # so that the time left is told rightly from the first minute
+def _embed(fresh: dict[str, str], store: EmbeddingStore, dtype: str, config: EmbedConfig) -> None:
+    """Embed texts by name and put them into the store. Where processes do it, this one only counts the tokens."""
+    settings = EngineConfig(engine="transformers", device=config.device, dtype=dtype, max_model_len=config.max_seq_length)
+    apart = config.replicas is not None or config.executor == "ray"
     saved = time.monotonic()
     with ExitStack() as stack:
+        here = open_here(config.model, replace(settings, device="cpu") if apart else settings)
+        stack.callback(here.close)
+        lengths = here.num_tokens(list(fresh.values()))
+        longest = here.context_length or config.max_seq_length
+        if longest < config.max_seq_length:
+            log.info("embed: %s reads %d tokens at most", config.model, longest)
+        cut = sum(length > longest for length in lengths)
+        if cut:
+            told = f"{cut:,} of {len(lengths):,} texts are longer than {longest} tokens; only their beginning is compared"
+            log.info("embed: %s", told)
+        sizes = dict(zip(fresh, (min(length, longest) for length in lengths), strict=True))
+        on_cpu = (config.device or "cpu") == "cpu" if config.executor == "ray" else pick_device(config.device) == "cpu"
+        batches = length_batches(sizes, config.batch_tokens * (1 if on_cpu else 32))
+        random.Random(0).shuffle(batches)  # so that the time left is told rightly from the first minute
+        engine: EmbeddingEngine = here
+        if apart:
+            where = replace(settings, replicas=config.replicas, executor=config.executor, ray_address=config.ray_address)
+            engine = stack.enter_context(closing(open_embedder(config.model, where)))
+            if engine.identity != here.identity:
+                raise UserError(f"{config.model}: is not the same model where it runs as it is here; put the same files there")
         progress = stack.enter_context(Progress("embed", total=len(fresh), unit="texts"))
         stack.callback(lambda: store.save() if store.places else None)  # what is done stays done when this is interrupted
-        if dtype != "float32":
-            stack.enter_context(torch.autocast(device, getattr(torch, dtype)))
-        for batch in batches:
-            vectors = embedder.encode(
-                [fresh[name] for name in batch], batch_size=len(batch), show_progress_bar=False, convert_to_numpy=True
-            )
-            store.add(batch, unit_vectors(vectors))
+        requests = (EmbedRequest(key=str(place), texts=tuple(fresh[name] for name in batch)) for place, batch in enumerate(batches))
+        for found in engine.embed(requests):
+            if found.error:
+                raise UserError(f"{config.model}: {found.error}; what is embedded is kept, and the same command goes on")
+            batch = batches[int(found.key)]
+            store.add(batch, unit_vectors(found.vectors))
             progress.advance(len(batch), tokens=sum(sizes[name] for name in batch))
             if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                 store.save()
@@ -137,35 +147,6 @@ def length_batches(sizes: dict[str, int], limit: int) -> list[list[str]]:
             longest = max(sizes[name], 1)
         batches[-1].append(name)
     return batches
-
-
-def _load(reference: Any, config: EmbedConfig) -> tuple[Any, str]:
-    import transformers
-    from sentence_transformers import SentenceTransformer
-
-    transformers.utils.logging.disable_progress_bar()
-    name, arguments = reference.pretrained()
-    device = pick_device(config.device)
-    try:
-        embedder = SentenceTransformer(name, device=device, revision=arguments.get("revision"))
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{config.model}: is not an embedding model that sentence-transformers can load: {reason}") from error
-    own = embedder.max_seq_length
-    embedder.max_seq_length = config.max_seq_length if own is None else min(config.max_seq_length, own)
-    if own is not None and own < config.max_seq_length:
-        log.info("embed: %s reads %d tokens at most", config.model, own)
-    return embedder, device.split(":")[0]
-
-
-def _num_tokens(texts: list[str], embedder: Any) -> list[int]:
-    tokenizer = embedder.tokenizer
-    if not callable(tokenizer):  # a static embedder has a bare tokenizer, and no padding to save
-        return [max(len(text) // 4, 1) for text in texts]
-    counts = []
-    for start in range(0, len(texts), 1024):
-        counts += [len(ids) for ids in tokenizer(texts[start : start + 1024], truncation=False, verbose=False)["input_ids"]]
-    return counts
 
 
 def _resolve_dtype(config: EmbedConfig) -> str:

@@ -35,6 +35,8 @@ def judge(
     device: str | None = None,
     dtype: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
+    replicas: str | None = None,
+    executor: str = "local",
     parse: bool = False,
 ) -> ColumnScorer:
     """Give the grade of the answer by a judge, from 1 to `scale`: the expected grade, or the one it writes. See core.judge.
@@ -42,7 +44,7 @@ def judge(
     A row's reference is shown to the judge. `rubric` is helpfulness, correctness, instructions, quality, complexity, a text file
     or the text itself. With `parse`, and from a server, what the judge writes is read.
     """
-    config = engine_config(engine, device, dtype, batch_tokens, base_url)
+    config = engine_config(engine, device, dtype, batch_tokens, base_url=base_url, replicas=replicas, executor=executor)
 
     def score(rows: Sequence[Candidate], run: Run) -> Iterator[tuple[int, Result]]:
         alone = rubric in OF_QUESTIONS
@@ -75,6 +77,8 @@ def pairwise(
     device: str | None = None,
     dtype: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
+    replicas: str | None = None,
+    executor: str = "local",
     parse: bool = False,
 ) -> ColumnScorer:
     """Give the share of comparisons with other answers to the same prompt that the answer wins by a judge; a tie is half of one.
@@ -82,7 +86,7 @@ def pairwise(
     Each answer meets the `opponents` that follow it, in a circle, so that all meet as many, and none the same twice. A pair is judged
     in both orders and a flip is a tie. The detail counts what was won, tied and lost. Other options are those of `judge`.
     """
-    config = engine_config(engine, device, dtype, batch_tokens, base_url)
+    config = engine_config(engine, device, dtype, batch_tokens, base_url=base_url, replicas=replicas, executor=executor)
     if opponents < 1:
         raise UserError(f"opponents: expected a whole number above 0, found {opponents}")
 
@@ -140,13 +144,15 @@ def tags(
     device: str | None = None,
     dtype: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
+    replicas: str | None = None,
+    executor: str = "local",
 ) -> ColumnScorer:
     """Give the number of different intentions that a model finds in the prompt, a measure of its complexity; the detail names them.
 
     As #InsTag does with a model of its own (Lu et al. 2023, arXiv 2308.07074); here any model is asked. What it writes that is no
     list is a row without a value.
     """
-    config = engine_config(engine, device, dtype, batch_tokens, base_url)
+    config = engine_config(engine, device, dtype, batch_tokens, base_url=base_url, replicas=replicas, executor=executor)
 
     def score(rows: Sequence[Candidate], run: Run) -> Iterator[tuple[int, Result]]:
         (found,) = find_models({model: model}, config)

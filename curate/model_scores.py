@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -37,34 +38,66 @@ BATCH_TOKENS = EngineConfig.batch_tokens
 
 
 def grape(
-    *, model: str, engine: str = "auto", device: str | None = None, dtype: str = "auto", batch_tokens: int = BATCH_TOKENS
+    *,
+    model: str,
+    engine: str = "auto",
+    device: str | None = None,
+    dtype: str = "auto",
+    batch_tokens: int = BATCH_TOKENS,
+    replicas: str | None = None,
+    executor: str = "local",
 ) -> ColumnScorer:
     """Give the mean log-probability of the answer under the student `model`, in nats per token: the higher, the better it fits.
 
     GRAPE: Zhang, Dai and Peng 2025, arXiv 2502.04194, with the base student. The end of turn counts as a token of the answer, as
     in training; not where the answer was cut, for its end was never written.
     """
-    return _of_answers(lambda mean: mean, engine_config(engine, device, dtype, batch_tokens), model)
+    config = engine_config(engine, device, dtype, batch_tokens, replicas=replicas, executor=executor)
+    return _of_answers(lambda mean: mean, config, model)
 
 
 def logprob(
-    *, model: str | None = None, engine: str = "auto", device: str | None = None, dtype: str = "auto", batch_tokens: int = BATCH_TOKENS
+    *,
+    model: str | None = None,
+    engine: str = "auto",
+    device: str | None = None,
+    dtype: str = "auto",
+    batch_tokens: int = BATCH_TOKENS,
+    replicas: str | None = None,
+    executor: str = "local",
 ) -> Scorer | ColumnScorer:
     """Give the mean log-probability of the answer, in nats per token: what the teacher told, or under `model`, as `grape` does."""
     if model is not None:
-        return grape(model=model, engine=engine, device=device, dtype=dtype, batch_tokens=batch_tokens)
+        return grape(
+            model=model, engine=engine, device=device, dtype=dtype, batch_tokens=batch_tokens, replicas=replicas, executor=executor
+        )
     return lambda row: (row.logprob, "" if row.logprob is not None else "the engine gave none; give model=")
 
 
 def perplexity(
-    *, model: str, engine: str = "auto", device: str | None = None, dtype: str = "auto", batch_tokens: int = BATCH_TOKENS
+    *,
+    model: str,
+    engine: str = "auto",
+    device: str | None = None,
+    dtype: str = "auto",
+    batch_tokens: int = BATCH_TOKENS,
+    replicas: str | None = None,
+    executor: str = "local",
 ) -> ColumnScorer:
     """Give the perplexity of the answer after its prompt: exp of minus the mean that `grape` gives, over the same tokens."""
-    return _of_answers(lambda mean: float(np.exp(-mean)), engine_config(engine, device, dtype, batch_tokens), model)
+    config = engine_config(engine, device, dtype, batch_tokens, replicas=replicas, executor=executor)
+    return _of_answers(lambda mean: float(np.exp(-mean)), config, model)
 
 
 def ifd(
-    *, model: str, engine: str = "auto", device: str | None = None, dtype: str = "auto", batch_tokens: int = BATCH_TOKENS
+    *,
+    model: str,
+    engine: str = "auto",
+    device: str | None = None,
+    dtype: str = "auto",
+    batch_tokens: int = BATCH_TOKENS,
+    replicas: str | None = None,
+    executor: str = "local",
 ) -> ColumnScorer:
     """Give the instruction-following difficulty as the ratio of mean losses, L(answer | prompt) / L(answer). Keep what is below 1.
 
@@ -72,17 +105,26 @@ def ifd(
     prompt does not help to find the answer. The tokens of the answer are the same in both losses and leave the end of turn out;
     alone, the answer stands after the token that begins a text.
     """
-    return _ifd(lambda given, alone: -given / -alone, engine_config(engine, device, dtype, batch_tokens), model)
+    config = engine_config(engine, device, dtype, batch_tokens, replicas=replicas, executor=executor)
+    return _ifd(lambda given, alone: -given / -alone, config, model)
 
 
 def ifd_ppl(
-    *, model: str, engine: str = "auto", device: str | None = None, dtype: str = "auto", batch_tokens: int = BATCH_TOKENS
+    *,
+    model: str,
+    engine: str = "auto",
+    device: str | None = None,
+    dtype: str = "auto",
+    batch_tokens: int = BATCH_TOKENS,
+    replicas: str | None = None,
+    executor: str = "local",
 ) -> ColumnScorer:
     """Give the instruction-following difficulty as the ratio of perplexities, exp(L(answer | prompt) - L(answer)). See `ifd`.
 
     Li et al. 2024, arXiv 2402.00530 (Superfiltering).
     """
-    return _ifd(lambda given, alone: float(np.exp(alone - given)), engine_config(engine, device, dtype, batch_tokens), model)
+    config = engine_config(engine, device, dtype, batch_tokens, replicas=replicas, executor=executor)
+    return _ifd(lambda given, alone: float(np.exp(alone - given)), config, model)
 
 
 def reward(*, model: str, device: str | None = None, dtype: str = "auto", batch_tokens: int = BATCH_TOKENS) -> ColumnScorer:
@@ -271,11 +313,14 @@ def _read(model: NamedModel, row: Candidate, read: Callable[[NamedModel, Candida
         return Reading(error=failure(error)[1])
 
 
-def engine_config(engine: str, device: str | None, dtype: str, batch_tokens: int, base_url: str | None = None) -> EngineConfig:
-    """Return how a scorer's model is run, from the scorer's options. Raises UserError for what none of them may be."""
+def engine_config(engine: str, device: str | None, dtype: str, batch_tokens: int, **others: Any) -> EngineConfig:
+    """Return how a scorer's model is run, from the scorer's options: `others` are base_url, replicas, executor.
+
+    Raises UserError for what none of them may be.
+    """
     if batch_tokens < 1:
         raise UserError(f"batch_tokens: expected a whole number above 0, found {batch_tokens}")
-    settings = {"engine": engine, "device": device, "dtype": dtype, "batch_tokens": batch_tokens, "base_url": base_url}
+    settings = {"engine": engine, "device": device, "dtype": dtype, "batch_tokens": batch_tokens, **others}
     return load_config(EngineConfig, settings, "scorer")
 
 

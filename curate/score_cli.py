@@ -39,7 +39,8 @@ def score(run: str, out: Path | None, settings: Path | None, scorers: tuple[str,
     judge       a grade by any model (model=…, rubric=helpfulness|correctness|FILE|words, scale=6, engine=…, base_url=…)
 
     What a language model computes also takes device=, batch_tokens= and dtype=: auto is 16 bits where the processor computes in
-    them, and float32 exact to the fifth digit. What a scorer says beside the number is NAME.detail in `filter --where`.
+    them, and float32 exact to the fifth digit. All but reward take replicas= and executor=ray, as distill does. What a scorer says
+    beside the number is NAME.detail in `filter --where`.
 
     \b
     sftkit curate score runs/a --with numeric --with length

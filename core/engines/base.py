@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from ..chat import Chat
 from ..config import setting
@@ -122,6 +122,33 @@ class TokenLogprobs:
     key: str
     logprobs: tuple[float, ...] = ()
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedRequest:
+    """Texts of like length that are embedded together."""
+
+    key: str
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedding:
+    """The vectors of a request's texts, in order, as rows of a NumPy array; None with `error` set when they could not be computed."""
+
+    key: str
+    vectors: Any = None
+    error: str | None = None
+
+
+class EmbeddingEngine(Protocol):
+    """Runs one embedding model. `embed` pulls requests as it has room for them and yields results as they finish."""
+
+    identity: str
+
+    def embed(self, requests: Iterable[EmbedRequest]) -> Iterator[Embedding]: ...
+
+    def close(self) -> None: ...
 
 
 class Engine(Protocol):

@@ -131,7 +131,7 @@ class RayReplicas(Replicas):
         return [Place(None, start)] * count
 
 
-def open_ray_replicas(module: str, model: str, config: EngineConfig, *, revision: str | None = None) -> Replicas:
+def open_ray_replicas(module: str, model: str, config: EngineConfig, *, revision: str | None = None, talks: bool = True) -> Replicas:
     """Start the processes on a cluster and wait until the first is ready. Raises UserError for a cluster that is not there."""
     import importlib.util
 
@@ -142,5 +142,5 @@ def open_ray_replicas(module: str, model: str, config: EngineConfig, *, revision
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # an actor without GPUs keeps what it finds
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it reports its use to its makers otherwise
-    chat = load_chat(resolve_model(model, revision=revision))
+    chat = load_chat(resolve_model(model, revision=revision)) if talks else None
     return RayReplicas(module, model, config, revision=revision, chat=chat)

@@ -4,10 +4,11 @@ import importlib
 import importlib.util
 import logging
 from dataclasses import replace
+from typing import Any
 
 from ..errors import UserError, unknown_name
 from ..hardware import visible_gpus
-from .base import Engine, EngineConfig
+from .base import EmbeddingEngine, Engine, EngineConfig
 
 log = logging.getLogger(__name__)
 
@@ -44,17 +45,29 @@ def open_engine(model: str, config: EngineConfig, *, revision: str | None = None
     name = choose(config)
     if name not in LOADERS:
         raise unknown_name("engine", name, LOADERS)
-    if config.replicas is not None or config.executor == "ray":
-        if name == "openai":
-            raise UserError("replicas: a server runs its own; give the address of each as base_url, parted by commas")
-        if config.executor == "ray":
-            from .ray_replicas import open_ray_replicas
+    if name == "openai" and (config.replicas is not None or config.executor == "ray"):
+        raise UserError("replicas: a server runs its own; give the address of each as base_url, parted by commas")
+    engine: Engine = _opened(LOADERS[name], model, config, revision=revision)
+    return engine
 
-            return open_ray_replicas(f"{__package__}.{LOADERS[name]}", model, config, revision=revision)
+
+def open_embedder(model: str, config: EngineConfig) -> EmbeddingEngine:
+    """Open an embedding model, here or in the processes that the config asks for. Raises UserError for what is none."""
+    engine: EmbeddingEngine = _opened("embedder", model, config, talks=False)
+    return engine
+
+
+def _opened(name: str, model: str, config: EngineConfig, *, revision: str | None = None, talks: bool = True) -> Any:
+    module = f"{__package__}.{name}"
+    if config.executor == "ray":
+        from .ray_replicas import open_ray_replicas
+
+        return open_ray_replicas(module, model, config, revision=revision, talks=talks)
+    if config.replicas is not None:
         from .replicas import open_replicas
 
-        return open_replicas(f"{__package__}.{LOADERS[name]}", model, config, revision=revision)
-    return start(f"{__package__}.{LOADERS[name]}", model, config, revision=revision)
+        return open_replicas(module, model, config, revision=revision, talks=talks)
+    return start(module, model, config, revision=revision)
 
 
 def start(module: str, model: str, config: EngineConfig, *, revision: str | None = None) -> Engine:

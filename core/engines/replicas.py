@@ -20,12 +20,23 @@ from ..chat import Chat, load_chat
 from ..errors import UserError
 from ..hardware import visible_gpus
 from ..models import resolve_model
-from .base import ChoiceRequest, Completion, EngineConfig, EngineDied, Request, ScoreRequest, TokenLogprobs
+from .base import (
+    ChoiceRequest,
+    Completion,
+    Embedding,
+    EmbedRequest,
+    EngineConfig,
+    EngineDied,
+    Request,
+    ScoreRequest,
+    TokenLogprobs,
+)
 from .worker import CLOSE, FLUSH
 
 log = logging.getLogger(__name__)
 
 AHEAD = 64  # requests that a process is sent beyond those its engine has taken
+BATCHES_AHEAD = 2  # where a request is a batch of texts: there are few, and each takes long
 PARTS = 16  # into which the requests are split that one of them must have killed an engine
 DEATHS_IN_A_ROW = 8  # without any answer in between: then it is not a request that kills the engine
 STARTS_IN_A_ROW = 3
@@ -33,7 +44,7 @@ SECONDS_TO_START = 3600.0  # a large model from a slow disk takes half an hour; 
 SECONDS_TO_END = 30.0
 SECONDS_TO_DUMP = 5.0
 
-Wanted = TypeVar("Wanted", Request, ScoreRequest, ChoiceRequest)
+Wanted = TypeVar("Wanted", Request, ScoreRequest, ChoiceRequest, EmbedRequest)
 Opening = tuple[str, str, EngineConfig, str | None]  # the engine's module, the model, its settings, its revision
 
 
@@ -226,6 +237,10 @@ class Replicas:
         """Give the log-probabilities of choices; each result is given as it comes, from whichever process."""
         return self._run("choices", requests, lambda key, error: TokenLogprobs(key=key, error=error))
 
+    def embed(self, requests: Iterable[EmbedRequest]) -> Iterator[Embedding]:
+        """Embed batches of texts; each result is given as it comes, from whichever process."""
+        return self._run("embed", requests, lambda key, error: Embedding(key=key, error=error))
+
     def _run(self, kind: str, requests: Iterable[Wanted], failure: Any) -> Iterator[Any]:
         try:
             yield from self._answers(kind, requests, failure)
@@ -239,6 +254,7 @@ class Replicas:
         again: deque[Wanted] = deque()
         parts: deque[list[Wanted]] = deque()
         deaths = Counter[str]()
+        ahead = BATCHES_AHEAD if kind == "embed" else AHEAD
         while True:
             self._start_missing()
             for process in self._processes:
@@ -248,7 +264,7 @@ class Replicas:
                     process.alone = True
                     for request in parts.popleft():
                         process.ask(kind, request)
-                while not process.alone and process.untaken < AHEAD and (again or source is not None):
+                while not process.alone and process.untaken < ahead and (again or source is not None):
                     wanted = again.popleft() if again else next(source, None) if source is not None else None
                     if wanted is None:
                         source = None
@@ -375,7 +391,10 @@ def replica_count(config: EngineConfig) -> int:
     return int(config.replicas or 1)
 
 
-def open_replicas(module: str, model: str, config: EngineConfig, *, revision: str | None = None) -> Replicas:
-    """Start the processes and wait until the first is ready. Raises UserError for a model that cannot be run."""
-    chat = load_chat(resolve_model(model, revision=revision))
+def open_replicas(module: str, model: str, config: EngineConfig, *, revision: str | None = None, talks: bool = True) -> Replicas:
+    """Start the processes and wait until the first is ready. Raises UserError for a model that cannot be run.
+
+    One that does not talk, an embedding model, has no chat template.
+    """
+    chat = load_chat(resolve_model(model, revision=revision)) if talks else None
     return Replicas(module, model, config, revision=revision, chat=chat)
