@@ -1,6 +1,5 @@
 """Put the questions of a task to a model: each answer is generated once for what decides it, and stored apart from all scores."""
 
-import importlib.metadata
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,14 +10,13 @@ from typing import Any
 import polars as pl
 
 from ..core.engines.base import ChoiceRequest, Engine, Request, Sampling, ScoreRequest, choice_logprobs
-from ..core.engines.registry import choose
 from ..core.errors import UserError
 from ..core.example import Message
 from ..core.named_models import NamedModel
 from ..core.progress import Progress
 from ..core.store import SampleStore, decisive_settings, sample_key, sample_seed
 from ..core.values import ValueStore, value_key
-from .compare import Answer, answer_into
+from .compare import Answer, answer_identity, answer_into
 from .config import TasksConfig
 from .tasks.base import Item, Task
 
@@ -97,7 +95,7 @@ def loaded_when_needed(model: NamedModel) -> Iterator[Callable[[], Engine]]:
 
 def ask(asked: Asked, task: Task, store: SampleStore, config: TasksConfig, engine: Callable[[], Engine]) -> tuple[list[list[Answer]], int]:
     """Return each item's answers, and how many were generated now. A completion ends where it goes on to something else."""
-    sampling, identity = _sampling(asked, task, config), _identity(asked.model)
+    sampling, identity = _sampling(asked, task, config), answer_identity(asked.model)
     wanted = [_prepare(asked, item, index, sampling, identity) for item in task.items for index in range(config.samples)]
     generated = _generate(asked, wanted, sampling, identity, store, task.name, engine)
     keys = [each.key for each in wanted]
@@ -156,7 +154,7 @@ class _Choices:
 def _choices(model: NamedModel, items: Sequence[Item]) -> list[_Choices]:
     """Return what to ask for each item. Long prompts cost a millisecond for each text, so that many are cut into tokens at once."""
     assert model.chat is not None
-    tokenizer, identity = model.chat.tokenizer, _identity(model)
+    tokenizer, identity = model.chat.tokenizer, answer_identity(model)
     found = []
     for first in range(0, len(items), TOGETHER):
         part = items[first : first + TOGETHER]
@@ -202,14 +200,6 @@ def _prepare(asked: Asked, item: Item, index: int, sampling: Sampling, identity:
             return _Wanted(item, index, error="too_long")
     key = sample_key(prompt=ids or item.messages, model_identity=identity, sampling=sampling, index=index)
     return _Wanted(item, index, key, ids, tuple(item.messages))
-
-
-def _identity(model: NamedModel) -> str:
-    """Return what the key of an answer holds of the model: its weights, what renders and stops it, and what runs it."""
-    engine = choose(model.engine)
-    package = {"transformers": "transformers", "vllm": "vllm"}.get(engine)
-    version = importlib.metadata.version(package) if package else ""
-    return "+".join(filter(None, [model.identity, model.template, f"{engine} {version}".strip(), model.engine.dtype]))
 
 
 def _generate(

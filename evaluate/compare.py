@@ -1,5 +1,6 @@
 """Compare: the greedy answers of all models to the same questions, side by side, and who stops by itself how often."""
 
+import importlib.metadata
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ import polars as pl
 
 from ..core.config import to_mapping
 from ..core.engines.base import Engine, Request, Sampling
+from ..core.engines.registry import choose
 from ..core.errors import UserError
 from ..core.example import Example, Message, Sample, content_id
 from ..core.files import write_atomically
@@ -178,8 +180,9 @@ def compare(models: Mapping[str, str], questions: str | Path | None, out: Path |
         answers, generated = {}, {}
         with SampleStore(folder / "answers.sqlite") as store:
             for model in found:
-                wanted = [_prepare(model, question, config) for question in asked]
-                generated[model.name] = _generate(model, wanted, store, config)
+                identity = answer_identity(model)
+                wanted = [_prepare(model, question, identity, config) for question in asked]
+                generated[model.name] = _generate(model, wanted, identity, store, config)
                 answers[model.name] = _collect(wanted, store)
         result = _result(folder if out else None, asked, answers, found, generated, config, questions)
         with write_atomically(folder / "answers.parquet") as temporary:
@@ -208,11 +211,22 @@ def read_questions(source: str | Path | None, config: CompareConfig) -> list[Que
     return questions
 
 
+def answer_identity(model: NamedModel) -> str:
+    """Return what the key of an answer holds of the model: its weights, what renders and stops it, and what runs it.
+
+    The template's fingerprint stands for the tokens that stop an answer, too, which the weights' hash does not know.
+    """
+    engine = choose(model.engine)
+    package = {"transformers": "transformers", "vllm": "vllm"}.get(engine)
+    version = importlib.metadata.version(package) if package else ""
+    return "+".join(filter(None, [model.identity, model.template, f"{engine} {version}".strip(), model.engine.dtype]))
+
+
 def _sampling(config: CompareConfig) -> Sampling:
     return Sampling(temperature=0.0, top_p=1.0, max_new_tokens=config.max_new_tokens, seed=0)
 
 
-def _prepare(model: NamedModel, question: Question, config: CompareConfig) -> _Wanted:
+def _prepare(model: NamedModel, question: Question, identity: str, config: CompareConfig) -> _Wanted:
     if question.error:
         return _Wanted(question, error=question.error)
     ids: tuple[int, ...] = ()
@@ -224,20 +238,18 @@ def _prepare(model: NamedModel, question: Question, config: CompareConfig) -> _W
             return _Wanted(question, error="refused_by_template")
         if model.context is not None and len(ids) + config.max_new_tokens > model.context:
             return _Wanted(question, error="too_long")
-    # the template's fingerprint stands for the tokens that stop an answer, which the weights' hash does not know
-    identity = f"{model.identity}+{model.template}" if model.template else model.identity
     key = sample_key(prompt=ids or question.messages, model_identity=identity, sampling=_sampling(config), index=0)
     return _Wanted(question, key, ids)
 
 
-def _generate(model: NamedModel, wanted: Sequence[_Wanted], store: SampleStore, config: CompareConfig) -> int:
+def _generate(model: NamedModel, wanted: Sequence[_Wanted], identity: str, store: SampleStore, config: CompareConfig) -> int:
     """Generate the answers that are not stored; return how many. The model is loaded only if there are any."""
     stored = store.keys()
     missing = {each.key: each for each in wanted if not each.error and each.key not in stored}
     if not missing:
         return 0
     sampling = _sampling(config)
-    settings = {**decisive_settings(model.identity, sampling), "system": config.system, "template": model.template}
+    settings = {**decisive_settings(identity, sampling), "system": config.system}
     sampling_key = store.remember(model.reference, settings)
     requests = [
         Request(key=key, prompt_ids=each.ids, messages=each.question.messages, sampling=sampling, seed=sample_seed(key))

@@ -210,7 +210,7 @@ def test_an_interrupted_comparison_is_not_done_and_goes_on(tmp_path: Path, tiny_
 def test_without_a_run_folder_nothing_is_kept_and_ctrl_c_says_so(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
     seen: list[Path] = []
 
-    def interrupted(model: Any, wanted: Any, store: Any, config: Any) -> int:
+    def interrupted(model: Any, wanted: Any, identity: Any, store: Any, config: Any) -> int:
         seen.append(store.path.parent)
         raise KeyboardInterrupt
 
@@ -331,3 +331,10 @@ def test_answers_stand_side_by_side_where_there_is_room() -> None:
     result = toy(Answer(text="left", finish_reason="stop", num_tokens=2), Answer(text="right", finish_reason="stop", num_tokens=2))
     assert any("left" in line and "right" in line for line in shown(result, 100).splitlines())
     assert not any("left" in line and "right" in line for line in shown(result, 50).splitlines())
+
+
+def test_another_version_of_the_engine_is_asked_anew(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models, config = {"base": str(tiny_model)}, CompareConfig(max_new_tokens=4)
+    assert [compare(models, None, tmp_path / "run", config).models[0].generated for _ in range(2)] == [3, 0]
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0")
+    assert compare(models, None, tmp_path / "run", config).models[0].generated == 3
