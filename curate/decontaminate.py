@@ -24,7 +24,7 @@ from ..core.formats import iterate_examples
 from ..core.progress import Progress
 from ..core.run import Run
 from .decide_config import DecontaminateConfig
-from .ngrams import Hashes, Lookup, Offsets, Runs, gathered, hash_words, ngrams, ngrams_of, whole_texts, words
+from .ngrams import Hashes, Lookup, Offsets, Runs, gathered, hash_words, ngrams, ngrams_of, whole_of, whole_texts, words
 from .rows import KEY, Outcome, decision_table, input_rows, message_text, record, written_turns
 
 log = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ class Matcher:
         """Return what the texts hold; `asked` says which are no answers."""
         texts = [plain(text) for text in texts]
         hashed = hash_words(texts)
-        grams = ngrams_of(hashed, [GRAM, *self._short_items])
+        grams = ngrams_of(hashed, [GRAM, *(size for size in self._short_items if size >= SHORT)])
         return self._long(grams[GRAM]) + self._short(hashed, grams, texts, np.asarray(asked, dtype=bool))
 
     def _long(self, grams: Runs) -> list[Match]:
@@ -254,12 +254,14 @@ class Matcher:
     def _short(self, hashed: Runs, grams: dict[int, Runs], texts: Sequence[str], asked: npt.NDArray[np.bool_]) -> list[Match]:
         found = []
         for size, (lookup, entries) in self._short_items.items():
-            where, known = lookup.find(grams[size].values)
-            text = np.searchsorted(grams[size].starts, where, side="right") - 1
             if size < SHORT:
-                alone = asked[text] & (hashed.sizes[text] == size)
-                where, known, text = where[alone], known[alone], text[alone]
-            places = where - grams[size].starts[text]
+                alone = np.flatnonzero(asked & (hashed.sizes == size))
+                where, known = lookup.find(whole_of(hashed, alone, size))
+                text, places = alone[where], np.zeros(len(where), dtype=np.int64)
+            else:
+                where, known = lookup.find(grams[size].values)
+                text = np.searchsorted(grams[size].starts, where, side="right") - 1
+                places = where - grams[size].starts[text]
             matches = [Match(int(t), int(e), size, 1.0, int(p)) for t, e, p in zip(text, entries[known], places, strict=True)]
             found += [each for each in matches if asked[each.text] or _is_sentence(texts[each.text], each)]
         return found

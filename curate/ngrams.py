@@ -122,13 +122,18 @@ def whole_texts(hashed: Runs) -> Hashes:
     """Return one hash for each text, of all its words: equal to that of the same run of words by `ngrams`."""
     found = np.zeros(len(hashed), dtype=np.uint64)
     sizes = hashed.sizes
-    for size in np.unique(sizes[sizes > 0]):
+    for size in np.unique(sizes[sizes > 0]).tolist():
         of_size = np.flatnonzero(sizes == size)
-        values = np.full(len(of_size), size, dtype=np.uint64)
-        for place in range(size):
-            values = values * FACTOR + hashed.values[hashed.starts[of_size] + place]
-        found[of_size] = mixed(values)
+        found[of_size] = whole_of(hashed, of_size, size)
     return found
+
+
+def whole_of(hashed: Runs, texts: Offsets, size: int) -> Hashes:
+    """Return what `whole_texts` does for some texts, which have `size` words each."""
+    values = np.full(len(texts), size, dtype=np.uint64)
+    for place in range(size):
+        values = values * FACTOR + hashed.values[hashed.starts[texts] + place]
+    return mixed(values)
 
 
 def mixed(values: Hashes) -> Hashes:
