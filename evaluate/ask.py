@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import polars as pl
@@ -18,7 +18,7 @@ from ..core.store import SampleStore, decisive_settings, sample_key, sample_seed
 from ..core.values import ValueStore, value_key
 from .compare import Answer, answer_identity, answer_into
 from .config import TasksConfig
-from .tasks.base import Item, Task
+from .tasks.base import Item, Task, filled
 
 log = logging.getLogger(__name__)
 
@@ -94,22 +94,39 @@ def loaded_when_needed(model: NamedModel) -> Iterator[Callable[[], Engine]]:
 
 
 def ask(asked: Asked, task: Task, store: SampleStore, config: TasksConfig, engine: Callable[[], Engine]) -> tuple[list[list[Answer]], int]:
-    """Return each item's answers, and how many were generated now. A completion ends where it goes on to something else."""
+    """Return each item's answers, and how many were generated now. A completion ends where it goes on to something else.
+
+    Second turns are asked once the first ones are answered, each sample of them after its own.
+    """
     sampling, identity = _sampling(asked, task, config), answer_identity(asked.model)
-    wanted = [_prepare(asked, item, index, sampling, identity) for item in task.items for index in range(config.samples)]
-    generated = _generate(asked, wanted, sampling, identity, store, task.name, engine)
+    answers: dict[tuple[str, int], Answer] = {}
+    generated = 0
+    for second in (False, True):
+        wanted = []
+        for item, index in product([item for item in task.items if bool(item.after) is second], range(config.samples)):
+            first = answers[item.after, index] if second else None
+            if first is not None and first.error:
+                wanted.append(_Wanted(item, index, error="no_first_answer"))
+                continue
+            wanted.append(_prepare(asked, filled(item, first.text) if first else item, index, sampling, identity))
+        generated += _generate(asked, wanted, sampling, identity, store, task.name, engine)
+        answers.update(_collect(wanted, store))
+    return [[answers[item.id, index] for index in range(config.samples)] for item in task.items], generated
+
+
+def _collect(wanted: Sequence[_Wanted], store: SampleStore) -> dict[tuple[str, int], Answer]:
     keys = [each.key for each in wanted]
-    stored = {row["key"]: row for row in store.frame().filter(pl.col("key").is_in(keys)).iter_rows(named=True)}
+    stored = {row["key"]: row for row in store.frame().filter(pl.col("key").is_in(keys)).iter_rows(named=True)} if keys else {}
     failed = dict(store.failures().select("key", "error").iter_rows())
-    answers = []
+    answers = {}
     for each in wanted:
         row = stored.get(each.key)
         if row is None:
-            answers.append(Answer(key=each.key, error=each.error or failed.get(each.key, "the engine gave no answer")))
-            continue
-        names = ("text", "finish_reason", "num_tokens", "logprob")
-        answers.append(Answer(key=each.key, **{name: row[name] for name in names}))
-    return [answers[place : place + config.samples] for place in range(0, len(answers), config.samples)], generated
+            answer = Answer(key=each.key, error=each.error or failed.get(each.key, "the engine gave no answer"))
+        else:
+            answer = Answer(key=each.key, **{name: row[name] for name in ("text", "finish_reason", "num_tokens", "logprob")})
+        answers[each.item.id, each.index] = answer
+    return answers
 
 
 def choose_likeliest(asked: Asked, task: Task, store: ValueStore, engine: Callable[[], Engine]) -> tuple[list[list[Answer]], int]:

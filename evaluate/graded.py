@@ -9,7 +9,7 @@ from ..core.judge import Judge
 from ..core.named_models import NamedModel
 from .compare import Answer
 from .results import told_question
-from .tasks.base import JUDGED, Item, Mark, Task
+from .tasks.base import JUDGED, Item, Mark, Task, filled
 
 log = logging.getLogger(__name__)
 
@@ -23,15 +23,16 @@ def grade_answers(task: Task, answers: Answers, judging: Judge) -> tuple[Task, A
 
     An answer that got no grade comes back with that as its error, `not_graded`. An empty one is worth nothing, and nobody is asked.
     """
-    wanted = {}
+    wanted: dict[tuple[str, str], Graded] = {}  # the same words to the same question are one answer
     for several in answers.values():
-        for item, given in zip(task.items, several, strict=True):
-            for each in given:
-                if judged(item) and not each.error and each.text.strip():
+        said = {item.id: given for item, given in zip(task.items, several, strict=True)}
+        for item in filter(judged, task.items):
+            for index, each in enumerate(said[item.id]):
+                if not each.error and each.text.strip():
+                    shown = filled(item, said[item.after][index].text) if item.after else item
                     reference = item.target.get("answer")
-                    wanted[item.id, each.text] = Graded(
-                        told_question(item.messages), each.text, None if reference is None else str(reference)
-                    )
+                    graded = Graded(told_question(shown.messages), each.text, None if reference is None else str(reference))
+                    wanted.setdefault((item.id, each.text), graded)
     grades = dict(zip(wanted, judging.grade(list(wanted.values())), strict=True))
     missing = {key: grade.error for key, grade in grades.items() if grade.value is None}
     for (name, _), error in list(missing.items())[:1]:

@@ -1,11 +1,12 @@
 """What a task is: questions with what decides their answers, how they are asked, and a scorer. One file makes one."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...core.example import Message
 
+PENDING = "\x00"
 JUDGED = "judge"  # the scoring of a question whose answers a model grades: see `graded`
 
 
@@ -19,6 +20,7 @@ class Item:
     target: Mapping[str, Any] = field(default_factory=dict)  # what the scorer needs
     group: str | None = None  # questions of one subject or conversation are not independent
     choices: tuple[str, ...] = ()  # texts to go on with, of which the most probable is the answer
+    after: str = ""  # the item whose answer, each model's own, stands where PENDING does: a second turn. It stands before this one
 
     @property
     def question(self) -> str:
@@ -51,6 +53,12 @@ class Task:
     likelihood: bool = False  # the choices are compared by their probability, nothing is generated
     code: bool = False  # answers are run
     judged: bool = False  # some answers at least are graded by a model
+
+
+def filled(item: Item, answer: str) -> Item:
+    """Return a second turn with the answer to the first where it belongs."""
+    messages = [{**each, "content": str(each["content"]).replace(PENDING, answer)} for each in item.messages]
+    return replace(item, messages=messages, completion=item.completion.replace(PENDING, answer))
 
 
 def asked(question: str) -> list[Message]:

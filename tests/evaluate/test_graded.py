@@ -75,8 +75,41 @@ def test_what_a_judge_needs(tmp_path: Path, rows: Path, tiny_model: Path) -> Non
         evaluate_tasks({"m": str(tiny_model)}, [str(rows)], None, settings(judge=str(tiny_model), rubric="nice"))
 
 
-def test_mt_bench_asks_its_first_turns_and_brings_the_references() -> None:
+def test_mt_bench_has_two_turns_and_its_references() -> None:
     task = open_task("mt_bench", settings())
-    assert (len(task.items), task.metrics, task.judged) == (80, ("grade",), True)
-    assert sum("answer" in item.target for item in task.items) == 39
+    assert (len(task.items), task.metrics, task.judged) == (160, ("grade",), True)
+    assert sum("answer" in item.target for item in task.items) == 70  # some references are empty
     assert all(isinstance(item.target.get("answer", ""), str) for item in task.items)
+    assert [item.after for item in task.items[:2]] == ["", task.items[0].id]
+    assert len({item.group for item in task.items}) == 80
+
+
+@pytest.mark.parametrize("ask", ["chat", "completion"])
+def test_a_second_turn_comes_after_the_models_own_first_answer(
+    tmp_path: Path, tiny_model: Path, trained_model: Path, monkeypatch: pytest.MonkeyPatch, ask: str
+) -> None:
+    shown: list[Item] = []
+    grade = Judge.grade
+
+    def watched(self: Judge, items: list[Item]) -> Any:
+        shown.extend(items)
+        return grade(self, items)
+
+    monkeypatch.setattr(judging, "LEAST_MASS", 0.0)
+    monkeypatch.setattr(Judge, "grade", watched)
+    models, run = {"base": str(tiny_model), "sft": str(trained_model)}, tmp_path / "run"
+    config = settings(judge=str(tiny_model), limit=4, ask=ask)
+    (task,) = evaluate_tasks(models, ["mt_bench"], run, config).tasks
+    assert (task.n, task.metrics["sft"][0].clusters) == (4, 2)
+    asked = open_task("mt_bench", config)
+    answers = pl.read_parquet(run / "evaluate" / "task_answers.parquet")
+    said = {(row["model"], row["item"]): row for row in answers.iter_rows(named=True)}
+    for name in models:
+        first, second = (said[name, item.id] for item in asked.items[:2])
+        question, then = (item.question for item in asked.items[:2])
+        if first["text"].strip() and second["text"].strip():
+            turns = f"user: {question}\n\nassistant: {first['text']}\n\nuser: {then}"
+            assert any((each.prompt, each.answer) == (turns, second["text"]) for each in shown)
+        assert "\x00" not in "".join(each.prompt for each in shown)
+    again = evaluate_tasks(models, ["mt_bench"], run, config).tasks[0]
+    assert again.generated == {"base": 0, "sft": 0}
