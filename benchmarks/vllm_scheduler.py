@@ -1,6 +1,6 @@
 """What a step of vLLM costs its engine's process apart from the model: its own scheduler and sftkit's, on the same steps, without a card.
 
-    python benchmarks/vllm_scheduler.py TOKENIZER [--sequences 1024] [--steps 150] [--profile]
+    python benchmarks/vllm_scheduler.py TOKENIZER [--sequences 1024] [--steps 150] [--blocks 9] [--profile]
 
 The schedulers are the real ones, for engines that schedule a step ahead of the card; the model is a row of numbers: every sequence
 gets its next token at once. A step is to schedule, to take the results in, to pack what goes to the process that feeds the engine
@@ -25,8 +25,8 @@ from teachers import random_teacher
 BLOCK = 16
 
 
-def make_scheduler(kind: type, model: str, sequences: int) -> Any:
-    """Return a scheduler of a kind with a cache large enough."""
+def make_scheduler(kind: type, model: str, sequences: int, blocks: int) -> Any:
+    """Return a scheduler of a kind with a cache of so many blocks for each sequence."""
     import torch
     from vllm import EngineArgs
     from vllm.usage.usage_lib import UsageContext
@@ -37,9 +37,9 @@ def make_scheduler(kind: type, model: str, sequences: int) -> Any:
     config = arguments.create_engine_config(UsageContext.LLM_CLASS)
     config.scheduler_config.async_scheduling = True  # not done on a CPU, where the model would be waited for
     config.cache_config.block_size = BLOCK
-    config.cache_config.num_gpu_blocks = 128 * sequences
+    config.cache_config.num_gpu_blocks = blocks * sequences
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
-    cache = KVCacheConfig(num_blocks=128 * sequences, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
+    cache = KVCacheConfig(num_blocks=blocks * sequences, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
     return kind(
         vllm_config=config,
         kv_cache_config=cache,
@@ -51,7 +51,7 @@ def make_scheduler(kind: type, model: str, sequences: int) -> Any:
 
 
 def measure(
-    kind: type, model: str, sequences: int, steps: int, profile: cProfile.Profile | None
+    kind: type, model: str, sequences: int, steps: int, blocks: int, profile: cProfile.Profile | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Return milliseconds of each part of a step, and the answers by their names."""
     import torch
@@ -66,7 +66,7 @@ def measure(
     from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
     init_none_hash(sha256)
-    scheduler, hasher = make_scheduler(kind, model, sequences), get_request_block_hasher(BLOCK, sha256)
+    scheduler, hasher = make_scheduler(kind, model, sequences, blocks), get_request_block_hasher(BLOCK, sha256)
     receiver, encoder, decoder = OutputProcessor(None, log_stats=False), MsgpackEncoder(), MsgpackDecoder(EngineCoreOutputs)
     draw = np.random.default_rng(0)
     wanted = {}
@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("tokenizer")
     parser.add_argument("--sequences", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--blocks", type=int, default=128, help="of the cache for each sequence; 9 are too few: some have to wait")
     parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -155,7 +156,7 @@ def main() -> None:
         model = random_teacher("tiny", Path(given.tokenizer), Path(scratch) / "model")
         for name, kind in {"vLLM's": AsyncScheduler, "sftkit's": GatheringAsyncScheduler}.items():
             profile = cProfile.Profile() if given.profile else None
-            times, answers = measure(kind, model, given.sequences, given.steps, profile)
+            times, answers = measure(kind, model, given.sequences, given.steps, given.blocks, profile)
             found[name] = answers
             parts = ", ".join(f"{part} {value:.2f}" for part, value in times.items())
             print(f"{name:9} {sum(times.values()):7.2f} ms a step of {given.sequences:,} sequences: {parts}", flush=True)

@@ -16,6 +16,7 @@ import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import LogprobsLists
+from vllm.v1.request import RequestStatus
 
 SECONDS_BETWEEN_SIGNS = 0.5  # of life, where no answer ends
 
@@ -28,9 +29,10 @@ class _Gathering:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._gathered: dict[str, tuple[list[int], list[float]]] = {}  # tokens and their log-probabilities, by request
+        # by request: tokens, their log-probabilities, whether they are to be told at once
+        self._gathered: dict[str, tuple[list[int], list[float], bool]] = {}
         self._last_sign = time.monotonic()
-        _shorten_way_within_blocks(self.kv_cache_manager)
+        self._block = _shorten_way_within_blocks(self.kv_cache_manager)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Do as vLLM does, and take out what belongs to answers that are not whole."""
@@ -63,13 +65,13 @@ class _Gathering:
                 kept.append(output)  # whole in one step, with the probabilities of the choices that it was asked for
                 continue
             if (gathered := self._gathered.get(name)) is None:
-                gathered = self._gathered[name] = [], []
+                gathered = self._gathered[name] = [], [], self._looked_at(name)
             gathered[0].extend(output.new_token_ids)
             if output.new_logprobs is not None:
                 gathered[1].extend(output.new_logprobs.logprobs[:, 0].tolist())
             elif column is not None and len(output.new_token_ids) == 1:
                 gathered[1].append(column[places[name]])
-            if output.finish_reason is not None or self._looked_at(name):
+            if output.finish_reason is not None or gathered[2]:
                 kept.append(self._with_all(output))
         now = time.monotonic()
         if kept:
@@ -86,7 +88,7 @@ class _Gathering:
 
     def _with_all(self, output: Any) -> Any:
         """Give an output all that was gathered for its request; the log-probabilities as one, their sum."""
-        tokens, logprobs = self._gathered.pop(output.request_id)
+        tokens, logprobs, _ = self._gathered.pop(output.request_id)
         output.new_token_ids = tokens
         if logprobs:
             last = np.array([[tokens[-1]]], dtype=np.int32)
@@ -101,14 +103,15 @@ class _Gathering:
         return ended
 
 
-def _shorten_way_within_blocks(manager: Any) -> None:
+def _shorten_way_within_blocks(manager: Any) -> int:
     """Let the manager of vLLM's cache look at a sequence that goes on by one token only where that begins a block.
 
     Elsewhere the block is there already, nothing is to be freed that the next look would not free, and no block has become full.
+    Returns the tokens of a block, 0 for caches of another kind, which are left as they are.
     """
     kinds = manager.coordinator.single_type_managers
     if any(type(each).__name__ not in ("FullAttentionManager", "SlidingWindowManager") for each in kinds):
-        return
+        return 0
     size = math.gcd(*(each.block_size for each in kinds))
     allocate, cache, nothing = manager.allocate_slots, manager.cache_blocks, manager.empty_kv_cache_blocks
 
@@ -124,6 +127,7 @@ def _shorten_way_within_blocks(manager: Any) -> None:
             cache(request, num_computed_tokens)
 
     manager.allocate_slots, manager.cache_blocks = allocate_slots, cache_blocks
+    return size
 
 
 class GatheringScheduler(_Gathering, Scheduler):  # type: ignore[misc]
@@ -132,3 +136,30 @@ class GatheringScheduler(_Gathering, Scheduler):  # type: ignore[misc]
 
 class GatheringAsyncScheduler(_Gathering, AsyncScheduler):  # type: ignore[misc]
     """For engines that schedule a step while the card works on the one before."""
+
+    def _update_request_with_output(self, request: Any, new_token_ids: list[int], **flags: Any) -> tuple[list[int], bool]:
+        """Take a token in; one that ends neither the answer nor a block needs no more than to be kept."""
+        if len(new_token_ids) == 1 and self._block and not any(flags.values()) and self._goes_on(request, new_token_ids[0]):
+            request._all_token_ids.append(new_token_ids[0])
+            request._output_token_ids.append(new_token_ids[0])
+            request.num_output_placeholders -= 1
+            return new_token_ids, False
+        taken: tuple[list[int], bool] = super()._update_request_with_output(request, new_token_ids, **flags)
+        return taken
+
+    def _goes_on(self, request: Any, token: int) -> bool:
+        """Say whether a sequence surely goes on after a token, in the middle of a block. Flags and discards are of steps before a pause."""
+        params, length = request.sampling_params, len(request._all_token_ids) + 1
+        computed = request.num_computed_tokens - request.num_output_placeholders + 1
+        return bool(
+            length % self._block
+            and computed % self._block
+            and request.num_output_placeholders > 0
+            and request.status == RequestStatus.RUNNING
+            and not getattr(request, "async_tokens_to_discard", 0)
+            and token != params.eos_token_id
+            and token not in (params.stop_token_ids or ())
+            and length < self.max_model_len
+            and len(request._output_token_ids) + 1 < request.max_tokens
+            and params.repetition_detection is None
+        )
