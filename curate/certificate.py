@@ -1,14 +1,17 @@
 """Prove from a run's files alone that no row went missing and that every duplicate, and only those, is gone.
 
-Nothing here calls what made the decisions: texts are compared as texts, shingles as tuples of words, overlaps by a sparse matrix
-product, cosines in float64 from the stored vectors.
+Nothing here calls what made the decisions: texts are compared by SHA-256, shingles as tuples of words by Python's hash of them,
+overlaps by a sparse matrix product, cosines in float64 from the stored vectors. Texts are taken apart piece by piece: a row of many
+megabytes costs a few times its size.
 """
 
 import hashlib
 import json
+import re
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,11 @@ SLACK = 1e-8  # decisions round cosines to 9 digits
 FREQUENT = 500  # rows that share a shingle before it is one of the frequent, which alone make no candidate
 BLOCK = 2048
 
-Shingles = frozenset[tuple[str, ...]]
+PARSED = 256  # rows of a table that are turned into objects at a time
+PIECE = 1 << 20  # characters of a text that are taken apart at a time
+CUT = re.compile(r"[ \t\n](?=[0-9A-Za-z])")  # on both sides of it a text is normalised as it is within the whole
+
+Shingles = npt.NDArray[np.int64]  # hashes of runs of five words, rising, each once
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,48 +106,54 @@ def _conservation(run: Run, ledger: pl.DataFrame, rows: pl.DataFrame) -> Iterato
             tuple(faults),
         )
     assert before is not None
-    candidates = set(_ids(rows))
     made = run.path / "curate" / "dataset.jsonl"
     if previous == "prompts":
         return
     if not made.exists():
         yield Check("data set", "dataset.jsonl is there", (f"it is not: {previous} was cut off before it was written; run that again",))
     else:
-        lines = [json.loads(line) for line in made.read_text(encoding="utf-8").split("\n") if line]
-        written = Counter(str(line["id"]) for line in lines)
+        stored = dict(zip(_ids(rows), rows.select("messages", "source", "meta").iter_rows(), strict=True))
+        written, changed, others = _read_data_set(made, stored)
         faults = [f"{name}: kept by {previous}, but not in the data set" for name in before - written]
         faults += [f"{name}: in the data set, but not kept by {previous}" for name in written - before]
-        faults += [f"{name}: kept by {previous}, but no row of this run" for name in before if name not in candidates]
+        faults += [f"{name}: kept by {previous}, but no row of this run" for name in before if name not in stored]
         yield Check("data set", f"dataset.jsonl holds exactly the {before.total():,} rows that {previous} kept", tuple(faults))
-        stored = dict(zip(_ids(rows), rows.select("messages", "source", "meta").iter_rows(), strict=True))
-        faults = [
-            f"{line['id']}: is not as it came" for line in lines if line["id"] in stored and not _is_as_stored(line, stored[line["id"]])
-        ]
-        yield Check("data set", "each of its rows has the conversation, source and meta that it came with", tuple(faults))
-        yield Check(
-            "data set", "dataset.parquet holds the same rows in the same order", tuple(_other_rows(lines, made.with_suffix(".parquet")))
-        )
+        yield Check("data set", "each of its rows has the conversation, source and meta that it came with", tuple(changed))
+        yield Check("data set", "dataset.parquet holds the same rows in the same order", tuple(others))
 
 
-def _is_as_stored(line: dict[str, Any], stored: tuple[str, str | None, str | None]) -> bool:
-    messages, source, meta = stored
-    return (line["messages"], line["source"], line["meta"]) == (json.loads(messages), source, json.loads(meta or "{}"))
+Stored = tuple[str, str | None, str | None]  # messages, source, meta
 
 
-def _other_rows(lines: Sequence[dict[str, Any]], path: Path) -> Iterator[str]:
-    """Yield what differs between the rows of dataset.jsonl and those of dataset.parquet."""
-    if not path.exists():
-        yield "it is not there; run the last step again"
-        return
-    table = pl.read_parquet(path)
-    if len(table) != len(lines):
-        yield f"it has {len(table):,} rows, dataset.jsonl {len(lines):,}"
-    for line, row in zip(lines, table.iter_rows(named=True), strict=False):
-        messages = row["messages"] if row.get("extra") is None else json.loads(row["extra"])
-        if row["id"] != line["id"] or not _is_as_stored(
-            {**line, "messages": messages}, (json.dumps(line["messages"]), row["source"], row["meta"])
-        ):
-            yield f"{line['id']}: differs from the row {row['id']} in its place"
+def _read_data_set(path: Path, stored: Mapping[str, Stored]) -> tuple[Counter[str], list[str], list[str]]:
+    """Return the ids of a dataset.jsonl, its rows that are not as stored, and how dataset.parquet differs. One row at a time is parsed."""
+    written: Counter[str] = Counter()
+    changed, others = [], []
+    beside = path.with_suffix(".parquet")
+    table = pl.read_parquet(beside) if beside.exists() else None
+    rows = iter(()) if table is None else (row for part in table.iter_slices(PARSED) for row in part.iter_rows(named=True))
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for text in file:
+            if text == "\n":
+                continue
+            line = json.loads(text)
+            name = str(line["id"])
+            written[name] += 1
+            own = (line["messages"], line["source"], line["meta"])
+            if name in stored:
+                messages, source, meta = stored[name]
+                if own != (json.loads(messages), source, json.loads(meta or "{}")):
+                    changed.append(f"{name}: is not as it came")
+            row = next(rows, None)
+            if row is not None:
+                conversation = row["messages"] if row.get("extra") is None else json.loads(row["extra"])
+                if (row["id"], own) != (name, (conversation, row["source"], json.loads(row["meta"] or "{}"))):
+                    others.append(f"{name}: differs from the row {row['id']} in its place")
+    if table is None:
+        others.append("it is not there; run the last step again")
+    elif len(table) != written.total():
+        others.insert(0, f"it has {len(table):,} rows, dataset.jsonl {written.total():,}")
+    return written, changed, others
 
 
 def _representatives(ledger: pl.DataFrame) -> Iterator[Check]:
@@ -203,9 +216,9 @@ Removed = Sequence[tuple[int, int, float | None]]
 def _same_texts(
     _run: Run, compared: _Compared, removed: Removed, kept: Sequence[int], _threshold: float, faults: list[str], _settings: Any
 ) -> list[Check]:
-    texts = {row: tuple(map(_plain, compared.pairs[row])) for row in {*kept, *(each for row in removed for each in row[:2])}}
+    texts = {row: _digest(compared.pairs[row]) for row in {*kept, *(each for row in removed for each in row[:2])}}
     faults = [*faults, *(f"{compared.ids[a]}: its text is not that of {compared.ids[b]}" for a, b, _ in removed if texts[a] != texts[b])]
-    first: dict[tuple[str, ...], int] = {tuple(map(_plain, compared.pairs[row])): row for row in range(compared.num_second)}
+    first = {_digest(compared.pairs[row]): row for row in range(compared.num_second)}
     again = []
     for row in kept:
         other = first.setdefault(texts[row], row)
@@ -261,7 +274,8 @@ def _same_meaning(
 
 def jaccard(a: Shingles, b: Shingles) -> float:
     """Return the Jaccard similarity of two sets; of two empty ones 0, as nothing says that they are alike."""
-    return len(a & b) / len(a | b) if a or b else 0.0
+    both = len(np.intersect1d(a, b, assume_unique=True))
+    return both / (len(a) + len(b) - both) if len(a) or len(b) else 0.0
 
 
 def like_pairs(texts: Sequence[tuple[str, ...]], threshold: float, num_second: int = 0) -> list[tuple[int, int, float]]:
@@ -270,7 +284,7 @@ def like_pairs(texts: Sequence[tuple[str, ...]], threshold: float, num_second: i
     Overlaps are entries of the product of the table texts × shingles with itself, in blocks. Shingles of many texts are left out
     of it: they are added to each overlap as if both had them all; texts made of hardly any others are compared by all.
     """
-    marks = [np.array(sorted({hash(each) for each in _shingles(text)}), dtype=np.int64) for text in texts]
+    marks = [_shingles(text) for text in texts]
     sizes = np.array([len(each) for each in marks], dtype=np.int64)
     values = np.concatenate([np.empty(0, dtype=np.int64), *marks])
     shingles, column, often = np.unique(values, return_inverse=True, return_counts=True)
@@ -285,7 +299,7 @@ def like_pairs(texts: Sequence[tuple[str, ...]], threshold: float, num_second: i
         proposed |= {(int(mostly[a]), int(mostly[b])) for a, b in within}
     found = []
     for a, b in sorted(proposed):
-        near = jaccard(_shingles(texts[a]), _shingles(texts[b])) if b >= num_second else 0.0
+        near = jaccard(marks[a], marks[b]) if b >= num_second else 0.0
         if near >= threshold:
             found.append((a, b, near))
     return found
@@ -340,14 +354,46 @@ def _stored_vectors(run: Run, messages: Sequence[str], on: str) -> npt.NDArray[n
     return vectors / np.where(lengths == 0, 1, lengths)
 
 
+def _pieces(text: str) -> Iterator[str]:
+    """Yield a text as `_plain` has it, in pieces that end with a word."""
+    start = 0
+    while start < len(text):
+        cut = CUT.search(text, start + PIECE)
+        end = cut.start() if cut else len(text)
+        piece = _plain(text[start:end])
+        if piece:
+            yield piece
+        start = end
+
+
 def _plain(text: str) -> str:
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(folded.split())
 
 
+def _digest(parts: Sequence[str]) -> tuple[bytes, ...]:
+    """Return a hash of each text, equal for texts that are equal but for case, white space and compatible letters."""
+    digests = []
+    for part in parts:
+        state = hashlib.sha256()
+        for number, piece in enumerate(_pieces(part)):
+            state.update((" " * (number > 0) + piece).encode("utf-8", "surrogatepass"))
+        digests.append(state.digest())
+    return tuple(digests)
+
+
 def _shingles(parts: Sequence[str]) -> Shingles:
-    found = [match[0] for match in WORD.finditer(_plain("\n".join(parts)))]
-    return frozenset(tuple(found[begin : begin + 5]) for begin in range(max(len(found) - 4, 1))) if found else frozenset()
+    """Return the runs of five words, or all words of a text that has fewer."""
+    last: deque[str] = deque(maxlen=5)
+    hashes = array("q")
+    for piece in _pieces("\n".join(parts)):
+        for match in WORD.finditer(piece):
+            last.append(match[0])
+            if len(last) == 5:
+                hashes.append(hash(tuple(last)))
+    if last and not hashes:
+        hashes.append(hash(tuple(last)))
+    return np.unique(np.frombuffer(hashes, dtype=np.int64))
 
 
 def _ids(table: pl.DataFrame) -> list[str]:

@@ -263,3 +263,35 @@ def test_long_lists_of_faults_are_cut() -> None:
     told = report([Check("x", "something", tuple(f"row {number}" for number in range(1234)))])
     assert told.count("\n") == 11
     assert told.endswith("and 1,224 more")
+
+
+def test_a_text_in_pieces_is_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    signs = [
+        " ",
+        "\n",
+        "\t",
+        "a",
+        "Z",
+        "7",
+        "e\u0301",
+        "\u0301",
+        "\u00b4",
+        "\u3000",
+        "\u4f60",
+        "\ufb01",
+        "\u00df",
+        "\u0344",
+        "\u202e",
+        "'",
+        "-",
+    ]
+    for _ in range(300):
+        text = "".join(random.choice(signs, size=int(random.integers(0, 60))))
+        whole, found = certificate._plain(text), certificate._shingles([text])
+        digest = certificate._digest([text])
+        with monkeypatch.context() as patched:
+            patched.setattr(certificate, "PIECE", int(random.integers(1, 20)))
+            assert " ".join(certificate._pieces(text)) == whole
+            assert certificate._digest([text]) == digest
+            assert certificate._shingles([text]).tolist() == found.tolist()
