@@ -65,10 +65,11 @@ class RayProcess(Process):
         self._hang_up()
 
     def _hang_up(self) -> None:
-        for each in (self._listener, self._near, self._far):
+        with contextlib.suppress(OSError):
+            self._listener.close()
+        for each in (self._near, self._far):
             if each is not None:
-                with contextlib.suppress(OSError):
-                    each.close()
+                _close(each)
 
     def dump_and_kill(self) -> None:
         """End it. Where it stood is in Ray's logs of the actor, if it can still write."""
@@ -94,8 +95,15 @@ def _pass_on(source: Connection, target: Connection) -> None:
         while True:
             target.send_bytes(source.recv_bytes())
     for each in (source, target):
-        with contextlib.suppress(OSError):
-            each.close()
+        _close(each)
+
+
+def _close(connection: Connection) -> None:
+    """Close a connection, and shut it down first: while a thread waits for a message on it, closing alone tells nobody."""
+    with contextlib.suppress(OSError):
+        with socket.socket(fileno=os.dup(connection.fileno())) as end:
+            end.shutdown(socket.SHUT_RDWR)
+        connection.close()
 
 
 class RayReplicas(Replicas):
