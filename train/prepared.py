@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from .. import __version__
 from ..core.catalogue import cache_dir
 from ..core.chat import Chat
 from ..core.example import Example
@@ -148,7 +149,7 @@ def _key(data: str, chat: Chat, config: TrainConfig, context: int | None, vocabu
             digest.update(f"{file}\0".encode() + hashlib.file_digest(opened, "sha256").digest())
     decisive = {
         "schema": SCHEMA,
-        "versions": [importlib.metadata.version(each) for each in ("transformers", "tokenizers", "sftkit")],
+        "versions": [__version__, *(importlib.metadata.version(each) for each in ("transformers", "tokenizers"))],
         "chat": [chat.fingerprint(), chat.name],
         "settings": {name: getattr(config, name) for name in DECISIVE},
         "limits": [context, vocabulary],
