@@ -1,5 +1,6 @@
 """Preparation in a fraction of the time: the same ids and masks as one by one, for every template, and the same rows from the cache."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -186,3 +187,18 @@ def test_few_rows_and_other_sources_are_not_kept(tiny_model: Path, chats, tmp_pa
     load_rows(chats(20), chat, TrainConfig(), context=512, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
     assert prepared._key("org/name", chat, TrainConfig(), 512, None) is None
+
+
+def test_a_folder_that_was_never_installed_renders_too(tiny_model, chats, tmp_path, monkeypatch) -> None:
+    plain = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "sftkit":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return plain(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert (
+        load_rows(str(chats(12)), load_chat(resolve_model(tiny_model)), TrainConfig(), context=512, cache=tmp_path / "cache").report.rows
+        == 12
+    )
