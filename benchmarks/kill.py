@@ -1,7 +1,7 @@
 """`kill -9` at 20 random moments of distillations, of the process or of its engine's: what is lost, changed, made twice, made anew.
 
     python benchmarks/kill.py MODEL [--prompts 2000] [-k 4] [--kills 20] [--replicas 2]                    a tiny model, on a CPU
-    python benchmarks/kill.py TOKENIZER --shape 135m --engine vllm --lanes 5 --max-new-tokens 96 [--seconds 300] [--out FILE]      on a GPU
+    python benchmarks/kill.py TOKENIZER --shape 135m --engine vllm --lanes 2 --max-new-tokens 96 [--seconds 300] [--out FILE]      on a GPU
 
 Several runs (`--lanes`) go on beside each other, each with its own folder, and one more that nobody disturbs. When all of them have
 answers that are new since the last kill, each is killed within the next two seconds: in turns the command itself, the process that
@@ -12,7 +12,9 @@ same keys in the same order. Each sample has its own random numbers, but what sh
 draw that falls on the edge between two tokens then takes the other one: how many texts differ is told, and with 32-bit numbers
 more than a hundredth is an error. With --shape the model has random weights and the folder's tokenizer.
 
-vLLM starts in about 25 s without graphs, five at once in a little more: 20 kills take four rounds of 40 s, and what is left a minute.
+A start of vLLM is imports in three processes before anything else: eight runs at once on ten cores of an H200's host took 130 s each time. So
+`--lanes 2 --kills 6 --max-new-tokens 96` is what fits five minutes there, and 20 kills take a quarter of an hour. Answers of equal length
+end together, and between two such waves no work is finished: the time since a commit is then longer than what is lost.
 """
 
 import argparse
