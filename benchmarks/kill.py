@@ -12,9 +12,9 @@ same keys in the same order. Each sample has its own random numbers, but what sh
 draw that falls on the edge between two tokens then takes the other one: how many texts differ is told, and with 32-bit numbers
 more than a hundredth is an error. With --shape the model has random weights and the folder's tokenizer.
 
-A start of vLLM is imports in three processes before anything else: eight runs at once on ten cores of an H200's host took 130 s each time. So
-`--lanes 2 --kills 6 --max-new-tokens 96` is what fits five minutes there, and 20 kills take a quarter of an hour. Answers of equal length
-end together, and between two such waves no work is finished: the time since a commit is then longer than what is lost.
+A start of vLLM is imports in three processes before anything else: eight runs at once on ten cores of an H200's host took 130 s each
+time. So `--lanes 2 --kills 6 --max-new-tokens 96` is what fits five minutes there, and 20 kills take a quarter of an hour. Answers of
+equal length end together, and between two such waves no work is finished: the time since a commit is then longer than what is lost.
 """
 
 import argparse
