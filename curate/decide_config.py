@@ -122,6 +122,11 @@ class EmbedConfig:
     ray_address: str | None = setting(None, "Address of the Ray cluster, as auto or ray-head:6379; this machine's own when not given.")
 
 
+def _check_memory(memory_gb: float | None) -> None:
+    if memory_gb is not None and not 0 < memory_gb < float("inf"):
+        raise UserError(f"memory_gb: expected more than 0, found {memory_gb:g}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DedupConfig:
     """What counts as the same row."""
@@ -143,6 +148,7 @@ class DedupConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise UserError(f"{name}: expected {measure} above 0 and up to 1, found {value}; a distance of d is given as 1 - d")
+        _check_memory(self.memory_gb)
         if not self.exact and self.minhash is None and self.semantic is None:
             raise UserError("dedup: neither exact nor semantic is asked for, nor minhash, so there is nothing to do")
 
@@ -236,6 +242,7 @@ class SelectConfig:
             raise UserError(f"quality_weight: expected a share between 0 and 1, found {self.quality_weight}")
         if self.epsilon is not None and not 0 < self.epsilon < 1:
             raise UserError(f"epsilon: expected a share between 0 and 1, as 0.1, found {self.epsilon:g}")
+        _check_memory(self.memory_gb)
         if self.epsilon is not None and self.nearest_only:
             raise UserError("select: epsilon and nearest_only are two ways to be faster; give one of them")
         if not 0 < self.max_cosine <= 1:

@@ -17,7 +17,7 @@ from ..core.run import Run
 from .cover import cover
 from .decide_config import DedupConfig
 from .embed import embed_rows
-from .memory import GB, cover_bytes, hold_to
+from .memory import GB, cover_bytes, hold_to, least_dimensions
 from .rows import KEY, TEXT, Outcome, decision_table, input_rows, record, row_name, split_texts
 from .scored import best_first, columns_for, sort_columns
 from .similarity import Cosines, Indices
@@ -48,9 +48,11 @@ def dedup(run: Run, config: DedupConfig) -> list[Outcome]:
         outcomes.append(stage.decided(witness, near, config.minhash))
     if config.semantic is not None:
         stage = _Stage(run, "dedup_semantic", "semantic_duplicate", second, config.by, ("messages", *TEXT))
-        vectors = embed_rows(run, stage.all, config.on, config.embed)
         limit = None if config.memory_gb is None else config.memory_gb * GB
-        hold_to(limit, cover_bytes(len(vectors), vectors.shape[1]), len(vectors), "dedup by meaning", "--no-semantic")
+        told = (len(stage.all), "dedup by meaning", "--no-semantic")
+        hold_to(limit, cover_bytes(len(stage.all), least_dimensions(config.embed)), *told, tell=False)
+        vectors = embed_rows(run, stage.all, config.on, config.embed)
+        hold_to(limit, cover_bytes(len(vectors), vectors.shape[1]), *told)
         witness, near = cover(vectors, config.semantic, stage.order.tolist(), given=len(second), device=pick_device())
         outcomes.append(stage.decided(witness, near, config.semantic))
     return outcomes

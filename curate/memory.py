@@ -3,7 +3,9 @@
 import logging
 
 from ..core.errors import UserError
-from .decide_config import SelectConfig
+from ..core.files import read_json
+from ..core.models import resolve_model
+from .decide_config import EmbedConfig, SelectConfig
 from .facility_location import NEIGHBORS
 
 log = logging.getLogger(__name__)
@@ -36,11 +38,11 @@ def cover_bytes(num_rows: int, dimensions: int) -> int:
     return 2 * 4 * dimensions * num_rows + 64 * num_rows + TILES
 
 
-def fit_neighbors(config: SelectConfig, num_rows: int, dimensions: int, size: int) -> int:
-    """Return how many similarities facility location may remember of each row, and say what the method will take.
+def fit_neighbors(config: SelectConfig, num_rows: int, dimensions: int, size: int, *, tell: bool = True) -> int:
+    """Return how many similarities facility location may remember of each row, and say what the method will take, if that is much.
 
-    With nearest_only their number decides what is selected, so that it is not lowered.
-    Raises UserError where memory_gb is too little for the method.
+    With nearest_only their number decides what is selected, so that it is not lowered. Raises UserError where memory_gb is too
+    little for the method.
     """
     neighbors = NEIGHBORS
     limit = None if config.memory_gb is None else config.memory_gb * GB
@@ -49,16 +51,32 @@ def fit_neighbors(config: SelectConfig, num_rows: int, dimensions: int, size: in
         neighbors = max(min(NEIGHBORS, int(rest / (REMEMBERED * num_rows))), FEWEST)
     what = f"select {config.method}"
     cure = "another method: cluster-balanced and stratified take little more than the vectors"
-    hold_to(limit, select_bytes(config.method, num_rows, dimensions, size, neighbors), num_rows, what, cure)
+    hold_to(limit, select_bytes(config.method, num_rows, dimensions, size, neighbors), num_rows, what, cure, tell=tell)
     return neighbors
 
 
-def hold_to(limit: float | None, needed: int, num_rows: int, what: str, cure: str) -> None:
+def least_dimensions(embed: EmbedConfig) -> int:
+    """Return how long an embedder's vectors are by the files beside it, or 1, which is too few, where these do not say.
+
+    So that what cannot be done is refused before an hour of embedding. Raises UserError for a model that is not there.
+    """
+    folder = resolve_model(embed.model).path
+    if folder is None or not folder.is_dir():
+        return 1
+    told = [(file, "out_features") for file in sorted(folder.glob("*_Dense/config.json"), reverse=True)]
+    told += [(folder / "1_Pooling" / "config.json", "word_embedding_dimension"), (folder / "config.json", "hidden_size")]
+    for file, name in told:
+        if file.exists() and isinstance(value := read_json(file).get(name), int):
+            return value
+    return 1
+
+
+def hold_to(limit: float | None, needed: int, num_rows: int, what: str, cure: str, *, tell: bool = True) -> None:
     """Say what a step will take where it is much. Raises UserError where that is more than the limit, in bytes."""
     if limit is not None and needed > limit:
         raise UserError(
             f"{what}: takes about {needed / GB:.1f} GB for {num_rows:,} rows, memory_gb allows {limit / GB:g}: give more, fewer rows, or"
             f" {cure}"
         )
-    if needed >= WORTH_SAYING:
+    if tell and needed >= WORTH_SAYING:
         log.info("%s: about %.1f GB of memory at its peak", what, needed / GB)

@@ -18,7 +18,7 @@ from .decide_config import SelectConfig
 from .diversity import deita_filter, dpp, mmr
 from .embed import embed_rows
 from .facility_location import facility_location
-from .memory import fit_neighbors
+from .memory import fit_neighbors, least_dimensions
 from .quotas import balanced_order, cluster, num_clusters, quota_order
 from .rows import EXPORTED, KEY, Outcome, decision_table, input_rows, load_rows, record, row_name
 from .scored import best_first, columns_for, score_values, sort_columns
@@ -42,10 +42,12 @@ def select(run: Run, config: SelectConfig) -> Outcome:
     lengths = row_lengths(rows)
     eligible = _eligible(run, rows, columns, config)
     run.configure("select", to_mapping(config), free=("*",))
+    size = len(eligible) if config.budget is None else min(config.budget, len(eligible))
+    if config.needs_vectors:
+        fit_neighbors(config, len(eligible), least_dimensions(config.embed), size, tell=False)
     vectors = embed_rows(run, rows, config.on, config.embed) if config.needs_vectors else None
     picks: list[Pick] = []
     spent = 0.0
-    size = len(eligible) if config.budget is None else min(config.budget, len(eligible))
     with Progress("select", total=size, unit="rows") as progress:
         for pick in _ranking(rows, eligible, vectors, columns, lengths, size, config):
             spent += tokens[pick[0]] if tokens is not None else 0

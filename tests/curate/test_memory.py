@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from sftkit.core.errors import UserError
@@ -9,7 +10,7 @@ from sftkit.core.run import Run
 from sftkit.curate.decide_config import DedupConfig, EmbedConfig, SelectConfig
 from sftkit.curate.dedup import dedup
 from sftkit.curate.facility_location import NEIGHBORS
-from sftkit.curate.memory import FEWEST, GB, cover_bytes, fit_neighbors, hold_to, select_bytes
+from sftkit.curate.memory import FEWEST, GB, cover_bytes, fit_neighbors, hold_to, least_dimensions, select_bytes
 from sftkit.curate.selection import select
 
 
@@ -63,3 +64,35 @@ def test_the_limit_decides_memory_and_not_the_rows(toy_run: Callable[..., Run], 
         match=r"dedup by meaning: takes about 0\.1 GB for 8 rows, memory_gb allows 0\.001: give more, fewer rows, or --no-semantic",
     ):
         dedup(run, DedupConfig(embed=embed, memory_gb=0.001))
+
+
+def test_what_cannot_be_done_is_refused_before_anything_is_embedded(
+    toy_run: Callable[..., Run], minilm: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("embedded")
+
+    monkeypatch.setattr("sftkit.curate.selection.embed_rows", never)
+    monkeypatch.setattr("sftkit.curate.dedup.embed_rows", never)
+    assert least_dimensions(EmbedConfig()) == 384
+    run = toy_run([{"prompt": f"{n}", "response": "r"} for n in range(9)])
+    with pytest.raises(UserError, match=r"select mmr: takes about 0\.1 GB for 9 rows, memory_gb allows 0\.001"):
+        select(run, SelectConfig(method="mmr", by=("num_chars",), budget=2, memory_gb=0.001))
+    with pytest.raises(UserError, match=r"dedup by meaning: takes about 0\.1 GB for 9 rows"):
+        dedup(run, DedupConfig(exact=False, memory_gb=0.001))
+
+
+def test_an_embedder_says_how_long_its_vectors_are(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"hidden_size": 64}')
+    assert least_dimensions(EmbedConfig(model=str(tmp_path))) == 64
+    (tmp_path / "2_Dense").mkdir()
+    (tmp_path / "2_Dense" / "config.json").write_text('{"in_features": 64, "out_features": 16}')
+    assert least_dimensions(EmbedConfig(model=str(tmp_path))) == 16
+    assert least_dimensions(EmbedConfig(model="someone/on-the-hub")) == 1
+
+
+@pytest.mark.parametrize("memory_gb", [0, -1, float("nan"), float("inf")])
+def test_a_limit_is_a_number_above_0(memory_gb: float) -> None:
+    for make in (lambda: SelectConfig(budget=1, memory_gb=memory_gb), lambda: DedupConfig(memory_gb=memory_gb)):
+        with pytest.raises(UserError, match="memory_gb: expected more than 0, found"):
+            make()
