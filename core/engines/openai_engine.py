@@ -278,7 +278,7 @@ class _Connection:
 
     Our own loop, since the caller's thread may have one that runs (a notebook), and since answers must go on coming in while
     the caller is busy with one. Each request under way has a client with one connection: httpx's pool looks at every connection
-    for every request, which with 256 of them takes four times as long as all the rest.
+    for every request, which with 256 of them takes several times as long as all the rest.
     """
 
     def __init__(self, servers: Sequence[Server], concurrency: int) -> None:
