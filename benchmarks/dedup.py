@@ -1,10 +1,12 @@
-"""Seconds and memory of deduplication, each beside its peer in the same run: exact, near duplicates (datasketch), by meaning (semhash).
+"""Seconds and memory of deduplication, each beside its peers in the same run: exact, near duplicates (datasketch, text-dedup), by meaning.
 
     python benchmarks/dedup.py exact [ROWS]                          1,000,000 rows of 100 tokens
     python benchmarks/dedup.py minhash FILE|DOCUMENTS [PEERS]        a data file, or that many documents with known near duplicates
     python benchmarks/dedup.py semantic [ROWS] [PEERS]               100,000 × 384 embeddings, a fifth of them near another
 
-PEERS is the Python of an environment with datasketch and semhash (`pip install datasketch semhash`); without it ours runs alone.
+PEERS is the Python of an environment with datasketch, text-dedup and semhash (`pip install datasketch text-dedup semhash`); one that is
+not installed is skipped, and so it says. Without PEERS ours runs alone. text-dedup reads and writes a data set, which is part of its
+seconds. Whichever row of a true group is left is right: it keeps another than the others do.
 Every measurement is a process of its own, so that its peak of memory is its own.
 """
 
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +81,23 @@ def minhash_datasketch(texts: list[str]) -> list[int]:
         else:
             index.insert(row, sketch)
     return removed
+
+
+def minhash_text_dedup(texts: list[str]) -> list[int]:
+    global began
+    from datasets import Dataset, disable_progress_bars, load_from_disk
+    from text_dedup import minhash
+
+    disable_progress_bars()
+    with tempfile.TemporaryDirectory() as folder:
+        Dataset.from_dict({"text": texts, "row": list(range(len(texts)))}).save_to_disk(f"{folder}/given")
+        began = time.perf_counter()
+        options = {"path": f"{folder}/given", "output": f"{folder}/made", "column": "text", "threshold": THRESHOLD}
+        options |= {"ngram": 5, "min_length": 0, "num_perm": 128, "num_proc": 2, "batch_size": 10_000}
+        arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        minhash.main([*arguments, "--local"], standalone_mode=False)
+        kept = set(load_from_disk(f"{folder}/made")["row"])
+    return [row for row in range(len(texts)) if row not in kept]
 
 
 def embeddings(number: int) -> Any:
@@ -156,18 +176,22 @@ def child(way: str, data: str) -> None:
     print(json.dumps({"seconds": round(seconds, 2), "peak_gib": round(peak, 2), "removed": removed}))
 
 
-def measure(python: str, way: str, data: str, truth: set[int] | None = None) -> None:
+def measure(python: str, way: str, data: str, groups: dict[int, int] | None = None) -> None:
+    """Run and print a way. `groups` has the first row of its group for every row of a true one: whichever of a group is left is right."""
     result = subprocess.run([python, __file__, "--child", way, data], capture_output=True, text=True, check=False)
     if result.returncode:
-        print(f"{way}: {result.stderr.strip().splitlines()[-1]}")
+        why = result.stderr.strip().splitlines()[-1]
+        print(f"{way}: {'skipped, not installed' if why.startswith('ModuleNotFoundError') else why}", flush=True)
         return
     told = json.loads(result.stdout.splitlines()[-1])
     removed = set(told["removed"])
     line = f"{way}: {told['seconds']} s, peak {told['peak_gib']} GiB, {len(removed):,} removed"
-    if truth is not None:
-        right = len(removed & truth)
-        precision, recall = right / max(len(removed), 1), right / max(len(truth), 1)
-        line += f", precision {precision:.4f}, recall {recall:.4f}, F1 {2 * right / max(len(removed) + len(truth), 1):.4f}"
+    if groups is not None:
+        sizes = Counter(groups.values())
+        right = sum(min(count, sizes[first] - 1) for first, count in Counter(groups[row] for row in removed if row in groups).items())
+        true = len(groups) - len(sizes)
+        precision, recall = right / max(len(removed), 1), right / max(true, 1)
+        line += f", precision {precision:.4f}, recall {recall:.4f}, F1 {2 * right / max(len(removed) + true, 1):.4f}"
     print(line, flush=True)
 
 
@@ -184,21 +208,23 @@ def main() -> None:
             if peers:
                 measure(peers, "semantic_semhash", f"{folder}/vectors.npy")
         else:
-            truth = None
+            groups = None
             if size.isdigit():
                 texts, sources = documents(int(size))
                 sets = {row: shingles(texts[row]) for pair in enumerate(sources) if pair[1] >= 0 for row in pair}
                 like = [(row, source) for row, source in enumerate(sources) if source >= 0]
-                truth = {row for row, source in like if len(sets[row] & sets[source]) >= THRESHOLD * len(sets[row] | sets[source])}
+                like = [pair for pair in like if len(sets[pair[0]] & sets[pair[1]]) >= THRESHOLD * len(sets[pair[0]] | sets[pair[1]])]
+                groups = {row: source for pair in like for row, source in (pair, (pair[1], pair[1]))}
             else:
                 from sftkit.core.formats import read_examples
 
                 texts = ["\n".join(str(message["content"]) for message in example.messages) for example in read_examples(size)]
             Path(f"{folder}/texts.json").write_text(json.dumps(texts))
-            measure(sys.executable, "minhash_ours", f"{folder}/texts.json", truth)
-            measure(sys.executable, "minhash_lsh", f"{folder}/texts.json", truth)
+            measure(sys.executable, "minhash_ours", f"{folder}/texts.json", groups)
+            measure(sys.executable, "minhash_lsh", f"{folder}/texts.json", groups)
             if peers:
-                measure(peers, "minhash_datasketch", f"{folder}/texts.json", truth)
+                measure(peers, "minhash_datasketch", f"{folder}/texts.json", groups)
+                measure(peers, "minhash_text_dedup", f"{folder}/texts.json", groups)
 
 
 if __name__ == "__main__":
