@@ -108,6 +108,7 @@ def trained_pair(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> 
 
 
 def test_103_rows_are_all_scored_and_alike_in_any_batch(toy_run: ToyRun, tiny_model: Path) -> None:
+    """open-instruct gives each of 8 workers 12 of 103 rows, scores 96 and stops at its own assertion."""
     rows = [{"prompt": f"Count to {each}", "response": " ".join(map(str, range(each + 1)))} for each in range(103)]
     wide = column(toy_run(rows, "wide"), grape=options(tiny_model), ifd=options(tiny_model))
     single = column(toy_run(rows, "single"), grape=options(tiny_model, batch_tokens=1), ifd=options(tiny_model, batch_tokens="1"))

@@ -67,6 +67,8 @@ def test_lengths_patterns_and_log_probability(toy_run: Callable[..., Run]) -> No
 
 
 def test_one_poison_row_leaves_the_others_scored(toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thousand rows with a poisoned one Data-Juicer's batched operators keep none."""
+
     def fragile() -> scoring.Scorer:
         def judge(row: scoring.Candidate) -> scoring.Result:
             if row.response == "poison":
