@@ -1,10 +1,9 @@
 """Two processes train as one, each with the whole model or a share of it: the same losses and models, and runs that go on after a kill."""
 
 import json
-import os
+import multiprocessing
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -91,20 +90,20 @@ def test_two_processes_train_as_one_in_every_way_and_one_goes_on_from_their_chec
 def test_killed_and_gone_on_the_losses_are_those_of_a_run_in_one_piece(tmp_path, tiny_model, chats) -> None:
     data = chats(150)
     whole = train(data, str(tiny_model), tmp_path / "whole", TrainConfig(**SETTINGS)).run
-    settings = {**SETTINGS, "gpus": 2, "parallel": "fsdp", "save_minutes": 0.0005}
-    told = tmp_path / "settings.yaml"
-    told.write_text(json.dumps(settings))
+    settings = TrainConfig(**{**SETTINGS, "gpus": 2, "parallel": "fsdp", "save_minutes": 0.0005})
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "sftkit", "train", "sft", data, "--model", tiny_model, "-o", run, "--config", told]
-    process = subprocess.Popen([str(each) for each in command], cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sftkit.train.sft", "sftkit.train.trainer"])  # imported once
+    process = context.Process(target=train, args=(data, str(tiny_model), run, settings))
+    process.start()
     deadline = time.monotonic() + 200
     while (last := last_checkpoint(run / "train" / "checkpoints")) is None or int(last.name.split("-")[1]) < 3:
-        assert process.poll() is None
+        assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    train(data, str(tiny_model), run, TrainConfig(**settings))  # waits for the processes of the killed one
+    process.kill()
+    process.join()
+    train(data, str(tiny_model), run, settings)  # waits for the processes of the killed one
     assert metrics(run, "loss") == pytest.approx(metrics(whole, "loss"), abs=1e-5)
 
 
