@@ -258,8 +258,11 @@ class Covering:
                 above[row] = tile[row] >= floor[row]
                 count[row] = above[row].sum()
             counts[start : start + height] = count
-            columns.append(np.nonzero(above)[1].astype(np.int32))
-            cosines.append(tile[above])
+            places = np.flatnonzero(above)  # several times as fast as in two dimensions
+            columns.append((places % num_rows).astype(np.int32))
+            cosines.append(tile.ravel()[places])
+            if self._nearest_only:
+                continue
             np.maximum(tile, 0, out=tile)
             self.bound += tile.sum(axis=0)
             if self._guess >= 0:
