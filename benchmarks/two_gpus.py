@@ -152,7 +152,9 @@ def work(order: Path) -> None:
                 found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
                 traceback.print_exc()
             if rank == 0:
-                file.write(json.dumps({**task, **found, "seconds": round(time.perf_counter() - began, 1)}) + "\n")
+                line = json.dumps({**task, **found, "seconds": round(time.perf_counter() - began, 1)})
+                print(line, flush=True)  # where the stage is cut off, this is what is known of it
+                file.write(line + "\n")
                 file.flush()
             if "error" in found and task["gpus"] > 1:  # the other process may be waiting for this one
                 os._exit(1)
