@@ -121,6 +121,8 @@ def _plain(layer: Any) -> bool:
     name = layer.active_adapters[0]
     if name not in layer.lora_A or name in layer.lora_variant or layer.fan_in_fan_out:
         return False
+    if any(each.requires_grad for each in layer.base_layer.parameters()):  # LoraConfig's bias: `Products` makes no gradient for it
+        return False
     return isinstance(layer.lora_dropout[name], torch.nn.Identity) and layer.lora_A[name].bias is None and layer.lora_B[name].bias is None
 
 

@@ -102,6 +102,13 @@ def test_what_is_not_plain_stays_as_it_is() -> None:
     assert fuse_adapters(adapted(use_dora=True)) == 0
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_are_trained_keep_their_gradients(bias: str) -> None:
+    model = adapted(bias=bias)
+    assert fuse_adapters(model) == 3 * 4  # the layers without a bias: o, gate, up, down
+    assert all(gradient is not None for gradient in losses_and_gradients(model, torch.randint(0, 64, (1, 37))))
+
+
 def test_compiled_layers_share_their_code() -> None:
     model, ids = adapted(), torch.randint(0, 64, (1, 64))
     wanted = losses_and_gradients(model, ids)
