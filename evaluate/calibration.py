@@ -10,14 +10,15 @@ from ..core.sources import iterate_rows
 from .preferences import Agreement, agreement
 from .results import aligned
 from .statistics import Estimate, Interval
+from .task_data import read_data
 
 
 def calibrate(judging: Judge, source: str, limit: int | None) -> list[Agreement]:
     """Let the judge judge labelled pairs (subset, input, output_1, output_2, label, as LLMBar's), and say how often it agrees.
 
-    Of each subset the first `limit` pairs. Zeng et al. 2023, arXiv 2310.07641.
+    The source is a file, or "llmbar", whose pairs come along. Of each subset the first `limit` pairs. Zeng et al. 2023, arXiv 2310.07641.
     """
-    rows = _labelled(source, ("input", "output_1", "output_2", "label"))
+    rows = _labelled(source, ("input", "output_1", "output_2", "label"), read_data(source) if source == "llmbar" else None)
     chosen = [row for subset in _subsets(rows) for row in [each for each in rows if _subset(each) == subset][:limit]]
     verdicts = judging.compare([Pair(str(row["input"]), str(row["output_1"]), str(row["output_2"])) for row in chosen])
     said: list[tuple[int | None, int | None]] = []
@@ -47,8 +48,8 @@ def read_verdicts(source: str, *, judge: str, prompt: str | None = None) -> list
     return found
 
 
-def _labelled(source: str, needed: Sequence[str]) -> list[dict[str, Any]]:
-    rows = [row for _, row in iterate_rows(source)]
+def _labelled(source: str, needed: Sequence[str], known: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    rows = [row for _, row in iterate_rows(source)] if known is None else known
     for number, row in enumerate(rows, 1):
         missing = [name for name in needed if name not in row]
         if missing or str(row["label"]) not in ("1", "2"):

@@ -120,10 +120,10 @@ def judge(answers: tuple[str, ...], out: Path | None, verdicts: str | None, sett
     """Let a model judge stored ANSWERS in pairs: those of a run's `compare`, each model against the first, or two files.
 
     Each pair is judged in both orders, and a flip is a tie. The win rate stands beside the one at equal lengths, for judges
-    like long answers, and beside what the judge is worth on labelled pairs (--calibrate). Any engine can judge.
+    like long answers, and beside what the judge is worth on labelled pairs: 100 of LLMBar's (--calibrate). Any engine can judge.
 
     \b
-    sftkit evaluate judge runs/b --judge org/name --calibrate llmbar.jsonl
+    sftkit evaluate judge runs/b --judge org/name
     sftkit evaluate judge new.jsonl old.jsonl --judge gpt-x --engine openai --base-url https://host/v1 --references gold.jsonl
     sftkit evaluate judge --verdicts judge_verdicts.jsonl.gz --judge GPT-4
     """

@@ -52,8 +52,8 @@ class JudgeConfig:
     )
     parse: bool = setting(False, "Read what the judge writes, as from a server, instead of its probabilities.")
     references: str | None = setting(None, "Data file with right answers, which the judge is shown: it needs them for maths and code.")
-    calibrate: str | None = setting(None, "File of labelled pairs (input, output_1, output_2, label), as LLMBar's, that it judges too.")
-    calibrate_limit: int | None = setting(None, "Only the first pairs of each subset of that file.")
+    calibrate: str = setting("llmbar", "Labelled pairs that it judges too: llmbar, a file (input, output_1, output_2, label), or none.")
+    calibrate_limit: int | None = setting(20, "Only the first labelled pairs of each subset.")
     limit: int | None = setting(None, "Only the first questions.")
     engine: EngineConfig = field(default_factory=EngineConfig, metadata={"help": "How the judge is run."})
 

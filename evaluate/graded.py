@@ -65,4 +65,4 @@ def warn_of(judge: NamedModel, models: Sequence[NamedModel]) -> None:
     for model in models:
         if model.identity == judge.identity:
             log.warning("the judge is %s itself: judges prefer their own answers", model.name)
-    log.warning("what a judge is worth is known from labelled pairs: sftkit evaluate judge RUN --judge %s --calibrate FILE", judge.name)
+    log.warning("what a judge is worth is known from labelled pairs: sftkit evaluate judge RUN --judge %s", judge.name)

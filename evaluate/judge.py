@@ -114,8 +114,8 @@ def judge(sources: Sequence[str | Path], out: Path | None, config: JudgeConfig) 
 
     Answers are matched by their question. Into the run folder `out` (a run that is judged, where it is not given) go
     evaluate/judgements.parquet and the section `judge` of evaluate/results.json; verdicts are stored under keys of what decides
-    them. With `calibrate` the judge also judges labelled pairs, so that a reader knows what it is worth. Raises UserError for
-    sources that are neither, and where no question was answered by both.
+    them. The judge also judges the labelled pairs of `calibrate`, so that a reader knows what it is worth. Raises UserError
+    for sources that are neither, and where no question was answered by both.
     """
     run = Path(sources[0]) if len(sources) == 1 else None
     if run is not None and out is None:
@@ -134,7 +134,7 @@ def judge(sources: Sequence[str | Path], out: Path | None, config: JudgeConfig) 
                 numbers, removed, table = _compare(judging, questions, other, answers[0], references, config)
                 compared.append((other.name, numbers, removed))
                 tables.append(table)
-            agreements = [] if config.calibrate is None else calibrate(judging, config.calibrate, config.calibrate_limit)
+            agreements = [] if config.calibrate == "none" else calibrate(judging, config.calibrate, config.calibrate_limit)
         adjusted = holm([numbers.p_value for _, numbers, _ in compared])
         result = JudgeResult(
             folder=folder if out else None,
@@ -278,5 +278,5 @@ def _warnings(judge: NamedModel, answers: Sequence[Answers], run: Path | None, n
     if teacher is not None and teacher in (judge.reference, judge.identity):
         found.append("the judge is the teacher of this run's answers: it prefers models that write as it does")
     if not calibrated:
-        found.append("what this judge is worth is not known: --calibrate FILE lets it judge labelled pairs, as LLMBar's")
+        found.append("what this judge is worth is not known: --calibrate llmbar lets it judge labelled pairs")
     return found

@@ -64,6 +64,13 @@ DATA = {
         "80 conversations of two questions, for a judge",
         "3f5b6ae1f0ec95f7d85daf57a2d9154996f5d223e79a369df3178cd67c4d1920",
     ),
+    "llmbar": DataSet(
+        "llmbar.jsonl.gz",
+        ("subset", "input", "output_1", "output_2", "label"),
+        "MIT",
+        "419 labelled pairs that show what a judge is worth",
+        "25faad37d6384f21c0205c41632a4828a2d9418334e96126b587f595172228bd",
+    ),
     "mmlu": DataSet(
         "mmlu.jsonl.gz",
         ("split", "subject", "question", *LETTERS, "answer"),

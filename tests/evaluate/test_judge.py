@@ -1,6 +1,8 @@
 """The judge of stored answers: both orders, lengths out of the way, and its own worth beside every result."""
 
 import json
+import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from sftkit.evaluate.config import CompareConfig, JudgeConfig
 from sftkit.evaluate.judge import judge
 from sftkit.evaluate.preferences import agreement, length_controlled, win_rate
 from sftkit.evaluate.statistics import wilson
+from sftkit.evaluate.task_data import read_data
 
 Cli = Callable[..., tuple[int, str, str]]
 CPU = {"engine": "transformers", "device": "cpu", "dtype": "float32"}
@@ -27,7 +30,7 @@ def no_least_mass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(model: Path, **more: object) -> JudgeConfig:
-    return load_config(JudgeConfig, {"judge": str(model), "engine": CPU, **more})
+    return load_config(JudgeConfig, {"judge": str(model), "engine": CPU, "calibrate": "none", **more})
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -154,11 +157,42 @@ def test_a_run_is_judged_and_judged_again_for_nothing(
     assert json.loads((run / "evaluate" / "results.json").read_text()).keys() == {"compare", "judge"}
     monkeypatch.setattr("sftkit.core.named_models.open_engine", lambda *_: pytest.fail("the model was opened"))
     code, said, _ = cli(
-        "evaluate", "judge", run, "--judge", tiny_model, "--engine", "transformers", "--device", "cpu", "--dtype", "float32"
+        "evaluate",
+        "judge",
+        run,
+        "--judge",
+        tiny_model,
+        "--calibrate",
+        "none",
+        "--engine",
+        "transformers",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
     )
     assert code == 0
     assert "at equal length" in said
     assert "warning: what this judge is worth is not known" in said
+
+
+def test_llmbar_comes_along_and_is_judged_once(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (JudgeConfig(judge="m").calibrate, JudgeConfig(judge="m").calibrate_limit) == ("llmbar", 20)
+    assert Counter(row["subset"].split("/")[1] for row in read_data("llmbar")) == {"Natural": 100, "Adversarial": 319}
+    files = [answers(tmp_path / "new.jsonl", ["one"]), answers(tmp_path / "old.jsonl", ["uno"])]
+    wide = shutil.copytree(tiny_model, tmp_path / "wide")  # the pairs do not fit into the toy's 512 tokens
+    for name, key in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
+        (wide / name).write_text(json.dumps(json.loads((wide / name).read_text()) | {key: 4096}))
+    config = settings(wide, calibrate="llmbar", calibrate_limit=1)
+    first = judge(files, tmp_path / "run", config)
+    assert {each.name.removeprefix("LLMBar/"): each.n for each in first.agreements} == {
+        "Natural": 1,
+        "Adversarial": 4,
+        **{f"Adversarial/{name}": 1 for name in ("GPTInst", "GPTOut", "Manual", "Neighbor")},
+    }
+    assert not any("not known" in each for each in first.warnings)
+    monkeypatch.setattr("sftkit.core.named_models.open_engine", lambda *_: pytest.fail("the model was opened"))
+    assert judge(files, tmp_path / "run", config).agreements == first.agreements
 
 
 def test_two_files_are_matched_by_their_questions(tmp_path: Path, tiny_model: Path) -> None:
