@@ -142,7 +142,8 @@ def test_an_answer_ends_before_the_first_of_its_stop_texts_and_is_otherwise_the_
         before = whole[key]
         places = [before.text.find(stop) for stop in stops if stop in before.text]
         if not places:
-            assert each == before
+            assert each.logprob == pytest.approx(before.logprob, abs=1e-5)  # other rows share its batch: rounding
+            assert replace(each, logprob=before.logprob) == before
             continue
         ended += 1
         assert (each.text, each.finish_reason) == (before.text[: min(places)], "stop")
