@@ -12,18 +12,17 @@ from typing import Any
 from ..core.config import part, setting
 from ..core.engines.base import EngineConfig, Sampling
 from ..core.errors import UserError
+from ..core.patterns import Pattern
 from .decide_config import BestConfig, DecontaminateConfig, DedupConfig, FilterConfig, HeldoutConfig, SelectConfig
 
 REASONING = ("apart", "inline")
 FORMATS = {"####": r"####\s*[-+$]?[\d.]", "boxed": r"\\boxed\s*\{"}
 
 
-def format_pattern(wanted: str | None) -> re.Pattern[str] | None:
+def format_pattern(wanted: str | None) -> Pattern | None:
     """Return what is searched for in an answer that should have a format. Raises UserError for what is no regular expression."""
-    try:
-        return None if wanted is None else re.compile(FORMATS.get(wanted, wanted), re.MULTILINE)
-    except re.error as error:
-        raise UserError(f"want_format {wanted!r}: is no regular expression ({error}); known by name are {', '.join(FORMATS)}") from None
+    known = f"want_format (by name known: {', '.join(FORMATS)}): "
+    return None if wanted is None else Pattern(known, FORMATS.get(wanted, wanted), re.MULTILINE)
 
 
 def read_schema(given: str) -> str:

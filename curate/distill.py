@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -21,6 +21,7 @@ from ..core.errors import TooManyFailures, UserError
 from ..core.example import Decision, Sample
 from ..core.formats import iterate_examples
 from ..core.models import context_length, load_settings, model_identity, resolve_model
+from ..core.patterns import Pattern, SlowPattern
 from ..core.progress import Progress, duration
 from ..core.reasoning import CLOSE, OPEN, split_reasoning
 from ..core.run import Run
@@ -49,7 +50,7 @@ class DistillResult:
     rejected: dict[str, int]  # prompts that were not sent, by rule
     samples: int
     cut: int  # of the samples: reached max_new_tokens
-    matched: int | None  # of the samples: hold the wanted format; None where none is wanted
+    matched: int | None  # of the samples: hold the wanted format; None where none is wanted, or its pattern takes too long
     tokens: int
     failed: dict[str, int]  # samples, by error
     over_budget: int
@@ -350,7 +351,6 @@ class Distillation:
         config = self.teacher.config
         stored, failures = self.samples(), self.store.failures()
         have = set(zip(stored["example_id"], stored["sample_index"], strict=True))
-        pattern = format_pattern(config.want_format)
         errors = dict(zip(failures["key"], failures["error"], strict=True))
         decisions = []
         for each in self.wanted:
@@ -370,7 +370,7 @@ class Distillation:
             rejected=dict(zip(rejected["rule"], rejected["rows"], strict=True)),
             samples=stored.height,
             cut=stored.filter(pl.col("finish_reason") == "length").height,
-            matched=None if pattern is None else sum(pattern.search(text) is not None for text in stored["text"]),
+            matched=_num_matched(format_pattern(config.want_format), stored["text"]),
             tokens=int(stored["num_tokens"].sum()),
             failed={rule.removeprefix("error: "): count for rule, count in rules.most_common()},
             over_budget=over_budget,
@@ -392,6 +392,15 @@ class Distillation:
 def prompt_tokens(prompt: Prompt) -> int:
     """Return the tokens of a prompt; where a server renders, a third of its characters, which is more than most texts have."""
     return len(prompt.ids) or sum(len(message_text(each)) for each in prompt.messages) // 3 + 1
+
+
+def _num_matched(pattern: Pattern | None, texts: Iterable[str]) -> int | None:
+    """Return how many texts hold a pattern. None where there is none, or it takes too long: the samples do not depend on it."""
+    try:
+        return None if pattern is None else sum(pattern.search(text) is not None for text in texts)
+    except SlowPattern as error:
+        log.warning("warning: the answers in the wanted format were not counted: want_format %s", error)
+        return None
 
 
 def wanted_sample(teacher: Teacher, prompt: Prompt, index: int, sampling: Sampling) -> Wanted:

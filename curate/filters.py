@@ -14,7 +14,8 @@ from typing import Any
 import polars as pl
 
 from ..core.config import to_mapping
-from ..core.errors import UserError, unknown_name
+from ..core.errors import unknown_name
+from ..core.patterns import Pattern
 from ..core.progress import Progress
 from ..core.run import Run
 from .controls import clear_controls, write_controls_of
@@ -24,7 +25,7 @@ from .ngrams import PLAIN as PLAIN_WORDS
 from .rows import KEY, Outcome, decision_table, input_rows, record
 from .score import known_scores, read_score
 from .scored import READ_OFF, columns_for, score_values
-from .scorers import CHINESE_WORD, PATTERN_SECONDS, WORD, compile_pattern, count_words
+from .scorers import CHINESE_WORD, WORD, count_words
 
 LATIN = ("LATIN",)
 SCRIPTS = {  # the scripts a language is written in, by the names that Unicode gives their letters
@@ -273,7 +274,7 @@ def text_rules(config: FilterConfig) -> list[TextRule]:
     for language in config.languages:
         if language not in SCRIPTS:
             raise unknown_name("language", language, SCRIPTS)
-    include, exclude = [_pattern(each) for each in config.include], [_pattern(each) for each in config.exclude]
+    include, exclude = [Pattern("", each) for each in config.include], [Pattern("", each) for each in config.exclude]
     rules: list[TextRule] = []
     text = pl.col("text")
     if config.empty:
@@ -288,9 +289,9 @@ def text_rules(config: FilterConfig) -> list[TextRule]:
             outside = outside if highest is None else outside | (counted > highest)
             rules.append(TextRule(functools.partial(_between, unit, count, lowest, highest), outside))
     if include:
-        rules.append(TextRule(lambda text: None if any(holds(text) for holds in include) else ("include", None, None)))
+        rules.append(TextRule(lambda text: None if any(each.search(text) for each in include) else ("include", None, None)))
     if exclude:
-        rules.append(TextRule(lambda text: ("exclude", None, None) if any(holds(text) for holds in exclude) else None))
+        rules.append(TextRule(lambda text: ("exclude", None, None) if any(each.search(text) for each in exclude) else None))
     if config.languages:
         rules.append(TextRule(lambda text: _language_rule(text, config.languages, config.min_language_share)))
     if config.refusal:
@@ -299,22 +300,6 @@ def text_rules(config: FilterConfig) -> list[TextRule]:
     if config.repetition:
         rules.append(TextRule(lambda text: _repetition_rule(text, config.max_duplicate_ngrams, config.max_top_ngram)))
     return rules
-
-
-def _pattern(pattern: str) -> Callable[[str], bool]:
-    """Return what says whether a text holds a pattern. It raises UserError where the search takes longer than PATTERN_SECONDS."""
-    compiled = compile_pattern("", pattern)
-
-    def holds(text: str) -> bool:
-        try:
-            return compiled.search(text, timeout=PATTERN_SECONDS) is not None
-        except TimeoutError:
-            raise UserError(
-                f"{pattern!r}: took longer than {PATTERN_SECONDS:g} s to search for in a text of {len(text):,} characters; "
-                "write it without repeats within repeats, as (a+)+"
-            ) from None
-
-    return holds
 
 
 def duplicate_ngrams(words: Sequence[str | bytes], n: int) -> float:

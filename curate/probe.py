@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..core.errors import UserError
+from ..core.patterns import SlowPattern
 from ..core.text import shortened
 from .config import DistillConfig, format_pattern
 
@@ -24,17 +25,28 @@ class Probe:
     matched: int = 0
     sound: list[tuple[str, str, str]] = field(default_factory=list)  # (prompt, answer, finish_reason), three at most
     faulty: list[tuple[str, str, str]] = field(default_factory=list)  # cut, or without the format
+    too_slow: str = ""  # why the format is looked for no longer, where its pattern took too long
 
     def add(self, prompt: str, answer: str, finish_reason: str) -> None:
         """Look at an answer."""
-        pattern = format_pattern(self.config.want_format)
-        matched = pattern is not None and pattern.search(answer) is not None
+        matched = self._matches(answer)
         self.answers += 1
         self.cut += finish_reason == "length"
-        self.matched += matched
-        shown = self.faulty if finish_reason == "length" or (pattern is not None and not matched) else self.sound
+        self.matched += matched is True
+        shown = self.faulty if finish_reason == "length" or matched is False else self.sound
         if len(shown) < 3:
             shown.append((prompt, answer, finish_reason))
+
+    def _matches(self, answer: str) -> bool | None:
+        """Say whether an answer holds the wanted format; None where none is wanted, or its pattern has taken too long once."""
+        pattern = format_pattern(self.config.want_format)
+        if pattern is None or self.too_slow:
+            return None
+        try:
+            return pattern.search(answer) is not None
+        except SlowPattern as error:
+            self.too_slow = f"want_format {error}"
+            return None
 
     @property
     def stopped_share(self) -> float:
@@ -43,8 +55,8 @@ class Probe:
 
     @property
     def matched_share(self) -> float | None:
-        """Return the share that holds the wanted format; None where none is wanted."""
-        return None if self.config.want_format is None else self.matched / self.answers
+        """Return the share that holds the wanted format; None where none is wanted, or its pattern takes too long."""
+        return None if self.config.want_format is None or self.too_slow else self.matched / self.answers
 
     def examples(self) -> list[tuple[str, str, str]]:
         """Return three answers, those first that are not as wanted."""
@@ -66,6 +78,8 @@ class Probe:
             found.append(
                 f"only {self.stopped_share:.1%} of the answers stopped by themselves: raise max_new_tokens, or take retry_truncated"
             )
+        if self.too_slow:
+            found.append(self.too_slow)
         if self.matched_share is not None and self.matched_share < least:
             wanted = self.config.want_format
             found.append(

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.checks.numbers import Rule, canonical, extract_number
-from ..core.errors import UserError
+from ..core.patterns import Pattern, SlowPattern
 from ..core.run import Run
 
 CHINESE_WORD = r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"  # scripts without spaces: each character counts as a word
 WORD = re.compile(rf"{CHINESE_WORD}|(?:(?!{CHINESE_WORD})[\w'’-])+")
-
-PATTERN_SECONDS = 10.0  # that a user's pattern may be searched for in one text: some would backtrack for years
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,33 +87,22 @@ def exact(*, gold: str | None = None, ignore_case: bool = True) -> Scorer:
 def regex(*, pattern: str, ignore_case: bool = False) -> Scorer:
     """Say whether a regular expression is found in the response: 1 or 0. The detail is its first group, or the whole match.
 
-    A row on which the search takes longer than PATTERN_SECONDS has no value.
+    A row on which the search takes too long has no value.
     """
-    compiled = compile_pattern("scorer regex: ", pattern, re.MULTILINE | (re.IGNORECASE if ignore_case else 0))
+    compiled = Pattern("scorer regex: ", pattern, re.MULTILINE | (re.IGNORECASE if ignore_case else 0))
 
     def score(row: Candidate) -> Result:
         if row.response is None:
             return None, "no response"
         try:
-            match = compiled.search(row.response, timeout=PATTERN_SECONDS)
-        except TimeoutError:
-            return None, f"the pattern was searched for longer than {PATTERN_SECONDS:g} s"
+            match = compiled.search(row.response)
+        except SlowPattern as error:
+            return None, str(error)
         if match is None:
             return 0.0, ""
         return 1.0, (match[1] or "" if compiled.groups else match[0])[:200]
 
     return score
-
-
-def compile_pattern(where: str, pattern: str, flags: int = 0) -> Any:
-    """Return a user's regular expression, whose `search` takes a `timeout` in seconds. Raises UserError for what is none."""
-    import regex as expressions
-
-    try:
-        re.compile(pattern, flags)  # both must read it, and so alike
-        return expressions.compile(pattern, flags)
-    except (re.error, expressions.error) as error:
-        raise UserError(f"{where}{pattern!r} is not a regular expression: {error}") from None
 
 
 def num_chars() -> Scorer:

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 from sftkit.cli import sftkit
+from sftkit.core import patterns
 from sftkit.core.chat import load_chat
 from sftkit.core.config import load_config
 from sftkit.core.engines import transformers_engine
@@ -588,8 +591,38 @@ def test_answers_without_the_wanted_format_are_noticed_at_once(
     assert len(between.asked) == stored(tmp_path / "stopped").height == 50
     anything = settings(want_format="(?s).*", stop_below=0.0)
     assert distill(path, tmp_path / "stopped", anything).matched == 60
-    with pytest.raises(UserError, match=r"want_format '\(': is no regular expression .*known by name are ####, boxed"):
+    with pytest.raises(UserError, match=r"want_format \(by name known: ####, boxed\): '\(' is not a regular expression"):
         settings(want_format="(")
+
+
+def test_a_wanted_format_that_would_backtrack_for_years_ends_and_costs_no_sample(
+    tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Long(Server):
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            for each in super().generate(requests):
+                yield replace(each, text="x" * 4000)
+
+    server = Long()
+    monkeypatch.setattr(distill_module, "open_engine", lambda *arguments, **keywords: server)
+    monkeypatch.setattr(patterns, "SECONDS", 0.1)
+    asked = {"teacher": "m", "engine": {"engine": "openai", "base_url": "http://localhost:1/v1"}}
+    path, endless = prompts(tmp_path / "p.jsonl", 30), {"want_format": r"(x+x+)+y"}  # which tries all ways to part an answer
+    told = r"want_format '.*': took longer than 0\.1 s to search for in a text of 4,000 characters; write it without repeats within"
+    with caplog.at_level(logging.INFO, logger="sftkit"):
+        result = distill(path, tmp_path / "run", settings(**asked, **endless))
+    assert (result.samples, result.matched) == (30, None)
+    assert "in the wanted format" not in result.summary()
+    warnings = [each.getMessage() for each in caplog.records if re.search(told, each.getMessage())]
+    assert [each.partition("want_format")[0] for each in warnings] == [
+        "warning: ",
+        "warning: the answers in the wanted format were not counted: ",
+    ]
+    with pytest.raises(UserError, match=rf"stopped after a probe, as stop_below 0 asks: {told}.*Its answers are kept"):
+        distill(path, tmp_path / "probed", settings(**asked, **endless, stop_below=0.0))
+    assert stored(tmp_path / "probed").height == 30
+    assert distill(path, tmp_path / "probed", settings(**asked, want_format="x")).matched == 30
+    assert len(server.asked) == 60
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import polars as pl
 import pytest
+from sftkit.core import patterns
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
-from sftkit.curate import filters
 from sftkit.curate.build import build
 from sftkit.curate.config import BuildConfig, ScoreConfig
 from sftkit.curate.decide_config import FilterConfig
@@ -205,7 +205,7 @@ def test_a_build_refuses_a_condition_before_it_begins(toy_run: Callable[..., Run
 
 
 def test_a_pattern_that_would_backtrack_for_years_is_an_error(toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filters, "PATTERN_SECONDS", 0.2)
+    monkeypatch.setattr(patterns, "SECONDS", 0.2)
     run = toy_run([{"response": "two words"}, {"response": "x" * 4000}])
     with pytest.raises(
         UserError, match=r"took longer than 0\.2 s to search for in a text of 4,000 characters; write it without repeats within"

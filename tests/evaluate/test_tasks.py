@@ -325,11 +325,11 @@ def test_bad_rows_are_named(rows: list[dict[str, Any]], message: str, tmp_path: 
 
 
 def test_a_pattern_that_backtracks_without_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sftkit.evaluate.tasks.rows.SECONDS", 0.2)
+    monkeypatch.setattr("sftkit.core.patterns.SECONDS", 0.2)
     row = {"id": 0, "prompt": "a", "scoring": "regex", "pattern": r"^(.*)(.*)(.*)(.*)(.*)(.*)\1\2[xyz]$"}
     task = open_task(str(write_rows(tmp_path / "rows.jsonl", [row])), settings())
     assert task.items[0].id == "0"
-    with pytest.raises(UserError, match=r"takes more than 0.2 s on an answer of 4,002 characters"):
+    with pytest.raises(UserError, match=r"took longer than 0.2 s to search for in a text of 4,002 characters"):
         task.score(task.items[0], "z" + "a" * 4000 + "!")
 
 
