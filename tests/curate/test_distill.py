@@ -27,8 +27,10 @@ from sftkit.core.run import Run
 from sftkit.core.store import SampleStore, sample_key
 from sftkit.curate import distill as distill_module
 from sftkit.curate import estimate as estimate_module
+from sftkit.curate.best import best
 from sftkit.curate.cache import explain
 from sftkit.curate.config import DistillConfig, format_pattern
+from sftkit.curate.decide_config import BestConfig
 from sftkit.curate.distill import distill
 from sftkit.curate.estimate import estimate
 from sftkit.curate.rows import load_rows
@@ -201,6 +203,35 @@ def test_other_settings_are_refused_in_the_same_folder_and_have_other_keys_in_a_
     assert (run / "config.yaml").read_text() == config
 
 
+def test_another_system_prompt_alone_is_asked_anew_where_curator_serves_the_stale_row(
+    tmp_path: Path, settings: Any, between: Between
+) -> None:
+    """curator's key leaves the system prompt out: changed, it answers from its cache, as the former one had it."""
+    path, rows = prompts(tmp_path / "p.jsonl", 3), []
+    for name, system in {"plain": None, "brief": "Be brief.", "pirate": "Talk like a pirate.", "space": "Be brief. "}.items():
+        between.asked = []
+        result = distill(path, tmp_path / name, settings(system=system))
+        assert (result.new_samples, len(between.asked)) == (3, 3)
+        assert [each.messages[:-1] for each in between.asked] == [[] if system is None else [{"role": "system", "content": system}]] * 3
+        rows.append(stored(tmp_path / name))
+    keys = [key for each in rows for key in each["key"]]
+    assert len(set(keys)) == len(keys) == 12
+    assert rows[0]["text"].to_list() != rows[1]["text"].to_list() != rows[2]["text"].to_list()  # and the answers do differ
+    with pytest.raises(UserError, match=r"this folder holds another run \(distill.system was 'Be brief.', now 'Talk like a pirate.'\)"):
+        distill(path, tmp_path / "brief", settings(system="Talk like a pirate."))
+    assert stored(tmp_path / "brief").equals(rows[1])
+    own = tmp_path / "own.jsonl"  # a row's own system message counts as much
+    own.write_text(
+        "".join(
+            json.dumps({"messages": [{"role": "system", "content": system}, {"role": "user", "content": "What is 0 plus 0?"}]}) + "\n"
+            for system in ("Be brief.", "Talk like a pirate.")
+        )
+    )
+    distill(own, tmp_path / "own", settings())
+    same = stored(tmp_path / "own")["key"]
+    assert [len(set(same) & set(rows[each]["key"])) for each in range(4)] == [0, 1, 1, 0]  # and where it stands does not
+
+
 def copy_with_other_weights(model: Path, to: Path) -> Path:
     from safetensors.torch import load_file, save_file
 
@@ -287,6 +318,54 @@ def test_failures_are_kept_counted_and_tried_again(tmp_path: Path, settings: Any
         assert store.failures().is_empty()
     distill(path, tmp_path / "whole", settings(k=2))
     assert data_set(run) == data_set(tmp_path / "whole")
+
+
+def test_one_of_four_samples_that_times_out_leaves_the_other_three_in_their_places(
+    tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """open-r1 asks for all answers to a prompt at once and drops the row when one times out: here the three stay, with their numbers."""
+
+    class Late(Server):
+        late = -1
+
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            for number, each in enumerate(super().generate(requests)):
+                yield replace(each, finish_reason="error", error="timed out after 60 s") if number == self.late else each
+
+    server = Late()
+    monkeypatch.setattr(distill_module, "open_engine", lambda *arguments, **keywords: server)
+    asked = {"teacher": "m", "engine": {"engine": "openai", "base_url": "http://localhost:1/v1"}}
+    path, run, config = prompts(tmp_path / "p.jsonl", 3), tmp_path / "run", settings(k=4, max_failed=0.1, **asked)
+    distill(path, tmp_path / "whole", config)
+    whole = {each["id"]: each for each in data_set(tmp_path / "whole")}
+    server.late = 4 + 1  # the second sample of the second prompt
+    late = list(whole)[server.late]
+    result = distill(path, run, config)
+    assert (result.samples, result.failed) == (11, {"timed out after 60 s": 1})
+    kept = {each["id"]: each for each in data_set(run)}
+    assert kept == {name: each for name, each in whole.items() if name != late}  # each answer with its own number and prompt
+    decided = ledger(run, "distill")
+    assert decided["action"].to_list() == ["failed" if name == late else "kept" for name in whole]
+    assert decided.filter(pl.col("action") == "failed")["rule"].to_list() == ["error: timed out after 60 s"]
+    chosen = best(Run.open(run), BestConfig(by=("random",), keep=4)).kept  # of three as of four
+    assert Counter(f"{each}/1" for each in chosen["example_id"]) == {name: 3 if name == late else 4 for name in list(whole)[1::4]}
+
+
+def test_one_poison_prompt_of_a_thousand_fails_alone(tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data-Juicer's batched operators keep none of a batch of a thousand rows that one of them breaks, and say nothing of it."""
+
+    class Poisoned(Server):
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            for each in super().generate(requests):
+                poison = self.asked[-1].messages[-1]["content"] == "What is 707 plus 707?"
+                yield replace(each, finish_reason="error", error="cannot read this") if poison else each
+
+    monkeypatch.setattr(distill_module, "open_engine", lambda *arguments, **keywords: Poisoned())
+    asked = {"teacher": "m", "engine": {"engine": "openai", "base_url": "http://localhost:1/v1"}}
+    result = distill(prompts(tmp_path / "p.jsonl", 1000), tmp_path / "run", settings(**asked))
+    assert (result.samples, result.failed, len(data_set(tmp_path / "run"))) == (999, {"cannot read this": 1}, 999)
+    failed = ledger(tmp_path / "run", "distill").with_row_index().filter(pl.col("action") == "failed")
+    assert failed.select("index", "rule").rows() == [(707, "error: cannot read this")]
 
 
 def test_a_budget_is_never_exceeded_and_its_leftovers_are_no_failures(tmp_path: Path, settings: Any, between: Between) -> None:

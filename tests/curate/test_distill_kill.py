@@ -1,4 +1,7 @@
-"""`kill -9` at ten random moments of a distillation: nothing that was committed is lost or changed, nothing is made twice."""
+"""`kill -9` at ten random moments of a distillation: nothing that was committed is lost or changed, nothing is made twice.
+
+Killed so, curator's own vLLM, vLLM's run-batch, synthetic-data-kit and open-instruct have nothing: they write when all is done.
+"""
 
 import json
 import os

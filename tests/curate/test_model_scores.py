@@ -19,7 +19,8 @@ from sftkit.core.run import Run
 from sftkit.core.values import ValueStore, value_key
 from sftkit.curate.best import best
 from sftkit.curate.config import ScoreConfig
-from sftkit.curate.decide_config import BestConfig
+from sftkit.curate.decide_config import BestConfig, FilterConfig
+from sftkit.curate.filters import filter_rows
 from sftkit.curate.score import parse_scorers, score
 
 ToyRun = Callable[..., Run]
@@ -88,6 +89,10 @@ def test_ifd_keeps_what_is_below_one(toy_run: ToyRun, trained_pair: Path) -> Non
     assert values[0] < 1 < values[1]
     outcome = best(run, BestConfig(by=("-ifd",), gate=("ifd<1",), keep=2))
     assert outcome.kept["sample_index"].to_list() == [0]
+    by_default = filter_rows(run, FilterConfig(presets=("prompt-helps",)))
+    assert by_default.kept["sample_index"].to_list() == [0]
+    of_all = filter_rows(toy_run([*rows, {**rows[0], "id": "p"}], "before"), FilterConfig()).kept
+    assert len(of_all) == 3  # the same rows stay where the preset is not asked for
 
 
 @pytest.fixture(scope="module")
