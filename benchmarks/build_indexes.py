@@ -13,8 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from sftkit.core.ngrams import words
 from sftkit.curate.decontaminate import BUNDLED, GRAM, build_index
-from sftkit.curate.ngrams import words
 
 Entries = list[tuple[str, str]]
 

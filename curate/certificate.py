@@ -24,10 +24,10 @@ import scipy.sparse
 from ..core.errors import UserError
 from ..core.example import row_id
 from ..core.formats import iterate_examples
+from ..core.ngrams import WORD
 from ..core.run import Run
 from .embed import embedded_text
 from .rows import load_rows, split_texts
-from .scorers import WORD
 
 RULES = {"dedup_exact": "exact_duplicate", "dedup_minhash": "near_duplicate", "dedup_semantic": "semantic_duplicate"}
 FIRST = ("import", "prompts")  # stages that begin a ledger

@@ -21,10 +21,10 @@ from ..core.errors import UserError, unknown_name
 from ..core.example import row_id
 from ..core.files import write_atomically
 from ..core.formats import iterate_examples
+from ..core.ngrams import Hashes, Lookup, Offsets, Runs, gathered, hash_words, ngrams, ngrams_of, whole_of, whole_texts, words
 from ..core.progress import Progress
 from ..core.run import Run
 from .decide_config import DecontaminateConfig
-from .ngrams import Hashes, Lookup, Offsets, Runs, gathered, hash_words, ngrams, ngrams_of, whole_of, whole_texts, words
 from .rows import KEY, Outcome, decision_table, input_rows, message_text, record, written_turns
 
 log = logging.getLogger(__name__)

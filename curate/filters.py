@@ -15,17 +15,18 @@ import polars as pl
 
 from ..core.config import to_mapping
 from ..core.errors import unknown_name
+from ..core.ngrams import CHINESE_WORD, WORD
+from ..core.ngrams import PLAIN as PLAIN_WORDS
 from ..core.patterns import Pattern
 from ..core.progress import Progress
 from ..core.run import Run
 from .controls import clear_controls, write_controls_of
 from .decide_config import FilterConfig
 from .expressions import Condition, Kind, parse_condition
-from .ngrams import PLAIN as PLAIN_WORDS
 from .rows import KEY, Outcome, decision_table, input_rows, record
 from .score import known_scores, read_score
 from .scored import READ_OFF, columns_for, score_values
-from .scorers import CHINESE_WORD, WORD, count_words
+from .scorers import count_words
 
 LATIN = ("LATIN",)
 SCRIPTS = {  # the scripts a language is written in, by the names that Unicode gives their letters
@@ -257,7 +258,7 @@ def _values(run: Run, rows: pl.DataFrame, scores: Sequence[str], named: Sequence
 
 @functools.cache
 def word_pattern() -> str:
-    """Return scorers.WORD as polars takes it: its letters by number, as the two engines differ in what is one."""
+    """Return ngrams.WORD as polars takes it: its letters by number, as the two engines differ in what is one."""
     letters = [code for code in range(sys.maxunicode + 1) if chr(code).isalnum() or chr(code) in "_'’-"]
     alone = [code for code in letters if re.fullmatch(CHINESE_WORD, chr(code))]
     together = sorted(set(letters) - set(alone))

@@ -16,13 +16,13 @@ from ..core.errors import TooManyFailures, UserError
 from ..core.example import Decision, Example, content_id
 from ..core.files import write_atomically
 from ..core.formats import iterate_examples
+from ..core.ngrams import words
 from ..core.run import Run
 from ..core.store import SampleStore
 from .config import DistillConfig, GrowConfig
 from .converse import ROUNDS, converse
 from .distill import Distillation, Teacher, Wanted, wanted_sample
 from .growth import Ask, Text, fault, open_method, read_answer, read_passages
-from .ngrams import words
 from .prompts import Prompt
 from .rouge import RougePool
 from .rows import message_text

@@ -13,8 +13,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from ..core.ngrams import Hashes, Lookup, Offsets, Runs, gathered, hash_words, mixed, ngrams, whole_texts
 from ..core.progress import Progress
-from .ngrams import Hashes, Lookup, Offsets, Runs, gathered, hash_words, mixed, ngrams, whole_texts
 from .similarity import Indices
 
 SHINGLE = 5

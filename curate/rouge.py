@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from .ngrams import words
+from ..core.ngrams import words
 
 
 class RougePool:

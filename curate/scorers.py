@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.checks.numbers import Rule, canonical, extract_number
+from ..core.ngrams import WORD
 from ..core.patterns import Pattern, SlowPattern
 from ..core.run import Run
-
-CHINESE_WORD = r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"  # scripts without spaces: each character counts as a word
-WORD = re.compile(rf"{CHINESE_WORD}|(?:(?!{CHINESE_WORD})[\w'’-])+")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,10 @@ import polars as pl
 
 from ..core.errors import UserError, unknown_name
 from ..core.language import CODES, detect_language
+from ..core.ngrams import WORD
 from ..core.run import Run
 from .decide_config import TEXTS, EmbedConfig
-from .scorers import WORD, Candidate, ColumnScorer, Result, Scorer
+from .scorers import Candidate, ColumnScorer, Result, Scorer
 
 NGRAM = 10  # words, as the filter's rule counts them
 DEFAULT = EmbedConfig()

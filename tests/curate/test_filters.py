@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 from sftkit.core import patterns
 from sftkit.core.errors import UserError
+from sftkit.core.ngrams import WORD
 from sftkit.core.run import Run
 from sftkit.curate.build import build
 from sftkit.curate.config import BuildConfig, ScoreConfig
@@ -14,7 +15,7 @@ from sftkit.curate.decide_config import FilterConfig
 from sftkit.curate.filters import duplicate_ngrams, filter_rows, text_rules, top_ngram
 from sftkit.curate.rows import load_rows, row_ids
 from sftkit.curate.score import score
-from sftkit.curate.scorers import WORD, count_words
+from sftkit.curate.scorers import count_words
 
 LONG = "The tide comes in twice a day because the moon pulls at the sea, and the earth turns below that bulge of water. "
 TEXTS = [

@@ -16,13 +16,13 @@ from sftkit.core.engines.base import Completion, Request
 from sftkit.core.errors import TooManyFailures, UserError
 from sftkit.core.formats import read_examples
 from sftkit.core.models import resolve_model
+from sftkit.core.ngrams import words
 from sftkit.core.run import Run
 from sftkit.core.store import SampleStore
 from sftkit.curate import distill as distill_module
 from sftkit.curate.config import GrowConfig
 from sftkit.curate.grow import GrowResult, grow
 from sftkit.curate.growth import chunks, pre_query, read_answer, read_passages
-from sftkit.curate.ngrams import words
 from sftkit.curate.rouge import RougePool, longest_common_subsequence
 
 SEEDS = ["Name three rivers of Europe.", "Write a haiku about snow.", "Explain recursion to a child."]

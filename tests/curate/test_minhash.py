@@ -9,15 +9,14 @@ import pytest
 from click.testing import CliRunner
 from sftkit.cli import sftkit
 from sftkit.core.errors import UserError
+from sftkit.core.ngrams import WORD, Lookup, hash_words, ngrams, whole_texts, words
 from sftkit.core.run import Run
 from sftkit.curate.build import planned_stages
 from sftkit.curate.config import BuildConfig
 from sftkit.curate.decide_config import DedupConfig
 from sftkit.curate.dedup import dedup, normalised
 from sftkit.curate.minhash import band_keys, jaccard, near_duplicates, prefix_keys, probability, shingle_sets
-from sftkit.curate.ngrams import Lookup, hash_words, ngrams, whole_texts, words
 from sftkit.curate.rows import load_rows, row_ids
-from sftkit.curate.scorers import WORD
 
 
 def oracle_set(text: str) -> frozenset[tuple[str, ...]]:

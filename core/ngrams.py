@@ -3,6 +3,7 @@
 The indexes in curate/data/ hold such hashes: whoever changes how they are made runs benchmarks/build_indexes.py.
 """
 
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
-from .scorers import WORD
-
 Hashes = npt.NDArray[np.uint64]
 Offsets = npt.NDArray[np.int64]
+
+CHINESE_WORD = r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"  # scripts without spaces: each character counts as a word
+WORD = re.compile(rf"{CHINESE_WORD}|(?:(?!{CHINESE_WORD})[\w'’-])+")
 
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing modulo 2^64
 PLAIN = bytes(ord(chr(code).lower()) if WORD.fullmatch(chr(code)) else 32 for code in range(128)) + bytes(128)
@@ -48,7 +50,7 @@ class Runs:
 
 
 def words(text: str) -> list[bytes]:
-    """Return the words of a text, as `score.WORD` finds them after NFKC and case folding, in UTF-8.
+    """Return the words of a text, as `WORD` finds them after NFKC and case folding, in UTF-8.
 
     A text of ASCII takes the short way, ten times as fast and equal.
     """
