@@ -13,8 +13,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from sftkit.core.copies import GRAM, build_index
 from sftkit.core.ngrams import words
-from sftkit.curate.decontaminate import BUNDLED, GRAM, build_index
+from sftkit.curate.decontaminate import BUNDLED
 
 Entries = list[tuple[str, str]]
 

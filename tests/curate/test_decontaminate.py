@@ -11,13 +11,14 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 from sftkit.cli import sftkit
+from sftkit.core.copies import Index, Matcher, build_index
 from sftkit.core.errors import UserError
 from sftkit.core.ngrams import words
 from sftkit.core.run import Run
 from sftkit.curate.build import build, planned_stages
 from sftkit.curate.config import BuildConfig
 from sftkit.curate.decide_config import DecontaminateConfig, DedupConfig
-from sftkit.curate.decontaminate import Index, Matcher, build_index, bundled, decontaminate, open_benchmark
+from sftkit.curate.decontaminate import bundled, decontaminate, open_benchmark
 
 BUNDLED = ("gsm8k", "humaneval", "ifeval", "mmlu", "mt-bench")
 

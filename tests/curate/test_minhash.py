@@ -227,7 +227,7 @@ def test_a_second_set_removes_and_never_changes(toy_run: Callable[..., Run], rej
 
 
 def test_the_second_set_is_compared_by_meaning_too(
-    toy_run: Callable[..., Run], rejections: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy_run: Callable[..., Run], rejections: Callable, minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sftkit.curate import dedup as deduplicate
     from sftkit.curate.similarity import unit_vectors

@@ -494,7 +494,7 @@ def test_contamination_is_found_and_scored_apart(tmp_path: Path, tiny_model: Pat
     path = write_rows(tmp_path / "mine.jsonl", rows)
     trained_on = [
         {"messages": [{"role": "user", "content": f"Hi! {long.upper()}, no?"}, {"role": "assistant", "content": "9"}]},
-        {"messages": [{"role": "user", "content": "calculate  1 + 1 - 1"}, {"role": "assistant", "content": "1"}]},
+        {"messages": [{"role": "user", "content": "CALCULATE  １+1-1!"}, {"role": "assistant", "content": "1"}]},
     ]
     train = write_rows(tmp_path / "train.jsonl", trained_on)
     items = open_task(str(path), settings()).items
@@ -504,6 +504,25 @@ def test_contamination_is_found_and_scored_apart(tmp_path: Path, tiny_model: Pat
     assert result.tasks[0].contaminated == 2
     assert (metric.clean_n, metric.clean) == (1, Estimate(1.0, wilson(1, 1)))
     assert "2 of 3 questions stand in the training data" in result.summary()
+
+
+def test_what_stands_in_training_data_is_found_in_every_script_and_however_much_one_row_holds(tmp_path: Path) -> None:
+    questions = {
+        "chinese": "一个农夫有十二头牛，星期一他卖掉了三头，请问他现在还剩下几头牛？",
+        "hebrew": "לחקלאי היו שתים עשרה פרות והוא מכר שלוש מהן ביום שני כמה פרות נשארו לו",
+        **{f"n{number}": f"If train number {number} leaves at nine and is one hour late when does it arrive" for number in range(20)},
+    }
+    items = [Item(name, asked(text), text, {}, None) for name, text in questions.items()]
+    rows = [
+        {"messages": [{"role": "user", "content": "请解答：" + questions["chinese"]}, {"role": "assistant", "content": "九头"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": questions["hebrew"]}]}, {"role": "assistant", "content": "9"}]},
+        {"messages": [{"role": "user", "content": "\n".join(f"{each}?" for each in list(questions.values())[2:])}]},
+        {"messages": [{"role": "user", "content": questions["chinese"]}]},
+    ]
+    train = write_rows(tmp_path / "train.jsonl", rows)
+    expected = {"chinese": f"{train}:1", "hebrew": f"{train}:2", **{f"n{number}": f"{train}:3" for number in range(20)}}
+    assert contaminated(items, str(train)) == expected
+    assert contaminated(items[:1], str(write_rows(tmp_path / "other.jsonl", [{"prompt": "一个农夫有十二头牛，他很高兴。"}]))) == {}
 
 
 def test_the_command(mine: Path, trained_model: Path, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]) -> None:
