@@ -1,16 +1,20 @@
 """The wheel holds every package, help stays light, and arrows point down only."""
 
 import ast
+import importlib.metadata
 import json
 import os
 import resource
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import click
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from sftkit.cli import sftkit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +47,24 @@ def test_the_wheel_holds_every_package_and_the_quickstart(tmp_path: Path) -> Non
         if path.parts[0] in ROOMS or (len(path.parts) == 1 and path.suffix in (".py", ".typed")):
             assert f"sftkit/{name}" in inside, f"{name} is in the repository and not in the wheel"
     assert not [name for name in inside if "tests" in name or "benchmarks" in name]
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    """What another package happens to bring along, it may leave out one day."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *(each for group in project["optional-dependencies"].values() for each in group)]
+    names = {canonicalize_name(Requirement(each).name) for each in declared}
+    brought_by = importlib.metadata.packages_distributions()
+    undeclared: dict[str, list[str]] = {}
+    for file in [*ROOT.glob("*.py"), *(each for room in ROOMS for each in (ROOT / room).rglob("*.py"))]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                modules = [node.module or ""]
+            for module in {each.partition(".")[0] for each in modules} - {"sftkit", *sys.stdlib_module_names}:
+                if not {canonicalize_name(each) for each in brought_by.get(module, [module])} & names:
+                    undeclared.setdefault(module, []).append(str(file.relative_to(ROOT)))
+    assert undeclared == {}
 
 
 def test_help_imports_nothing_heavy_and_answers_at_once() -> None:
