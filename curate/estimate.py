@@ -13,6 +13,7 @@ import polars as pl
 
 from ..core.engines.base import Completion, EngineConfig, Request
 from ..core.engines.registry import choose
+from ..core.engines.servers import key_of_servers
 from ..core.engines.tuning import Trial, tune
 from ..core.errors import UserError
 from ..core.formats import iterate_examples, split_prompt
@@ -63,6 +64,32 @@ class Pace:
         return self.tokens / (self.end - self.begin) if self.end - self.begin >= SECONDS_OF_PACE else None
 
 
+@dataclass(slots=True)
+class Flow:
+    """The rate of a server that has as many requests under way as it may, from a few answers, while fewer and fewer were.
+
+    That is the tokens of a request's second times the requests at once, if the server answers each as fast among more of them.
+    """
+
+    slots: int  # requests that may be under way at once
+    last: float = 0.0  # the time of the last answer; before, of the beginning
+    seconds: float = 0.0  # of all requests together
+    tokens: int = 0
+
+    def __call__(self, completion: Completion, under_way: int) -> bool:
+        """Take an answer; never is it enough."""
+        now = time.monotonic()
+        self.seconds += min(self.slots, under_way + 1) * (now - self.last)
+        self.last = now
+        self.tokens += completion.num_tokens
+        return False
+
+    @property
+    def rate(self) -> float | None:
+        """Return tokens per second; None without an answer."""
+        return self.slots * self.tokens / self.seconds if self.tokens and self.seconds else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """What is there, what the probe showed, and what the rest will take. None where nothing was measured."""
@@ -79,6 +106,7 @@ class Estimate:
     cost: float | None  # of what is still missing, by the prices that are set; None without a price
     tokens_per_second: float | None
     full: bool  # the rate is that of a full engine, and not of the probe, which runs fewer answers at once than the whole will
+    slots: int | None  # requests at once for which a server's rate is reckoned from the probe; None where it was not
     seconds_to_start: float | None  # that the engine took here; None where it was not needed
     seconds_to_end: float  # in which the last answers are finished and the engine is no longer full
 
@@ -107,6 +135,8 @@ class Estimate:
             rate = f"at the {self.tokens_per_second:,.0f} tokens/s "
             if self.full:
                 rate += "that it ran at for a while"
+            elif self.slots:
+                rate += f"of {self.slots:,} requests at once, if each is answered as fast as the probe's were"
             else:
                 rate += "that the probe ran at; a whole batch runs faster than its few answers"
             start = "" if self.seconds_to_start is None else f", after {duration(self.seconds_to_start)} to start"
@@ -144,9 +174,9 @@ def tune_teacher(source: str | Path, config: DistillConfig, *, seconds: float, t
 def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
     """Generate one sample of up to 50 evenly spaced prompts that miss some, store them, and say what the rest will take.
 
-    Where many samples are missing and the engine is not somebody's server, it is then given all that it can take until its pace is
-    known: about 20 seconds of the work itself, after as many answers as it has under way at once. The run folder is begun with these
-    settings, as `distill` would; raises what `distill` raises.
+    Where many samples are missing and the engine is no server that wants a key, and so perhaps money, it is then given all that it can
+    take until its pace is known: about 20 seconds of the work itself, after as many answers as it has under way at once. The run
+    folder is begun with these settings, as `distill` would; raises what `distill` raises.
     """
     with distillation(source, run, config) as work:
         missing = work.missing()
@@ -155,8 +185,10 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
         if asked:
             work.teacher.engine  # noqa: B018  opens it
         started = time.monotonic() - start if asked else None
-        probed, tokens, seconds = work.generate(asked, label="probe")
-        rate, paced, to_end = _pace(work, missing)
+        served = choose(config.engine) == "openai"
+        flow = Flow(config.engine.concurrency * len((config.engine.base_url or "").split(",")), last=time.monotonic())
+        probed, tokens, seconds = work.generate(asked, label="probe", enough=flow)
+        rate, paced, to_end = (None, 0, 0.0) if served and key_of_servers() else _pace(work, missing)
         stored = work.samples()
         keys = set(stored["key"])
         left = [each for each in missing if each.key not in keys]
@@ -171,7 +203,7 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
                 probe.add(message_text(each.prompt.messages[-1]), answers[each.key]["text"], answers[each.key]["finish_reason"])
         full = rate is not None
         if not full and probed:
-            rate = tokens / seconds
+            rate = flow.rate if served else tokens / seconds
         new_tokens = None if mean is None else mean * len(left)
         read = sum(prompt_tokens(each.prompt) for each in left)
         cost = None
@@ -190,6 +222,7 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
             cost=cost,
             tokens_per_second=rate,
             full=full,
+            slots=flow.slots if served and not full else None,
             seconds_to_start=started,
             seconds_to_end=to_end,
         )
@@ -203,7 +236,7 @@ def _pace(work: Distillation, missing: list[Wanted]) -> tuple[float | None, int,
     """
     stored = work.store.keys()
     left = [each for each in missing if each.key not in stored]
-    if len(left) < FEWEST_FOR_PACE or choose(work.teacher.config.engine) == "openai":
+    if len(left) < FEWEST_FOR_PACE:
         return None, 0, 0.0
     by_prompt: dict[str, list[Wanted]] = {}
     for each in left:

@@ -1,0 +1,61 @@
+"""What a dry run says of a server: the rate of all its slots from a few answers, and no more asked where that may cost money."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+from sftkit.core.config import load_config
+from sftkit.core.engines.base import Completion, Request
+from sftkit.curate import distill as distill_module
+from sftkit.curate import estimate as estimate_module
+from sftkit.curate.config import DistillConfig
+from sftkit.curate.estimate import Flow, estimate
+
+
+class Served:
+    """An engine that renders for itself, as a server does."""
+
+    identity, chat, context_length, steps = "openai:m", None, None, 0
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        for request in requests:
+            yield Completion(key=request.key, text="yes", num_tokens=2)
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_rate_of_a_server_is_reckoned_for_all_its_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few answers fewer and fewer are under way, so that their tokens through the seconds would say too little."""
+    clock = [0.0]
+    monkeypatch.setattr(estimate_module.time, "monotonic", lambda: clock[0])
+    few, many = Flow(slots=4), Flow(slots=2)
+    for seconds, under_way in [(1, 2), (2, 1), (3, 0)]:  # three at once
+        clock[0] = float(seconds)
+        assert few(Completion(key="k", num_tokens=10), under_way) is False
+    assert few.rate == pytest.approx(4 * 30 / (3 + 2 + 1))
+    many.last = 3.0
+    for seconds, under_way in [(4, 2), (4, 1), (5, 0)]:  # three, of which the third had to wait
+        clock[0] = float(seconds)
+        many(Completion(key="k", num_tokens=10), under_way)
+    assert many.rate == pytest.approx(2 * 30 / (2 + 0 + 1))
+    assert Flow(slots=4).rate is None
+
+
+def test_a_server_with_a_key_is_asked_no_more_than_the_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill_module, "open_engine", lambda *arguments, **keywords: Served())
+    monkeypatch.setattr(estimate_module, "SECONDS_OF_PACE", 1e-9)
+    monkeypatch.setattr(estimate_module, "FEWEST_FOR_PACE", 50)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"What is {number}?"}) + "\n" for number in range(200)))
+    engine = {"engine": "openai", "base_url": "http://localhost:1/v1,http://localhost:2/v1", "concurrency": 8}
+    config = load_config(DistillConfig, {"teacher": "m", "engine": engine})
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-key")
+    found = estimate(path, tmp_path / "with", config)
+    assert (found.probed, found.full, found.slots) == (50, False, 16)
+    assert "of 16 requests at once, if each is answered as fast as the probe's were" in found.summary()
+    monkeypatch.delenv("OPENAI_API_KEY")
+    found = estimate(path, tmp_path / "without", config)
+    assert found.probed > 50
+    assert (found.full, found.slots) == (True, None)
