@@ -39,7 +39,7 @@ REASONS: dict[str, Literal["stop", "length"]] = {"stop": "stop", "eos": "stop", 
 LEAST_LOGPROB = -9999.0  # OpenAI's word for "not among the twenty most probable tokens": no number
 DISPENSABLE = {  # what is left out from the first refusal on, and what is lost with it
     "logprobs": "answers have no log-probability",
-    "seed": "an answer cannot be made a second time",
+    "seed": "an answer cannot be made a second time, and servers that begin with the same random numbers give the same answers",
     "n": "nothing is lost",
 }
 DECISIVE = ("temperature", "top_p", "response_format", "stop")
@@ -181,9 +181,11 @@ class OpenAIEngine:
             "top_p": sampling.top_p,
             self._length: sampling.max_new_tokens,
             "n": 1,
-            "seed": request.seed % 2**31,  # some servers take no longer one
             "logprobs": True,
         }
+        if sampling.temperature > 0:
+            # vLLM's own numbers are those of its start: without a seed, another server, or this one started anew, says the same again
+            body["seed"] = request.seed % 2**31  # some servers take no longer one
         if sampling.json_schema is not None:
             schema = {"name": "answer", "schema": json.loads(sampling.json_schema), "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}

@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -60,6 +61,15 @@ def test_an_answer_and_what_was_asked(server: Server, monkeypatch: pytest.Monkey
 def test_stop_texts_are_the_servers_to_obey(server: Server) -> None:
     next(iter(engine(server).generate([request("hi", stop=("\nQuestion:", "x"))])))
     assert server.asked[-1]["stop"] == ["\nQuestion:", "x"]
+
+
+def test_only_what_is_drawn_has_a_seed_and_each_sample_its_own(server: Server) -> None:
+    """Without one, several servers of one kind, or one that is started again, would give the samples of a prompt twice."""
+    opened = engine(server)
+    list(opened.generate(replace(request("hi"), key=str(index), seed=2**40 + index) for index in range(8)))
+    assert len({body["seed"] for body in server.asked}) == 8
+    list(opened.generate([request("hi", temperature=0.0)]))
+    assert "seed" not in server.asked[-1]
 
 
 def test_no_key_no_header(server: Server) -> None:
@@ -362,7 +372,8 @@ def test_what_a_server_does_not_take_is_left_out_once_for_all(server: Server, ca
     assert set(server.asked[-1]) == {"model", "messages", "temperature", "top_p", "n", "max_completion_tokens"}
     assert [each.getMessage() for each in caplog.records] == [
         f"{server.url} does not take 'logprobs': answers have no log-probability",
-        f"{server.url} does not take 'seed': an answer cannot be made a second time",
+        f"{server.url} does not take 'seed': an answer cannot be made a second time, and servers that begin with the same random numbers"
+        " give the same answers",
     ]
 
 
