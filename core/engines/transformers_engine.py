@@ -273,7 +273,7 @@ def sample(logits: torch.Tensor, top_p: torch.Tensor, numbers: torch.Tensor) -> 
     inside = reached - best < top_p[:, None]  # the token that reaches top_p is the last one inside
     mass = (best * inside).sum(-1, dtype=torch.double)
     place = torch.searchsorted(reached, (numbers.double() * mass)[:, None], right=True)[:, 0]
-    last = inside.sum(-1) - 1  # rounding must not lead out of the nucleus
+    last = (inside.sum(-1) - 1).clamp(min=0)  # rounding must not lead out of the nucleus; among logits that are no numbers it is empty
     return order.gather(1, torch.minimum(place, last)[:, None])[:, 0]
 
 

@@ -183,8 +183,9 @@ def test_a_row_that_cannot_run_does_not_stop_the_others(engine: TransformersEngi
     assert all(found[each.key].error is None for each in sound)
 
 
-def test_a_prompt_with_infinite_logits_fails_alone(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = requests(engine, Sampling(temperature=0, max_new_tokens=4))
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_prompt_with_infinite_logits_fails_alone(engine: TransformersEngine, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = requests(engine, Sampling(temperature=temperature, max_new_tokens=4))
     forward = engine.model.forward
     poison = len(max(wanted, key=lambda each: len(each.prompt_ids)).prompt_ids)
 
