@@ -76,5 +76,3 @@ def export(run: Path, out: Path, **options: Any) -> None:
     config = load_config(ExportConfig, given(options))
     with closing(Run.open(run)) as opened:
         click.echo(write(opened, out, config).summary())
-    if config.push_to_hub:
-        click.echo(f"pushed to {config.push_to_hub}")

@@ -6,7 +6,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +27,7 @@ SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt", "tool": "ob
 PLAIN_KEYS = {"role", "content"}
 CLIENTS = ("httpx", "httpx2")  # packages that huggingface_hub speaks through, by its version: their errors are those of the network
 ARRAY = ("llama-factory",)  # formats whose file is one JSON list
+FILES = ("train.jsonl", "train.json", "train.parquet", "refused.jsonl", "dataset_info.json")  # that one format has and another has not
 
 
 class CannotHold(ValueError):
@@ -41,12 +42,14 @@ class Exported:
     num_input: int
     num_written: int
     refused: dict[str, int]  # by reason, most first
+    address: str | None = None  # on the Hub, where it was pushed
 
     def summary(self) -> str:
         """Write it for people."""
         told = "".join(f"; {reason} {count:,}" for reason, count in self.refused.items())
         refused = self.num_input - self.num_written
-        return f"{self.num_written:,} of {self.num_input:,} rows in {self.folder}" + (f", {refused:,} refused{told}" if refused else "")
+        written = f"{self.num_written:,} of {self.num_input:,} rows in {self.folder}" + (f", {refused:,} refused{told}" if refused else "")
+        return written if self.address is None else f"{written}\npushed to {self.address}"
 
 
 def export(run: Run, out: Path, config: ExportConfig) -> Exported:
@@ -60,7 +63,7 @@ def export(run: Run, out: Path, config: ExportConfig) -> Exported:
     out.mkdir(parents=True, exist_ok=True)
     told: dict[str, Any] = {"run": run.path.name, "format": config.format}
     write_json(out / "export.json", told)  # killed from here on, the folder is still an export; the counts are written last
-    for name in ("refused.jsonl", "dataset_info.json", *(f"train{kind}" for kind in (".jsonl", ".json", ".parquet"))):
+    for name in FILES:
         (out / name).unlink(missing_ok=True)
     clear_temporaries(out)
     refused: list[tuple[str, str]] = []
@@ -85,27 +88,49 @@ def export(run: Run, out: Path, config: ExportConfig) -> Exported:
     _write_card(run, result, config)
     write_json(out / "export.json", {**told, "input": result.num_input, "written": found, "refused": result.refused})
     if config.push_to_hub:
-        push(out, config.push_to_hub)
+        result = replace(result, address=push(out, config.push_to_hub))
     return result
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload an export to a data set of the Hub, made private if it is not there yet; return its address."""
-    from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    """Upload an export to a data set of the Hub, made private if it is not there yet; return its address.
 
-    cure = f"the files are in {folder}: `hf auth login`, then again"
+    Of an earlier export what this one does not have is removed there. Raises UserError for a repository that holds something else,
+    and with the reason where it cannot be written or reached.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    kept = f"the files are in {folder}"
     if get_token() is None:
-        raise UserError(f"{repository}: could not be pushed (there is no token of the Hub); {cure}")
+        raise UserError(f"{repository}: could not be pushed (there is no token of the Hub); {kept}: `hf auth login`, then again")
+    api, where = HfApi(), {"repo_id": repository, "repo_type": "dataset"}
     try:
-        api = HfApi()
-        address = api.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, repo_type="dataset", folder_path=folder, commit_message="Export of sftkit")
+        address = api.create_repo(**where, private=True, exist_ok=True)
+        others = [name for name in api.list_repo_files(**where) if name != ".gitattributes"]
+        if others and "export.json" not in others:
+            some = ", ".join(others[:3])
+            raise UserError(f"{repository}: holds other files ({some}) and is no export of sftkit; {kept}: give a new name")
+        api.upload_folder(**where, folder_path=folder, delete_patterns=[*FILES], commit_message="Export of sftkit")
+    except UserError:
+        raise
     except Exception as error:
-        if not isinstance(error, (HfHubHTTPError, HFValidationError, OSError)) and type(error).__module__.split(".")[0] not in CLIENTS:
+        if not isinstance(error, (OSError, ValueError, RuntimeError)) and type(error).__module__.split(".")[0] not in CLIENTS:
             raise
-        raise UserError(f"{repository}: could not be pushed ({' '.join(str(error).split())[:240]}); {cure}") from None
+        reason, cure = _why(error)
+        raise UserError(f"{repository}: could not be pushed ({reason}); {kept}: {cure}then again") from None
     return str(address)
+
+
+def _why(error: BaseException) -> tuple[str, str]:
+    """Say why the Hub's client failed, and what to do before trying again; nothing where that is all there is to do."""
+    while type(error) is RuntimeError and error.__cause__ is not None:  # "error while uploading" has the reason behind it
+        error = error.__cause__
+    response = getattr(error, "response", None)
+    if response is None:
+        return " ".join(str(error).split())[:240] or type(error).__name__, ""
+    told = " ".join(str(getattr(error, "server_message", None) or response.reason_phrase).split())[:200]
+    cures = {401: "`hf auth login`, ", 403: "give the token the right to write there, "}
+    return f"{response.status_code}: {told}", cures.get(response.status_code, "")
 
 
 Written = tuple[str, Row | str]  # the row's name, and what is written or the reason why it is refused
