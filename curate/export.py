@@ -103,14 +103,15 @@ def push(folder: Path, repository: str) -> str:
     kept = f"the files are in {folder}"
     if get_token() is None:
         raise UserError(f"{repository}: could not be pushed (there is no token of the Hub); {kept}: `hf auth login`, then again")
-    api, where = HfApi(), {"repo_id": repository, "repo_type": "dataset"}
+    api, kind = HfApi(), "dataset"
     try:
-        address = api.create_repo(**where, private=True, exist_ok=True)
-        others = [name for name in api.list_repo_files(**where) if name != ".gitattributes"]
+        address = api.create_repo(repository, repo_type=kind, private=True, exist_ok=True)
+        others = [name for name in api.list_repo_files(repository, repo_type=kind) if name != ".gitattributes"]
         if others and "export.json" not in others:
             some = ", ".join(others[:3])
             raise UserError(f"{repository}: holds other files ({some}) and is no export of sftkit; {kept}: give a new name")
-        api.upload_folder(**where, folder_path=folder, delete_patterns=[*FILES], commit_message="Export of sftkit")
+        message = "Export of sftkit"
+        api.upload_folder(repo_id=repository, repo_type=kind, folder_path=folder, delete_patterns=[*FILES], commit_message=message)
     except UserError:
         raise
     except Exception as error:
