@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .files import write_atomically
-from .ngrams import Hashes, Lookup, Offsets, Runs, gathered, hash_words, ngrams, ngrams_of, whole_of, whole_texts, words
+from .ngrams import Hashes, Lookup, Offsets, Runs, gathered, hash_words, ngrams, rolling, unmixed, whole_of, whole_texts, words
 
 GRAM = 8  # words of the runs whose hashes are stored
 SHORT = 5  # items of fewer words count only where they are a whole turn of the user's
@@ -71,7 +71,7 @@ class Matcher:
         self._firsts = np.cumsum([0, *(len(index.items) for index in indexes)])
         self._sizes = np.concatenate([index.sizes for index in indexes])
         self._whole = np.concatenate([index.whole for index in indexes])
-        values = np.concatenate([index.grams.values for index in indexes])
+        values = unmixed(np.concatenate([index.grams.values for index in indexes]))
         per_entry = np.concatenate([index.grams.sizes for index in indexes])
         order = np.argsort(values, kind="stable")
         table, first, counts = np.unique(values[order], return_index=True, return_counts=True)
@@ -82,7 +82,8 @@ class Matcher:
         for size in range(LEAST, GRAM):
             entries = np.flatnonzero(self._sizes == size)
             if len(entries):
-                table, first = np.unique(self._whole[entries], return_index=True)
+                hashes = self._whole[entries]
+                table, first = np.unique(hashes if size < SHORT else unmixed(hashes), return_index=True)
                 self._short_items[size] = (Lookup(table), entries[first])
 
     def item(self, entry: int) -> tuple[str, str]:
@@ -94,28 +95,38 @@ class Matcher:
         """Return what the texts hold; `asked` says which are no answers."""
         texts = [plain(text) for text in texts]
         hashed = hash_words(texts)
-        grams = ngrams_of(hashed, [GRAM, *(size for size in self._short_items if size >= SHORT)])
-        return self._long(grams[GRAM]) + self._short(hashed, grams, texts, np.asarray(asked, dtype=bool))
+        long: list[Match] = []
+        short = self._whole_turns(hashed, np.asarray(asked, dtype=bool))
+        for size, values in rolling(hashed, [GRAM, *(size for size in self._short_items if size >= SHORT)]):
+            lookup, entries = self._short_items.get(size, (self._lookup, None))
+            where, known = lookup.find(values)
+            text = np.searchsorted(hashed.starts, where, side="right") - 1
+            inside = where + size <= hashed.starts[text + 1]
+            where, known, text = where[inside], known[inside], text[inside]
+            if entries is None:
+                long = self._long(hashed.starts, text, where, known)
+                continue
+            matches = _matches(text, entries[known], size, where - hashed.starts[text])
+            short += [each for each in matches if asked[each.text] or _is_sentence(texts[each.text], each)]
+        return long + short
 
-    def _long(self, grams: Runs) -> list[Match]:
-        where, known = self._lookup.find(grams.values)
-        owner = np.searchsorted(grams.starts, where, side="right") - 1
+    def _long(self, starts: Offsets, owner: Offsets, where: Offsets, known: Offsets) -> list[Match]:
         shares = np.cumsum(self._counts[known]) // POSTINGS_AT_A_TIME  # whole texts together, not many more postings than that
         found: list[Match] = []
         first = 0
         while first < len(where):
             last = int(np.searchsorted(shares, shares[first], side="right"))
             last = int(np.searchsorted(owner, owner[last - 1], side="right"))
-            found += self._runs(grams, where[first:last], known[first:last])
+            found += self._runs(starts, owner[first:last], where[first:last], known[first:last])
             first = last
         return found
 
-    def _runs(self, grams: Runs, where: Offsets, known: Offsets) -> list[Match]:
+    def _runs(self, starts: Offsets, owner: Offsets, where: Offsets, known: Offsets) -> list[Match]:
         """Return what the texts hold of which the 8-word runs `where` stand at the places `known` of the table."""
         times = self._counts[known]
         postings = gathered(self._first[known], times)
-        text = np.repeat(np.searchsorted(grams.starts, where, side="right") - 1, times)
-        at = np.repeat(where, times) - grams.starts[text]
+        text = np.repeat(owner, times)
+        at = np.repeat(where, times) - starts[text]
         entry, place = self._entry[postings], self._place[postings]
         order = np.lexsort((place, at - place, entry, text))
         text, entry, place, at = text[order], entry[order], place[order], at[order]
@@ -140,20 +151,19 @@ class Matcher:
             found.append(Match(int(text[best]), int(entry[best]), int(longest[pair]), float(coverage[pair]), int(at[best])))
         return found
 
-    def _short(self, hashed: Runs, grams: dict[int, Runs], texts: Sequence[str], asked: npt.NDArray[np.bool_]) -> list[Match]:
+    def _whole_turns(self, hashed: Runs, asked: npt.NDArray[np.bool_]) -> list[Match]:
+        """Return the turns of the user's that are an item of fewer than SHORT words."""
         found = []
         for size, (lookup, entries) in self._short_items.items():
             if size < SHORT:
                 alone = np.flatnonzero(asked & (hashed.sizes == size))
                 where, known = lookup.find(whole_of(hashed, alone, size))
-                text, places = alone[where], np.zeros(len(where), dtype=np.int64)
-            else:
-                where, known = lookup.find(grams[size].values)
-                text = np.searchsorted(grams[size].starts, where, side="right") - 1
-                places = where - grams[size].starts[text]
-            matches = [Match(int(t), int(e), size, 1.0, int(p)) for t, e, p in zip(text, entries[known], places, strict=True)]
-            found += [each for each in matches if asked[each.text] or _is_sentence(texts[each.text], each)]
+                found += _matches(alone[where], entries[known], size, np.zeros(len(where), dtype=np.int64))
         return found
+
+
+def _matches(texts: Offsets, entries: Offsets, size: int, places: Offsets) -> list[Match]:
+    return [Match(int(t), int(e), size, 1.0, int(p)) for t, e, p in zip(texts, entries, places, strict=True)]
 
 
 def _is_sentence(text: str, match: Match) -> bool:

@@ -5,7 +5,7 @@ The indexes in curate/data/ hold such hashes: whoever changes how they are made 
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -20,7 +20,9 @@ WORD = re.compile(rf"{CHINESE_WORD}|(?:(?!{CHINESE_WORD})[\w'’-])+")
 
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing modulo 2^64
 PLAIN = bytes(ord(chr(code).lower()) if WORD.fullmatch(chr(code)) else 32 for code in range(128)) + bytes(128)
-SPACE = 32
+APART = bytes(0 if letter == 32 else letter for letter in PLAIN)
+EIGHT = 8  # letters that are read as one number
+FIRST_LETTERS = np.array([(1 << 8 * count) - 1 for count in range(EIGHT + 1)], dtype=np.uint64)
 TEXTS_AT_A_TIME = 1000
 
 
@@ -68,56 +70,68 @@ def hash_words(texts: Iterable[str]) -> Runs:
     parts, sizes = [np.empty(0, dtype=np.uint64)], [np.zeros(1, dtype=np.int64)]
     rest = iter(texts)
     while found := list(islice(rest, TEXTS_AT_A_TIME)):
-        spaced, lengths_of_texts = _spaced(found)
-        letters = np.frombuffer(spaced, dtype=np.uint8)
-        places = np.flatnonzero(letters != SPACE)
-        begins = np.flatnonzero(np.diff(places, prepend=-2) > 1)  # of words, among `places`; every text ends with a space
-        lengths = np.diff(begins, append=len(places))
-        within = np.arange(len(places)) - np.repeat(begins, lengths)
-        factors = mixed(np.arange(1, lengths.max(initial=0) + 1, dtype=np.uint64)) | np.uint64(1)
-        sums = np.add.reduceat(factors[within] * letters[places], begins) if len(begins) else np.empty(0, dtype=np.uint64)
-        parts.append(mixed(sums))
-        sizes.append(np.diff(np.searchsorted(places[begins], np.cumsum(lengths_of_texts)), prepend=0))
+        apart, lengths_of_texts = _apart(found)
+        is_letter = np.frombuffer(apart, dtype=np.uint8) != 0
+        edges = np.flatnonzero(is_letter[1:] != is_letter[:-1]) + 1
+        begins, ends = edges[::2], edges[1::2]
+        parts.append(mixed(_sums(apart, begins, ends - begins)))
+        sizes.append(np.diff(np.searchsorted(begins, np.cumsum(lengths_of_texts) + 1), prepend=0))
     return Runs(np.concatenate(parts), np.cumsum(np.concatenate(sizes)))
 
 
-def _spaced(texts: list[str]) -> tuple[bytes, list[int]]:
-    """Return the words of texts, each with a space or more behind it, one text after the other, and how many bytes each takes."""
+def _apart(texts: list[str]) -> tuple[bytes, list[int]]:
+    """Return the words of texts, one text after the other, with a zero before and behind each, and how many bytes each text takes.
+
+    A zero comes before the first text and EIGHT behind the last.
+    """
     joined = "\n".join([*texts, ""])
     if joined.isascii():
-        return joined.encode().translate(PLAIN), [len(text) + 1 for text in texts]
-    each = [text.encode().translate(PLAIN) + b" " if text.isascii() else b" ".join([*words(text), b""]) + b" " for text in texts]
-    return b"".join(each), list(map(len, each))
+        return b"\0" + joined.encode().translate(APART) + bytes(EIGHT), [len(text) + 1 for text in texts]
+    each = [text.encode().translate(APART) + b"\0" if text.isascii() else b"\0".join([*words(text), b""]) + b"\0" for text in texts]
+    return b"".join([b"\0", *each, bytes(EIGHT)]), list(map(len, each))
+
+
+def _sums(letters: bytes, begins: Offsets, lengths: Offsets) -> Hashes:
+    """Return for each word the sum of its bytes, each times the number of its place; eight of them are read at once."""
+    longest = int(lengths.max(initial=0))
+    factors = mixed(np.arange(1, longest + EIGHT, dtype=np.uint64)) | np.uint64(1)
+    eights = np.ndarray((len(letters) - EIGHT + 1,), dtype="<u8", buffer=letters, strides=(1,))  # those that begin at each byte
+    sums = np.zeros(len(begins), dtype=np.uint64)
+    left: Offsets | slice = slice(None)  # words that have more letters
+    for first in range(0, longest, EIGHT):
+        if first:
+            left = np.flatnonzero(lengths > first)
+        read = eights[begins[left] + first] & FIRST_LETTERS[np.minimum(lengths[left] - first, EIGHT)]
+        part = (read & np.uint64(255)) * factors[first]
+        for place in range(1, min(EIGHT, longest - first)):
+            part += ((read >> np.uint64(8 * place)) & np.uint64(255)) * factors[first + place]
+        sums[left] += part
+    return sums
 
 
 def ngrams(hashed: Runs, n: int) -> Runs:
     """Return the hashes of each text's runs of n words, in order; a text of fewer words has none."""
-    return ngrams_of(hashed, (n,))[n]
+    ((_, values),) = rolling(hashed, (n,))
+    inside = np.ones(len(values), dtype=bool)
+    for more in range(1, n):  # runs that begin so near the end of a text that they reach into the next
+        late = hashed.starts[1:] - more
+        inside[late[(late >= hashed.starts[:-1]) & (late < len(values))]] = False
+    return Runs(mixed(values[inside]), np.concatenate([[0], np.cumsum(np.maximum(hashed.sizes - n + 1, 0))]).astype(np.int64))
 
 
-def ngrams_of(hashed: Runs, sizes: Iterable[int]) -> dict[int, Runs]:
-    """Return what `ngrams` does for several sizes, made of each other: a run's hash is a polynomial in its words."""
-    wanted, found = set(sizes), {}
-    longest = max(wanted)
+def rolling(hashed: Runs, sizes: Iterable[int]) -> Iterator[tuple[int, Hashes]]:
+    """Yield each of the sizes, rising, with a number for every run of so many words, those too that reach into the next text.
+
+    The numbers are polynomials in the words, made of each other; `mixed` they are the hashes of `ngrams`.
+    """
+    wanted = set(sizes)
     values = np.zeros(len(hashed.values), dtype=np.uint64)
-    inside = np.ones(len(hashed.values), dtype=bool)
-    ends = hashed.starts[1:]
-    power = np.uint64(1)
-    for n in range(1, longest + 1):
-        whole = max(len(hashed.values) - n + 1, 0)
-        values, inside = values[:whole], inside[:whole]
+    for n in range(1, max(wanted) + 1):
+        values = values[: max(len(hashed.values) - n + 1, 0)]
         values *= FACTOR
-        values += hashed.values[n - 1 : n - 1 + whole]
-        if n > 1:  # runs that begin so near the end of a text that they reach into the next
-            late = ends - (n - 1)
-            inside[late[(late >= hashed.starts[:-1]) & (late < whole)]] = False
-        with np.errstate(over="ignore"):
-            power = power * FACTOR
-            if n in wanted:
-                counts = np.maximum(hashed.sizes - n + 1, 0)
-                starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-                found[n] = Runs(mixed(values[inside] + np.uint64(n) * power), starts)
-    return found
+        values += hashed.values[n - 1 :]
+        if n in wanted:
+            yield n, values + np.uint64(n * pow(int(FACTOR), n, 1 << 64) % (1 << 64))
 
 
 def whole_texts(hashed: Runs) -> Hashes:
@@ -148,18 +162,31 @@ def mixed(values: Hashes) -> Hashes:
     return values
 
 
+def unmixed(hashes: Hashes) -> Hashes:
+    """Return the values that `mixed` makes these hashes of."""
+    values = hashes ^ (hashes >> np.uint64(31)) ^ (hashes >> np.uint64(62))
+    values *= np.uint64(pow(0x94D049BB133111EB, -1, 1 << 64))
+    values = values ^ (values >> np.uint64(27)) ^ (values >> np.uint64(54))
+    values *= np.uint64(pow(0xBF58476D1CE4E5B9, -1, 1 << 64))
+    return values ^ (values >> np.uint64(30)) ^ (values >> np.uint64(60))
+
+
 class Lookup:
     """Places of hashes in a table of distinct ones. What is absent, which is nearly all, is told by one look at a map of bits."""
 
     def __init__(self, table: Hashes) -> None:
         self.table = table  # rising
-        self._bits = min(max(len(table).bit_length() + 5, 10), 26)
-        self._present = np.zeros(1 << self._bits, dtype=bool)
-        self._present[table >> np.uint64(64 - self._bits)] = True
+        bits = min(max(len(table).bit_length() + 5, 10), 26)
+        self._shift = np.uint64(64 - bits)
+        present = np.zeros(1 << bits, dtype=bool)
+        present[table >> self._shift] = True
+        self._present = np.packbits(present, bitorder="little")
 
     def find(self, values: Hashes) -> tuple[Offsets, Offsets]:
         """Return which of `values` are in the table, rising, and their places there."""
-        near = np.flatnonzero(self._present[values >> np.uint64(64 - self._bits)])
+        slots = values >> self._shift
+        eights = self._present.take((slots >> np.uint64(3)).view(np.int64), mode="clip")  # all are within: no need to look
+        near = np.flatnonzero((eights >> (slots & np.uint64(7)).astype(np.uint8)) & np.uint8(1))
         places = np.searchsorted(self.table, values[near])
         places[places == len(self.table)] = 0
         there = self.table[places] == values[near] if len(self.table) else np.zeros(0, dtype=bool)

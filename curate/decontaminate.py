@@ -4,10 +4,12 @@ Of the benchmarks that come along only hashes of 8-word runs are kept (curate/da
 core/copies.py has the search.
 """
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,8 @@ log = logging.getLogger(__name__)
 
 STAGE = "decontaminate"
 BUNDLED = Path(__file__).parent / "data"
-TURNS_AT_A_TIME = 20_000
+ROWS_AT_A_TIME = 10_000
+TURNS_AT_A_TIME = 2_000  # their words stay in the processor's cache
 THREADS = 2  # numpy leaves the interpreter while it computes
 COLUMNS = {
     "row": pl.String,
@@ -82,24 +85,17 @@ def decontaminate(run: Run, config: DecontaminateConfig) -> Outcome:
     matcher = Matcher([open_benchmark(name) for name in config.benchmarks], config.ngram, config.min_coverage)
     rows = input_rows(run, STAGE, [*KEY, "messages"])
     run.configure(STAGE, to_mapping(config), free=("*",))
-    turns = turn_table(rows["messages"], prompt_only=config.on == "prompt")
-    matches: list[tuple[int, int, Match]] = []
-    owner, number = turns["row"].to_numpy(), turns["turn"].to_numpy()
-
-    def find(start: int) -> list[Match]:
-        part = turns[start : start + TURNS_AT_A_TIME]
-        return matcher.find(part["text"].to_list(), part["asked"].to_numpy())
-
-    with Progress(STAGE, total=len(turns), unit="turns") as progress, ThreadPoolExecutor(THREADS) as pool:
-        starts = range(0, len(turns), TURNS_AT_A_TIME)
-        for start, found in zip(starts, pool.map(find, starts), strict=True):
-            matches += [(int(owner[start + each.text]), int(number[start + each.text]), each) for each in found]
-            progress.advance(min(TURNS_AT_A_TIME, len(turns) - start))
-    matches.sort(key=lambda found: (found[0], -found[2].longest, -found[2].coverage, found[2].entry, found[1]))
+    matches: list[_Found] = []
+    with Progress(STAGE, total=len(rows), unit="rows") as progress, ThreadPoolExecutor(THREADS) as pool:
+        find = functools.partial(_find, matcher, rows["messages"], prompt_only=config.on == "prompt")
+        for found in pool.map(find, range(0, len(rows), ROWS_AT_A_TIME)):
+            matches += found
+            progress.advance(min(ROWS_AT_A_TIME, len(rows) - progress.done))
+    matches.sort(key=lambda found: (found.row, -found.match.longest, -found.match.coverage, found.match.entry, found.turn))
     best: dict[int, Match] = {}
-    for row, _, match in matches:
-        best.setdefault(row, match)
-    _report(run, rows, matches, matcher, turns)
+    for each in matches:
+        best.setdefault(each.row, each.match)
+    _report(run, rows, matches, matcher)
     items = [matcher.item(match.entry) for match in best.values()]
     told = pl.DataFrame(
         [(row, f"contaminated:{name}", match.coverage, item) for (row, match), (name, item) in zip(best.items(), items, strict=True)],
@@ -126,15 +122,35 @@ def turn_table(messages: pl.Series, *, prompt_only: bool) -> pl.DataFrame:
     return table.select("row", "turn", text="content", asked=asked)
 
 
-def _report(run: Run, rows: pl.DataFrame, matches: Sequence[tuple[int, int, Match]], matcher: Matcher, turns: pl.DataFrame) -> None:
-    hit = pl.DataFrame([match[:2] for match in matches], schema={"row": pl.UInt32, "turn": pl.Int64}, orient="row").unique()
-    there = turns.join(hit, on=["row", "turn"], how="semi")
-    texts = {(row, turn): text for row, turn, text in there.select("row", "turn", "text").iter_rows()}
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """An item found in a turn of a row, and the words of its longest run there."""
+
+    row: int
+    turn: int
+    match: Match
+    text: str
+
+
+def _find(matcher: Matcher, messages: pl.Series, first: int, *, prompt_only: bool) -> list[_Found]:
+    """Return what ROWS_AT_A_TIME rows hold, from the row `first` on."""
+    turns = turn_table(messages[first : first + ROWS_AT_A_TIME], prompt_only=prompt_only)
     found = []
-    for row, turn, match in matches:
-        run_of_words = words(plain(texts[row, turn]))[match.place : match.place + match.longest]
-        text = b" ".join(run_of_words).decode("utf-8", "replace")
-        found.append((row_id(*rows.row(row)[:2]), turn, *matcher.item(match.entry), match.longest, match.coverage, text))
+    for start in range(0, len(turns), TURNS_AT_A_TIME):
+        part = turns[start : start + TURNS_AT_A_TIME]
+        texts = part["text"].to_list()
+        for match in matcher.find(texts, part["asked"].to_numpy()):
+            run_of_words = words(plain(texts[match.text]))[match.place : match.place + match.longest]
+            told = b" ".join(run_of_words).decode("utf-8", "replace")
+            found.append(_Found(first + part["row"][match.text], part["turn"][match.text], match, told))
+    return found
+
+
+def _report(run: Run, rows: pl.DataFrame, matches: Sequence[_Found], matcher: Matcher) -> None:
+    found = [
+        (row_id(*rows.row(each.row)[:2]), each.turn, *matcher.item(each.match.entry), each.match.longest, each.match.coverage, each.text)
+        for each in matches
+    ]
     table = pl.DataFrame(found, schema=COLUMNS, orient="row").sort("longest", "coverage", descending=True, maintain_order=True)
     with write_atomically(run.room("curate") / "contamination.parquet") as temporary:
         table.write_parquet(temporary)

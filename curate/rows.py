@@ -20,6 +20,7 @@ from ..core.ledger import RowKey, table_of
 from ..core.reasoning import CLOSE, OPEN
 from ..core.run import Run
 from .card import write_card
+from .turns import TURNS, plain_answers, plain_turns
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,6 @@ STORED = {  # rows.parquet (imported rows); prompts.parquet (of a distillation) 
 SCHEMA = {**STORED, "prompt": pl.String, "response": pl.String}
 
 
-TURNS: pl.DataType = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
-PLAIN = r'^\[(?:\{"role": "(?:system|user|assistant|tool)", "content": "(?:[^"\\]|\\.)*"\}(?:, )?)+\]$'  # turns of a role and a text alone
 ESCAPED = {chr(code): json.dumps(chr(code))[1:-1] for code in (*range(32), 34, 92)}  # what JSON writes otherwise in a text
 
 
@@ -131,29 +130,28 @@ TEXT = ("prompt", "response")
 
 def text_columns(messages: pl.Series, names: Sequence[str] = TEXT) -> pl.Series:
     """Return what `split_texts` says of each conversation, given as JSON text, as a column of prompt and response, or one of them."""
-    turns, contents = pl.col("turns"), pl.col("turns").list.eval(pl.element().struct.field("content"))
-    answered = turns.list.last().struct.field("role") == "assistant"
-    plain = {
-        "prompt": contents.list.head(turns.list.len() - answered.cast(pl.UInt32)).list.join("\n"),
-        "response": pl.when(answered).then(contents.list.last()),
-    }
 
     def other(text: str) -> dict[str, str | None]:
         both = dict(zip(TEXT, split_texts(json.loads(text)), strict=True))
         return {name: both[name] for name in names}
 
     kind = pl.Struct(dict.fromkeys(names, pl.String))
+    if list(names) == ["response"]:
+        answers, told = plain_answers(messages)
+        return _with_others(messages, told, answers.alias("response").to_frame().to_struct(messages.name), kind, other)
+    turns, contents = pl.col("turns"), pl.col("turns").list.eval(pl.element().struct.field("content"))
+    answered = turns.list.last().struct.field("role") == "assistant"
+    plain = {
+        "prompt": contents.list.head(turns.list.len() - answered.cast(pl.UInt32)).list.join("\n"),
+        "response": pl.when(answered).then(contents.list.last()),
+    }
     return _by_turns(messages, kind, pl.struct(plain[name].alias(name) for name in names), other)
 
 
 def all_text(messages: pl.Series) -> pl.Series:
     """Return the text of all turns of each conversation, given as JSON text."""
-    return _by_turns(
-        messages,
-        pl.String(),
-        pl.col("turns").list.eval(pl.element().struct.field("content")).list.join("\n"),
-        lambda text: _text(json.loads(text)),
-    )
+    texts = pl.col("turns").list.eval(pl.element().struct.field("content")).list.join("\n")
+    return _by_turns(messages, pl.String(), texts, lambda text: _text(json.loads(text)))
 
 
 def written_turns(messages: pl.Series) -> pl.Series:
@@ -167,13 +165,17 @@ def written_turns(messages: pl.Series) -> pl.Series:
 
 def _by_turns(messages: pl.Series, kind: Any, plain: pl.Expr, other: Callable[[str], Any]) -> pl.Series:
     """Return `plain` of the conversations that are turns of a role and a text alone, as the column `turns`, and `other` of the rest."""
-    is_plain = messages.str.contains(PLAIN)
-    alike = messages if is_plain.all() else messages.filter(is_plain)
-    found = pl.select(turns=alike.str.json_decode(TURNS)).select(plain.alias(messages.name)).to_series()
-    if len(alike) == len(messages):
+    turns = plain_turns(messages)
+    found = turns.to_frame("turns").select(plain.alias(messages.name)).to_series()
+    return _with_others(messages, turns.is_not_null(), found, kind, other)
+
+
+def _with_others(messages: pl.Series, is_plain: pl.Series, found: pl.Series, kind: Any, other: Callable[[str], Any]) -> pl.Series:
+    """Return what was found of the plain conversations, and `other` of the rest."""
+    if is_plain.all():
         return found
     rest = pl.Series(messages.name, [other(each) for each in messages.filter(~is_plain)], kind)
-    return pl.concat([found, rest]).gather(pl.concat([is_plain.arg_true(), (~is_plain).arg_true()]).arg_sort())
+    return pl.concat([found.filter(is_plain), rest]).gather(pl.concat([is_plain.arg_true(), (~is_plain).arg_true()]).arg_sort())
 
 
 def json_text(text: pl.Expr) -> pl.Expr:
