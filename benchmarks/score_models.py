@@ -1,10 +1,10 @@
 """Seconds for the IFD of all rows of a data set, in both definitions, against a plain loop of padded batches with transformers.
 
-    python benchmarks/score_models.py [--model MODEL] [--data FILE] [--rows N] [--plain-rows 3000] [--small] [--out FILE]
+    python benchmarks/score_models.py --data FILE [--model MODEL] [--rows N] [--plain-rows 3000] [--small] [--out FILE]
 
 Without --model the weights are random, in the shape of Qwen2.5-0.5B (24 layers, 896 wide, 151,936 tokens; --small: 4 layers, 256 wide,
-32,000 tokens) with a tokenizer trained on the data: the time does not depend on what the weights are. Without --data it is the 18,669
-Alpaca rows of ../shared/data. Both compute in 16 bits on a GPU, in float32 on a CPU, and from the same token ids. The plain loop takes
+32,000 tokens) with a tokenizer trained on the data: the time does not depend on what the weights are. FILE is a data file in any format;
+the figures in docs/curation.md are of 18,669 rows of Alpaca. Both compute in 16 bits on a GPU, in float32 on a CPU, and from the same token ids. The plain loop takes
 the first PLAIN-ROWS rows as they come, 32 a batch, pads them to the longest and takes the loss from the whole logits in float32; it is
 compared by the row. A line of JSON per measurement goes to FILE at once.
 The bar: on one H200 at most 60 s with a 0.5B model, loading and rendering included.
@@ -31,7 +31,6 @@ from sftkit.curate.rows import load_rows
 from sftkit.curate.score import score
 from sftkit.curate.scorers import Candidate
 
-ALPACA = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca_subset" / "alpaca_subset.jsonl.gz"
 BATCH = 32
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -124,7 +123,7 @@ def plain(model_path: str, rows: pl.DataFrame, dtype: str, device: str) -> tuple
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model")
-    parser.add_argument("--data", default=str(ALPACA))
+    parser.add_argument("--data", metavar="FILE", required=True)
     parser.add_argument("--rows", type=int)
     parser.add_argument("--batch-tokens", type=int, default=EngineConfig.batch_tokens)
     parser.add_argument("--plain-rows", type=int, default=3000)
