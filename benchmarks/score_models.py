@@ -3,10 +3,10 @@
     python benchmarks/score_models.py --data FILE [--model MODEL] [--rows N] [--plain-rows 3000] [--small] [--out FILE]
 
 Without --model the weights are random, in the shape of Qwen2.5-0.5B (24 layers, 896 wide, 151,936 tokens; --small: 4 layers, 256 wide,
-32,000 tokens) with a tokenizer trained on the data: the time does not depend on what the weights are. FILE is a data file in any format;
-the figures in docs/curation.md are of 18,669 rows of Alpaca. Both compute in 16 bits on a GPU, in float32 on a CPU, and from the same token ids. The plain loop takes
-the first PLAIN-ROWS rows as they come, 32 a batch, pads them to the longest and takes the loss from the whole logits in float32; it is
-compared by the row. A line of JSON per measurement goes to FILE at once.
+32,000 tokens) with a tokenizer trained on the data: the time does not depend on what the weights are. FILE is a data file in any
+format; the figures in docs/curation.md are of 18,669 rows of Alpaca. Both compute in 16 bits on a GPU, in float32 on a CPU, and from
+the same token ids. The plain loop takes the first PLAIN-ROWS rows as they come, 32 a batch, pads them to the longest and takes the
+loss from the whole logits in float32; it is compared by the row. A line of JSON per measurement goes to FILE of --out at once.
 The bar: on one H200 at most 60 s with a 0.5B model, loading and rendering included.
 """
 
