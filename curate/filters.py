@@ -23,6 +23,7 @@ from ..core.run import Run
 from .controls import clear_controls, write_controls_of
 from .decide_config import FilterConfig
 from .expressions import Condition, Kind, parse_condition
+from .repeats import JUDGED, TOPS, WINDOW, may_repeat
 from .rows import KEY, Outcome, decision_table, input_rows, record
 from .score import known_scores, read_score
 from .scored import READ_OFF, columns_for, score_values
@@ -299,7 +300,9 @@ def text_rules(config: FilterConfig) -> list[TextRule]:
         signs = text.str.head(REFUSAL_CHARS).str.contains_any(list(REFUSAL_SIGNS), ascii_case_insensitive=True)
         rules.append(TextRule(lambda text: ("refusal", None, None) if REFUSALS.search(text[:REFUSAL_CHARS]) else None, signs))
     if config.repetition:
-        rules.append(TextRule(lambda text: _repetition_rule(text, config.max_duplicate_ngrams, config.max_top_ngram)))
+        bounds = (config.max_duplicate_ngrams, config.max_top_ngram)
+        repeating = text.map_batches(lambda texts: may_repeat(texts, *bounds), return_dtype=pl.Boolean, is_elementwise=True)
+        rules.append(TextRule(lambda text: _repetition_rule(text, *bounds), repeating))
     return rules
 
 
@@ -363,20 +366,13 @@ _FUNCTION_SETS = {language: frozenset(words.split()) for language, words in FUNC
 
 
 def _repetition_rule(text: str, max_duplicate: float, max_top: float) -> Finding | None:
-    """Say whether a text repeats itself. Most do not, which the number of its different words shows already.
-
-    A word that stands at place 10 or later for the first time ends a window of 10 that did not stand before; and what an n-gram
-    of 4 words at most does not cover has all the other words.
-    """
+    """Say whether a text repeats itself."""
     words: Sequence[str | bytes] = text.encode().translate(PLAIN_WORDS).split() if text.isascii() else WORD.findall(text.lower())
-    distinct, total = len(set(words)), len(words)
-    if distinct >= 9 + (1 - max_duplicate) * (total - 9) and distinct >= 4 + (1 - max_top) * total:
-        return None
-    share = duplicate_ngrams(words, 10)
+    share = duplicate_ngrams(words, WINDOW)
     if share > max_duplicate:
         return "repetition:duplicate_ngrams", share, max_duplicate
-    if len(words) >= 50:
-        share = max(top_ngram(words, n) for n in (2, 3, 4))
+    if len(words) >= JUDGED:
+        share = max(top_ngram(words, n) for n in TOPS)
         if share > max_top:
             return "repetition:top_ngram", share, max_top
     return None

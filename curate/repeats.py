@@ -1,0 +1,79 @@
+"""Tell which texts may repeat themselves, in columns: the few that may are then read word by word.
+
+How many different things a text holds is counted from below, without sorting: each puts its place where its hash says, and those
+that find it there again are different. What is lost where two of them meet only makes a text suspect.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from ..core.ngrams import Hashes, Offsets, Runs, hash_words, mixed, rolling
+
+TEXTS_AT_A_TIME = 1000
+ROOM = 8  # places for each thing, so that few of them meet
+WINDOW = 10
+TOPS = (2, 3, 4)
+JUDGED = 50  # words that a text has at least for its most frequent run to be asked for
+
+Flags = npt.NDArray[np.bool_]
+
+
+def may_repeat(texts: pl.Series, max_duplicate: float, max_top: float) -> pl.Series:
+    """Say of each text whether its share of repeated 10-grams, or of its words in one 2- to 4-gram, may be above these.
+
+    Of a text beyond ASCII, whose words are others once it is normalised, that is never excluded.
+    """
+    suspect = np.ones(len(texts), dtype=bool)
+    plain = (texts.str.len_bytes() == texts.str.len_chars()).arg_true().to_numpy()
+    for start in range(0, len(plain), TEXTS_AT_A_TIME):
+        places = plain[start : start + TEXTS_AT_A_TIME]
+        hashed = hash_words(texts.gather(places).to_list())
+        few = np.flatnonzero(_few_words(hashed, max_duplicate, max_top))
+        suspect[places] = False
+        if len(few):
+            suspect[places[few]] = _few_runs(_only(hashed, few), max_duplicate, max_top)
+    return pl.Series(texts.name, suspect)
+
+
+def _few_words(hashed: Runs, max_duplicate: float, max_top: float) -> Flags:
+    """Say where the different words are too few to clear a text.
+
+    A word that stands at place 10 or later for the first time ends a window of 10 that did not stand before; and what an n-gram
+    of 4 words at most does not cover has all the other words.
+    """
+    total, distinct = hashed.sizes, _num_distinct(hashed.values, hashed.owners, len(hashed))
+    return (distinct < WINDOW - 1 + (1 - max_duplicate) * (total - WINDOW + 1)) | (distinct < TOPS[-1] + (1 - max_top) * total)
+
+
+def _few_runs(hashed: Runs, max_duplicate: float, max_top: float) -> Flags:
+    """Say where so many runs of words stood before that one of them may be as frequent as that, or half of them."""
+    total, owners = hashed.sizes, hashed.owners
+    found = np.zeros(len(hashed), dtype=bool)
+    for size, values in rolling(hashed, (*TOPS, WINDOW)):
+        own = owners[: len(values)]
+        inside = own == owners[size - 1 :]
+        windows = np.maximum(total - size + 1, 0)
+        again = windows - _num_distinct(values[inside], own[inside], len(hashed))
+        if size == WINDOW:
+            found |= again > max_duplicate * windows
+        else:
+            found |= (total >= JUDGED) & (again > max_top * total / size - 1 - 1e-6)
+    return found
+
+
+def _num_distinct(values: Hashes, owners: Offsets, count: int) -> Offsets:
+    """Return how many different values each owner has, or a few less."""
+    bits = max(len(values) * ROOM, 2).bit_length()
+    slots = ((mixed(owners.astype(np.uint64)) ^ mixed(values)) >> np.uint64(64 - bits)).view(np.int64)
+    own = np.arange(len(values), dtype=np.int32)
+    last = np.empty(1 << bits, dtype=np.int32)
+    last[slots] = own
+    return np.bincount(owners[last[slots] == own], minlength=count)
+
+
+def _only(hashed: Runs, texts: Offsets) -> Runs:
+    """Return the hashes of some texts, given in rising order."""
+    wanted = np.zeros(len(hashed), dtype=bool)
+    wanted[texts] = True
+    return Runs(hashed.values[np.repeat(wanted, hashed.sizes)], np.concatenate([[0], np.cumsum(hashed.sizes[texts])]))
