@@ -24,7 +24,7 @@ SYSTEMS = ("system", "system_prompt")
 PROMPTS = ("prompt", "question", "query", "problem", "input", "text")  # the first that is there is taken
 INPUTS = ("input", "context")
 ANSWERS = ("completion", "response", "output", "solution", "answer")  # likewise
-OWN = {"id", "example_id", "sample_index", "messages", "source", "meta", "extra"}  # columns of the files that sftkit writes
+OWN = {"id", "example_id", "sample_index", "messages", "tools", "source", "meta", "extra"}  # columns of the files that sftkit writes
 EXPECTED = (
     "messages or conversations; instruction, input, output; prompt or question, with or without completion, response or answer; "
     "text; chosen and rejected"
@@ -107,6 +107,8 @@ def _own_example(row: Row, place: str, used: dict[str, int]) -> Example:
         meta = _from_json(meta, place, "meta") if meta else {}
     if not isinstance(meta, dict | None):
         raise UserError(f"{place}: meta must be an object, found {str(meta)[:40]!r}")
+    if row.get("tools") is not None:
+        meta = {**(meta or {}), "tools": row["tools"]}
     known, given = content_id(messages), str(row["id"])
     if given != known and not given.startswith(f"{known}~"):
         return Example(_unused(known, used), messages, row["source"] or place, {**(meta or {}), "id": given})

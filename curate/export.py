@@ -162,9 +162,33 @@ def _conversations(run: Run, writer: Callable[[list[Message], Mapping[str, str]]
     rows = load_rows(run, columns=EXPORTED)
     for name, messages, source, meta in zip(row_ids(rows), rows["messages"], rows["source"], rows["meta"], strict=True):
         try:
-            yield name, writer(json.loads(messages), {"id": name, "source": source or "", "meta": meta or "{}"})
+            yield name, _with_tools(writer, json.loads(messages), {"id": name, "source": source or "", "meta": meta or "{}"})
         except CannotHold as reason:
             yield name, str(reason)
+
+
+def _with_tools(writer: Callable[[list[Message], Mapping[str, str]], Row], messages: list[Message], row: Mapping[str, str]) -> Row:
+    """Write a row; where it says which functions can be called, these stand in the column `tools`, as TRL and OpenAI have it."""
+    meta = json.loads(row["meta"])
+    tools = _tools(meta)
+    if not tools:
+        return writer(messages, row)
+    if writer not in (_messages, _openai, _prompt_completion):
+        raise CannotHold("tools")
+    rest = {name: value for name, value in meta.items() if name != "tools"}
+    return {**writer(messages, {**row, "meta": json.dumps(rest, ensure_ascii=False)}), "tools": tools}
+
+
+def _tools(meta: Mapping[str, Any]) -> list[Row]:
+    """Return the functions of a row that can be called, from a list or its JSON text; none where `tools` is something else."""
+    tools = meta.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            return []
+    named = isinstance(tools, list) and all(isinstance(each, dict) and ("function" in each or "name" in each) for each in tools)
+    return tools if named else []
 
 
 # Each writer gets a conversation, and id, source and meta (JSON text) of its row.
@@ -304,6 +328,7 @@ def _pair(name: str, row: Row, candidates: Sequence[tuple[float, Row]], config: 
         "prompt": prompt,
         "chosen": answer,
         "rejected": json.loads(pick[1]["messages"])[-1:],
+        **({"tools": tools} if (tools := _tools(json.loads(row["meta"] or "{}"))) else {}),
         "chosen_score": abs(row["score"]) if row["score"] == 0 else row["score"],
         "rejected_score": pick[0],
         "id": row["example_id"],
@@ -327,7 +352,9 @@ def _given_pairs(rows: pl.DataFrame) -> Iterator[Written]:
             (n for n, each in enumerate(reversed(conversation)) if each["role"] != "assistant"), len(conversation)
         )
         prompt, chosen = conversation[:split], conversation[split:]
-        yield name, {"prompt": prompt, "chosen": chosen, "rejected": rejected} if prompt and chosen else "no_answer"
+        tools = _tools(json.loads(meta or "{}"))
+        pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected, **({"tools": tools} if tools else {})}
+        yield name, pair if prompt and chosen else "no_answer"
 
 
 def _write_card(run: Run, result: Exported, config: ExportConfig) -> None:

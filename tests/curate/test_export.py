@@ -87,6 +87,37 @@ def test_what_is_written_comes_back_and_the_rest_is_refused_with_its_reason(form
     assert f"format `{format}`" in (out / "README.md").read_text()
 
 
+TOOL = {"type": "function", "function": {"name": "看", "parameters": {"type": "object", "properties": {"wo": {"type": "string"}}}}}
+
+
+@pytest.mark.parametrize("given", [[TOOL], json.dumps([TOOL]), ["hammer", "saw"], "[", []], ids=str)
+@pytest.mark.parametrize("format", [*WRITERS, "parquet", "preference"])
+def test_the_functions_that_can_be_called_stay_with_the_calls(format: str, given: Any, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    pair = {"prompt": chat[:1], "chosen": chat[1:], "rejected": [{"role": "assistant", "content": "b"}]}
+    row = {**(pair if format == "preference" else {"messages": chat}), "tools": given, "topic": "x"}
+    (tmp_path / "given.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "tools": None}) + "\n")
+    run = Run.create(tmp_path / "run")
+    take_in(tmp_path / "given.jsonl", run, ImportConfig())
+    result = export(run, tmp_path / "out", ExportConfig(format=format))
+    names_functions = (isinstance(given, list) and given == [TOOL]) or (isinstance(given, str) and given != "[")
+    if names_functions and format in ("alpaca", "sharegpt", "llama-factory"):
+        assert result.refused == {"tools": 1}
+        return
+    assert result.refused == {}
+    if format != "parquet":
+        written = [row.get("tools") for _, row in iterate_rows(tmp_path / "out")]
+        assert written == [[TOOL] if names_functions else None, None]
+    back = [each.meta for each in read_examples(tmp_path / "out")]
+    if format in ("trl-messages", "parquet"):
+        assert back == [
+            {"tools": [TOOL] if names_functions and format == "trl-messages" else given, "topic": "x"},
+            {"tools": None, "topic": "x"},
+        ]
+    elif names_functions:
+        assert back[0]["tools"] == [TOOL]
+
+
 REFUSALS = [
     ("openai", [{"role": "user", "content": "q"}], "no_answer"),
     (
