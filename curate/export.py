@@ -187,8 +187,8 @@ def _tools(meta: Mapping[str, Any]) -> list[Row]:
             tools = json.loads(tools)
         except ValueError:
             return []
-    named = isinstance(tools, list) and all(isinstance(each, dict) and ("function" in each or "name" in each) for each in tools)
-    return tools if named else []
+    found = tools if isinstance(tools, list) else []
+    return found if all(isinstance(each, dict) and ("function" in each or "name" in each) for each in found) else []
 
 
 # Each writer gets a conversation, and id, source and meta (JSON text) of its row.
