@@ -3,14 +3,17 @@
     python benchmarks/train_speed.py CHATS TOKENIZER [--shapes 135m,0.5b,1.5b,lora-0.6b] [--out FILE]      the table, 4 to 5 minutes
     python benchmarks/train_speed.py CHATS TOKENIZER --shapes 135m,lora-0.6b --variants "fp32 weights.;flex" --profile
     python benchmarks/train_speed.py CHATS TOKENIZER --shapes 1.5b,lora-0.6b --variants "40 GB"     the same updates in less memory
+    python benchmarks/train_speed.py CHATS TOKENIZER --shapes 135m,0.5b,1.5b --variants "weights.;fp32 stream;small pieces"
     python benchmarks/train_speed.py CHATS TOKENIZER --losses                              each step's loss beside TRL's plain path
+    python benchmarks/train_speed.py CHATS TOKENIZER --losses --variants "TRL.;fp32 stream"     and so with the residual stream in float32
     python benchmarks/train_speed.py CHATS TOKENIZER --shapes tiny,lora-tiny --tiny         on a CPU: that the script is sound
 
 CHATS is a data file with real conversations (their lengths are what counts), TOKENIZER a model folder whose tokenizer renders them.
 The models have the shapes of SmolLM2-135M, Qwen2.5-0.5B and 1.5B, and Qwen3-0.6B with LoRA, and random weights: the speed does
 not depend on what the weights say. Every variant runs on the same rows in this process, one after another, each with code compiled
 for it anew; the first steps (kernels are compiled, memory is taken) are not counted, then --seconds are. A line of JSON per variant
-goes to FILE as soon as it is measured. --profile writes what two more steps spent their time on beside FILE.
+goes to FILE as soon as it is measured. --profile writes what two more steps spent their time on beside FILE. Among the variants, "fp32
+stream" goes without what train/stream.py does, and "small pieces" computes the loss in 2^27 logits at a time, as it is done uncompiled.
 """
 
 import argparse
@@ -20,10 +23,12 @@ import statistics
 import tempfile
 import time
 import warnings
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from datasets import Dataset
@@ -31,6 +36,7 @@ from sftkit.core.chat import Chat, load_chat
 from sftkit.core.formats import read_examples
 from sftkit.core.hardware import measured_peak
 from sftkit.core.models import resolve_model
+from sftkit.train import head, stream
 from sftkit.train.account import prepare
 from sftkit.train.adapters import part_adapters
 from sftkit.train.attention import packed_attention
@@ -141,13 +147,14 @@ def ours(
     compiled: bool = True,
     dtype: str = "auto",
     peft: bool = False,
-    stream: bool = False,
+    wide: bool = False,
+    small: bool = False,
     flex: bool = False,
 ) -> Any:
     """Train with the trainer of `sftkit train sft`.
 
-    `stream`: what goes from layer to layer is bfloat16 under float32 weights, too. `flex`: attention by PyTorch's flex_attention.
-    `peft`: LoRA's layers as PEFT computes them.
+    `wide`: what goes from layer to layer is float32 under float32 weights. `small`: the loss in small pieces. `flex`: attention by
+    PyTorch's flex_attention. `peft`: LoRA's layers as PEFT computes them.
     """
     mean = sum(len(row.ids) for row in rows) / len(rows)
     size = max(1, round(step_tokens / mean))
@@ -159,9 +166,11 @@ def ours(
     weights = torch.bfloat16 if dtype == "bfloat16" or lora else torch.float32
     model = build(shape, weights)
     half = None if dtype == "bfloat16" else torch.bfloat16
-    if stream:
-        model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, out: out.to(half))
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as until, tempfile.TemporaryDirectory() as folder:
+        if wide:
+            until.enter_context(wide_stream())
+        if small:
+            until.enter_context(mock.patch.object(head, "piece_rows", lambda vocabulary, *_: max(1, head.ELEMENTS // vocabulary)))
         watch = Watch(Path(folder) / "metrics.jsonl", chat, save_minutes=1e9)
         trainer = make_trainer(
             model, chat, chosen, [], config, checkpoints=Path(folder), device=DEVICE, half=half, batch_tokens=batch_tokens, watch=watch,
@@ -179,6 +188,11 @@ def ours(
         watch.close()
         flops = token_flops(trainer.model, mean)
     return {"tokens_per_second": clock.rate(tokens), "flops": flops, "parts": parts, "step_tokens": tokens[0], "ms": clock.steps_ms()}
+
+
+def wide_stream() -> Any:
+    """Let what goes from layer to layer be float32, for a while."""
+    return mock.patch.object(stream, "stream_format", return_value=None)
 
 
 def attend_by_blocks(model: Any) -> None:
@@ -271,10 +285,10 @@ def theirs(shape: str, rows: list[Row], chat: Chat, clock: Clock, *, name: str) 
     return {"tokens_per_second": clock.rate(tokens), "step_tokens": tokens[0]}
 
 
-def losses_beside_trl(shape: str, rows: list[Row], chat: Chat, *, updates: int, size: int) -> dict[str, Any]:
+def losses_beside_trl(shape: str, rows: list[Row], chat: Chat, *, updates: int, size: int, wide: bool = False) -> dict[str, Any]:
     """Train the same weights on the same updates, packed and compiled here, padded through PyTorch's own attention in TRL's trainer.
 
-    Return the losses of both, and how far the mean of the last quarter is off.
+    Return the losses of both, and how far the mean of the last quarter is off. `wide`: as for `ours`.
     """
     chosen = rows[: updates * size]
     config = TrainConfig(
@@ -283,7 +297,7 @@ def losses_beside_trl(shape: str, rows: list[Row], chat: Chat, *, updates: int, 
     )  # fmt: skip
     weights = torch.bfloat16 if config.lora else torch.float32
     found: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with wide_stream() if wide else nullcontext(), tempfile.TemporaryDirectory() as folder:
         watch = Watch(Path(folder) / "metrics.jsonl", chat, save_minutes=1e9)
         trainer = make_trainer(
             build(shape, weights), chat, chosen, [], config, checkpoints=Path(folder), device=DEVICE, half=torch.bfloat16,
@@ -342,14 +356,15 @@ def variants_of(shape: str, *, step_tokens: int, large: bool) -> list[tuple[str,
         found.append(("sftkit fp32 weights, PEFT's layers", partial(ours, **told, peft=True)))
     else:
         found.append(("sftkit bf16 weights", partial(ours, **told, dtype="bfloat16")))
+        found.append(("sftkit fp32 weights, fp32 stream", partial(ours, **told, wide=True)))
+        found.append(("sftkit fp32 weights, small pieces", partial(ours, **told, small=True)))
+        found.append(("sftkit bf16 weights, small pieces", partial(ours, **told, dtype="bfloat16", small=True)))
     if small:
         sizes = dict(zip(("auto", "bfloat16"), small, strict=True))
         for dtype in ("auto",) if lora else ("auto", "bfloat16"):
             less = {**told, "batch_tokens": sizes[dtype]}
             name = f"sftkit {'bf16' if dtype == 'bfloat16' else 'fp32'} weights within 40 GB"
             found.append((name, partial(ours, **less, dtype=dtype)))
-    if not lora:
-        found.append(("sftkit fp32 weights, bf16 stream", partial(ours, **told, stream=True)))
     if large and shape in ("0.5b", "lora-0.6b"):
         found.append(("sftkit fp32 weights, one pass", partial(ours, **{**told, "batch_tokens": 65_536})))
     found.append(("sftkit fp32 weights, flex", partial(ours, **told, flex=True)))
@@ -358,7 +373,7 @@ def variants_of(shape: str, *, step_tokens: int, large: bool) -> list[tuple[str,
     return found
 
 
-EXTRA = ("40 GB", "stream", "as it is", "flex", "rows to", "PEFT", "one pass")  # measured where --variants names them
+EXTRA = ("40 GB", "stream", "pieces", "as it is", "flex", "rows to", "PEFT", "one pass")  # measured where --variants names them
 
 
 def main() -> None:
@@ -389,7 +404,10 @@ def main() -> None:
         variants = variants_of(shape, step_tokens=512 if arguments.tiny else arguments.step_tokens, large=large)
         if arguments.losses:
             updates, size = (6, 4) if arguments.tiny else (60, 32)
-            variants = [("losses beside TRL", lambda s, r, c, _, u=updates, n=size: losses_beside_trl(s, r, c, updates=u, size=n))]
+            variants = [
+                (name, lambda s, r, c, _, u=updates, n=size, w=wide: losses_beside_trl(s, r, c, updates=u, size=n, wide=w))
+                for name, wide in (("losses beside TRL", False), ("losses beside TRL, fp32 stream", True))
+            ]
         for name, measure in variants:
             wanted = arguments.variants.split(";") if arguments.variants else []
             if not any(word in f"{name}." for word in wanted) if wanted else any(word in name for word in EXTRA):

@@ -361,7 +361,7 @@ def compiled_layer(model: Any, load: Load) -> int:
     width, heads = config.hidden_size, config.num_attention_heads
     size = getattr(config, "head_dim", None) or width // heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    small, stream = (load.half or load.dtype).itemsize, load.dtype.itemsize
+    small, stream = (load.half or load.dtype).itemsize, (load.half if load.half is torch.bfloat16 else load.dtype).itemsize
     numbers = 3 * width + 2 * heads * size + 2 * groups * size + 3 * config.intermediate_size
     token = stream * width + small * numbers + 4 * heads + 8
     layer = decoder_layers(model)[0]
@@ -378,8 +378,8 @@ def compiled_layer(model: Any, load: Load) -> int:
 
 
 def _fused_losses(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stand for the compiled `head._losses`, which makes nothing but its results."""
-    return torch.zeros((), dtype=torch.float32), torch.empty_like(logits)
+    """Stand for `head._compiled_losses`, which makes nothing but a number."""
+    return torch.zeros((), dtype=torch.float32), logits
 
 
 def _batch(load: Load) -> dict[str, Any]:

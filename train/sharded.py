@@ -1,7 +1,7 @@
 """FSDP2: each process keeps its share of the weights, gradients and optimizer state, and borrows a layer's weights while it computes.
 
 The numbers are those of one GPU. There, autocast makes 16-bit copies of float32 weights, which stand until the way back; here a layer's
-weights are gathered in 16 bits, nothing more stands, and what goes from layer to layer is float32 as there. Only the weights of norms
+weights are gathered in 16 bits, nothing more stands, and what goes from layer to layer is bfloat16 as there. Only the weights of norms
 lose bits by it. Gradients are added up in float32.
 
 A checkpoint is written whole, tensor by tensor, as a run on one GPU writes it: any number of processes goes on from it. PyTorch's

@@ -12,7 +12,7 @@ from sftkit.core.models import load_model, resolve_model
 from sftkit.train.attention import use_own_attention, use_packed_attention
 from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row
-from sftkit.train.head import LinearCrossEntropy, loss_sum
+from sftkit.train.head import LinearCrossEntropy, _losses, _losses_in_place, loss_sum, piece_rows
 from sftkit.train.packing import Packs
 from sftkit.train.trainer import Watch, keeps_rows_apart, make_trainer
 from trl import SFTConfig, SFTTrainer
@@ -155,6 +155,27 @@ def test_the_head_equals_cross_entropy_of_all_logits(softcap: float, scale: floa
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
     for one, other in zip(torch.autograd.grad(found / 7, inputs), wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_pieces_are_larger_where_each_is_added_to_a_gradient_and_no_larger_than_pays(monkeypatch) -> None:
+    assert piece_rows(150_000, 900, adds_up=False) == 894
+    assert piece_rows(150_000, 900, adds_up=True) == 3576
+    assert piece_rows(50_000, 64, adds_up=True) == piece_rows(50_000, 64, adds_up=False)
+    monkeypatch.setattr("sftkit.train.head.ELEMENTS", 257 * 20)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1000, 64, requires_grad=True), torch.randn(257, 64, requires_grad=True)
+    targets = torch.randint(0, 257, (1000,))
+    found = [torch.autograd.grad(LinearCrossEntropy.apply(hidden, weight, None, targets, 0.0, 1.0, compiled), [hidden, weight])
+             for compiled in (False, True)]  # fmt: skip
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_in_place_the_gradient_stands_where_the_logits_stood() -> None:
+    logits, targets = torch.randn(10, 20).bfloat16(), torch.randint(0, 20, (10,))
+    loss, grad = _losses(logits, targets, 5.0, 1.0)
+    assert torch.equal(_losses_in_place(logits, targets, 5.0, 1.0), loss)
+    assert torch.equal(logits, grad)
 
 
 def test_a_frozen_head_gets_no_gradient() -> None:
