@@ -33,6 +33,18 @@ class Asked:
     model: NamedModel
     chat: bool
 
+    @property
+    def own_template(self) -> bool:
+        """Say whether chats go by the model's own template, as a server's do."""
+        return self.model.chat is None or self.model.chat.template_source == "model"
+
+    @property
+    def told(self) -> str:
+        """Write the way for people."""
+        if not self.chat or self.model.chat is None or self.own_template:
+            return "chat" if self.chat else "completion"
+        return f"chat ({self.model.chat.template_source})"
+
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
@@ -49,8 +61,9 @@ class _Wanted:
 def ways(models: Sequence[NamedModel], tasks: Sequence[Task], config: TasksConfig) -> list[Asked]:
     """Return the ways in which models are asked, those of one model beside each other.
 
-    Raises UserError where a model is to be asked as a chat and has no template of its own, and where a server is to be asked for
-    probabilities, or for a text that goes on.
+    A model without a template of its own is asked in both ways unless one was chosen: which of them shows what it knows cannot be
+    told before, and taking the better one afterwards would flatter it. Its chats go by the template that training would give it.
+    Raises UserError where a server is to be asked for probabilities, or for a text that goes on.
     """
     found = []
     likelihood = next((task.name for task in tasks if task.likelihood), None)
@@ -60,23 +73,32 @@ def ways(models: Sequence[NamedModel], tasks: Sequence[Task], config: TasksConfi
                 f"{model.name}={model.reference}: a server does not tell the probabilities of a given text, which {likelihood} compares;"
                 f" take {likelihood}_generated, or a model on disk"
             )
-        own = model.chat is None or model.chat.template_source == "model"
-        if config.ask == "chat" and not own:
-            raise UserError(
-                f"{model.name}={model.reference}: has no chat template of its own; leave --ask chat away, and it is given texts to go on"
-            )
         if config.ask == "completion" and model.chat is None:
             raise UserError(f"{model.name}={model.reference}: a server renders chats alone; leave --ask completion away")
-        if config.ask == "both" and model.chat is not None:
-            both = [Asked(f"{model.name}:chat", model, True), Asked(f"{model.name}:completion", model, False)]
-            found += both if own else both[::-1]  # first as it is at its best: the first of all is what others are compared with
+        chat, completion = Asked(f"{model.name}:chat", model, True), Asked(f"{model.name}:completion", model, False)
+        own = chat.own_template
+        if model.chat is not None and (config.ask == "both" or (config.ask == "auto" and not own)):
+            found += [chat, completion] if own else [completion, chat]
         else:
-            found.append(Asked(model.name, model, own if config.ask in ("auto", "both") else config.ask == "chat"))
-        if not own and config.ask == "both":
-            log.info("%s has no chat template of its own: chats go by the built-in one, which it may never have seen", model.name)
-        elif not own:
-            log.info("%s has no chat template of its own: it is given texts to go on from (--ask both asks it in chats, too)", model.name)
+            found.append(Asked(model.name, model, config.ask != "completion"))
+        if not own and config.ask != "completion":
+            both = ": it is asked in two ways, and others are compared with both" if config.ask != "chat" else ""
+            log.info("%s has no chat template of its own%s; its chats go by %s, as in training", model.name, both, chat.told[6:-1])
     return found
+
+
+def ways_of(task: Task, asked: Sequence[Asked]) -> list[Asked]:
+    """Return the ways for one task: where choices are compared by their probability, each model is asked once, without a template."""
+    if not task.likelihood:
+        return list(asked)
+    return [Asked(name, model, False) for name, model in {way.model.name: way.model for way in asked}.items()]
+
+
+def compared(asked: Sequence[Asked]) -> list[tuple[str, str]]:
+    """Return which rows are compared, as (baseline, other): each other model with every way of the first; of one alone, its ways."""
+    first = [way.name for way in asked if way.model is asked[0].model]
+    others = [way.name for way in asked if way.model is not asked[0].model]
+    return [(baseline, other) for other in others for baseline in first] if others else [(first[0], other) for other in first[1:]]
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..core.named_models import NamedModel, find_models
 from ..core.progress import Progress
 from ..core.store import SampleStore
 from ..core.values import ValueStore
-from .ask import Asked, ask, choose_likeliest, loaded_when_needed, ways
+from .ask import Asked, ask, choose_likeliest, compared, loaded_when_needed, ways, ways_of
 from .compare import Answer
 from .config import TasksConfig
 from .contamination import contaminated
@@ -99,6 +98,10 @@ def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | 
     held = {task.name: contaminated(task.items, config.train_data) for task in tasks} if config.train_data else {}
     found = find_models(models, config.engine)
     asked = ways(found, tasks, config)
+    theirs = [way for way in asked if not way.chat or way.own_template]  # lm-eval knows no template but a model's own
+    chatless = [model.name for model in found if all(way.model is not model for way in theirs)]
+    if handed and chatless:
+        raise UserError(f"{PREFIX}{handed[0]}: lm-eval asks no chat of {chatless[0]}, which has no template; leave --ask chat away")
     settings = {"tasks": list(names), "models": dict(models), **to_mapping(config)}
     with ExitStack() as stack:
         folder = stack.enter_context(open_section(out, "tasks", settings))
@@ -108,7 +111,7 @@ def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | 
         new: dict[str, dict[str, int]] = {task.name: {} for task in tasks}
         for model in found:
             with loaded_when_needed(model) as engine:
-                for way, task in product([way for way in asked if way.model is model], tasks):
+                for task, way in [(each, way) for each in tasks for way in ways_of(each, asked) if way.model is model]:
                     said = choose_likeliest(way, task, choices, engine) if task.likelihood else ask(way, task, store, config, engine)
                     answers[task.name][way.name], new[task.name][way.name] = said
         if judge is not None:
@@ -120,11 +123,10 @@ def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | 
                         tasks[place], answers[task.name] = grade_answers(task, answers[task.name], judging)
         results, tables = [], [pl.DataFrame(schema=SCORES)]
         for task in tasks:
-            result, scores = _result(task, asked, answers[task.name], new[task.name], held.get(task.name), config)
+            result, scores = _result(task, ways_of(task, asked), answers[task.name], new[task.name], held.get(task.name), config)
             results.append(result)
             tables.append(scores)
-        theirs = [way for way in asked if not way.chat or way.model.chat is None or way.model.chat.template_source == "model"]
-        results += [hand_over(name, theirs, folder, config) for name in handed]  # lm-eval knows no template but a model's own
+        results += [hand_over(name, theirs, folder, config) for name in handed]
         outcome = TasksResult(folder=folder if out else None, tasks=adjust(results))
         with write_atomically(folder / "task_answers.parquet") as temporary:
             tables_of_answers = [_answer_table(task, answers[task.name]) for task in tasks]
@@ -158,16 +160,16 @@ def _result(
     held: Mapping[str, str] | None,  # items that stand in the training data; None where there is none to look at
     config: TasksConfig,
 ) -> tuple[TaskResult, pl.DataFrame]:
-    reasons = left_out(
-        {name: next((one.error for one in each[place] if one.error), None) for name, each in answers.items()}
-        for place in range(len(task.items))
-    )
+    errors = {name: [next((one.error for one in each if one.error), None) for each in several] for name, several in answers.items()}
+    unasked = _unasked(asked, errors)
+    asked = [way for way in asked if way.name not in unasked]
+    reasons = left_out({way.name: errors[way.name][place] for way in asked} for place in range(len(task.items)))
     counts = counted(reasons)
     used = [place for place, reason in enumerate(reasons) if reason is None]
     if not used:
         raise UserError(f"{task.name}: none of its {len(task.items):,} questions was answered by every model: {told(counts)}")
     items = [task.items[place] for place in used]
-    marks = {name: _mark(task, name, items, [each[place] for place in used], config) for name, each in answers.items()}
+    marks = {way.name: _mark(task, way.name, items, [answers[way.name][place] for place in used], config) for way in asked}
     groups = [item.group for item in items]
     drawn = {"resamples": config.resamples, "seed": config.seed}
     metrics = {}
@@ -180,13 +182,27 @@ def _result(
         name=task.name,
         n=len(items),
         left_out=counts,
+        asked={way.name: "choices" if task.likelihood else way.told for way in asked},
+        unasked=unasked,
         metrics=metrics,
         health={way.name: None if task.likelihood else _health(items, [answers[way.name][place] for place in used]) for way in asked},
-        comparisons=compare_marks(task.name, task.metrics[0], marks, groups, drawn),
+        comparisons=compare_marks(task.name, task.metrics[0], marks, compared(asked), groups, drawn),
         generated=dict(new),
         contaminated=None if held is None else sum(item.id in held for item in items),
     )
     return result, _score_table(task, items, marks, held or {})
+
+
+def _unasked(asked: Sequence[Asked], errors: Mapping[str, Sequence[str | None]]) -> dict[str, str]:
+    """Return the ways in which not one question was answered, each with the reasons, of models that another way has answers of."""
+    silent = {way.name for way in asked if all(errors[way.name])}
+    heard = {way.model.name for way in asked if way.name not in silent}
+    found = {}
+    for way in asked:
+        if way.name in silent and way.model.name in heard:
+            found[way.name] = told(counted(left_out({way.name: error} for error in errors[way.name])))
+            log.warning("%s answered no question and is left out: %s", way.name, found[way.name])
+    return found
 
 
 def _health(items: Sequence[Item], answers: Sequence[Sequence[Answer]]) -> Any:

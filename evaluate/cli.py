@@ -17,7 +17,7 @@ OF_ENGINE = ("engine", "base_url", "device", "dtype", "batch_tokens", "replicas"
 
 @click.group(cls=Commands)
 def evaluate() -> None:
-    """Compare models: answers side by side, held-out loss, a judge."""
+    """Compare models: answers side by side, held-out loss, tasks, a judge."""
 
 
 def model_options(*of_engine: str) -> Callable[[Any], Any]:
@@ -151,7 +151,9 @@ def judge(answers: tuple[str, ...], out: Path | None, verdicts: str | None, sett
 def tasks(models: tuple[str, ...], out: Path | None, settings: Path | None, names: str, **options: Any) -> None:
     """Ask all models the questions of tasks, mark the answers by rules or a judge; compare each with the first, question by question.
 
-    A model with a chat template is asked in a chat, another is given a text to go on from. A FILE (or FILE:SCORING) has a
+    A model with a chat template is asked in a chat. A base model without one is asked twice, as base:completion (a text to go on
+    from, with worked examples where the task has some) and as base:chat (by the template that training would give it), and the
+    others are compared with both: a model is better than it where it is better than both. A FILE (or FILE:SCORING) has a
     question in each row, and a column scoring: exact, numeric or contains (with a column answer), regex (pattern), json-schema
     (schema), unit-test (tests), judge (graded by --judge). Programs run in a sandbox (bubblewrap). In a run folder answers are
     stored, apart from their marks: the same command generates only for what changed. lm-eval:NAME runs a task of lm-eval (extra
@@ -160,7 +162,7 @@ def tasks(models: tuple[str, ...], out: Path | None, settings: Path | None, name
     \b
     sftkit evaluate tasks --model base=MODEL --model sft=runs/b --tasks gsm8k,ifeval,humaneval -o runs/b
     sftkit evaluate tasks --model sft=runs/b --tasks gsm8k --samples 8 --train-data runs/a/curate/dataset.jsonl
-    sftkit evaluate tasks --model base=MODEL --model sft=runs/b --tasks mine.jsonl,more.jsonl:numeric --ask both
+    sftkit evaluate tasks --model base=MODEL --model sft=runs/b --tasks mine.jsonl,more.jsonl:numeric --ask chat
     sftkit evaluate tasks --model base=MODEL --model sft=runs/b --tasks mt_bench --judge org/name
     """
     chosen = parse_models(models)

@@ -70,7 +70,7 @@ class TasksConfig:
 
     limit: int | None = setting(None, "Only the first questions of each task.")
     ask: str = setting(
-        "auto", "As a chat, as a text to go on from, or both; auto is chat where the model has a template of its own.", choices=ASK
+        "auto", "As a chat, as a text to go on from, or both; auto is chat, and both for a model without its own template.", choices=ASK
     )
     shots: int = setting(5, "Worked examples before a question that is asked as a text, where the task has some.")
     samples: int = setting(1, "Answers to each question: 1 is greedy, more are drawn and give pass@k and maj@k.")

@@ -17,7 +17,7 @@ from ..core.files import read_json, write_json
 from ..core.hardware import pick_device
 from ..core.models import resolve_model
 from ..core.values import value_key
-from .ask import Asked
+from .ask import Asked, compared
 from .config import TasksConfig
 from .marks import Marks, TaskResult, compare_marks, measure
 from .tasks.base import Mark
@@ -69,9 +69,11 @@ def hand_over(name: str, asked: Sequence[Asked], folder: Path, config: TasksConf
         name=PREFIX + name,
         n=len(items),
         left_out={},
+        asked={way.name: way.told for way in asked},
+        unasked={},
         metrics={label: [measure(each, metric, groups, drawn) for metric in metrics] for label, each in ordered.items()},
         health=dict.fromkeys(ordered),
-        comparisons=compare_marks(PREFIX + name, metrics[0], ordered, groups, drawn),
+        comparisons=compare_marks(PREFIX + name, metrics[0], ordered, compared(asked), groups, drawn),
         generated=new,
         contaminated=None,
     )

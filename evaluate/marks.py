@@ -25,6 +25,7 @@ from .statistics import (
 )
 from .tasks.base import Mark
 
+ALPHA = 0.05
 DETECTABLE = 2.80 / 1.96  # half of a 95 % interval to the difference that is found four times in five
 
 Marks = Sequence[Mapping[str, Mark]]  # of one item's answers, by metric
@@ -48,7 +49,7 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A model minus the first one, over the same questions. 95 % interval, paired."""
+    """A model minus the first one, in one of the ways that this was asked, over the same questions. 95 % interval, paired."""
 
     task: str
     metric: str
@@ -65,7 +66,7 @@ class Comparison:
         line = f"{self.model} − {self.baseline}: {self.metric} {_signed(self.difference)} points"
         if self.interval is not None:
             line += f" (95 % {_signed(self.interval.low)} to {_signed(self.interval.high)})"
-        line += f", p {self.p_adjusted:.2g}: {'significant' if self.p_adjusted <= 0.05 else 'not significant'}"
+        line += f", p {self.p_adjusted:.2g}: {'significant' if self.p_adjusted <= ALPHA else 'not significant'}"
         if self.detectable is None:
             return f"{line}; too few questions to find any difference"
         return f"{line}; {100 * self.detectable:.1f} points would be found four times in five"
@@ -78,6 +79,8 @@ class TaskResult:
     name: str
     n: int
     left_out: dict[str, int]
+    asked: dict[str, str]  # how, by row: chat, completion, chat (by a template that is not the model's own), choices
+    unasked: dict[str, str]  # rows that are missing, for not one question was answered, and why
     metrics: dict[str, list[Metric]]
     health: dict[str, Health | None]  # None where nothing was written
     comparisons: list[Comparison]
@@ -89,14 +92,15 @@ class TaskResult:
         lines = [f"{self.name}: {self.n:,} question{'s' * (self.n != 1)} answered by every model"]
         if self.left_out:
             lines.append(f"left out for all models: {told(self.left_out)}")
+        lines += [f"{name} answered no question and is left out: {reasons}" for name, reasons in self.unasked.items()]
         extra = sorted({k for each in self.metrics.values() for metric in each for k in metric.pass_at})
         clean = self.contaminated is not None
-        head = ["model", "metric", "score", "95 %", "n", "no answer found", *(f"pass@{k}" for k in extra)]
+        head = ["model", "asked", "metric", "score", "95 %", "n", "no answer found", *(f"pass@{k}" for k in extra)]
         rows: list[Sequence[str]] = [[*head, *(["maj"] if extra else []), *(["without contaminated"] if clean else [])]]
         for name, metrics in self.metrics.items():
             for each in metrics:
                 span = "one alone" if each.interval is None else f"{100 * each.interval.low:.1f} to {100 * each.interval.high:.1f} %"
-                row = [name, each.name, _percent(each.mean), span, f"{each.n:,}", _percent(each.not_found)]
+                row = [name, self.asked[name], each.name, _percent(each.mean), span, f"{each.n:,}", _percent(each.not_found)]
                 row += [_told(each.pass_at.get(k)) for k in extra] + ([_told(each.majority)] if extra else [])
                 rows.append([*row, *([f"{_told(each.clean)} of {each.clean_n:,}"] if clean else [])])
         lines += aligned(rows)
@@ -111,7 +115,24 @@ class TaskResult:
                 tokens, other = f"{each_health.mean_tokens:.1f}", _percent(each_health.other_language)
                 table.append((name, *told_shares, tokens, other, f"{self.generated[name]:,}"))
             lines += aligned(table)
-        return "\n".join([*lines, *(each.told() for each in self.comparisons)])
+        return "\n".join([*lines, *(each.told() for each in self.comparisons), *against_both(self.comparisons)])
+
+
+def against_both(comparisons: Sequence[Comparison]) -> list[str]:
+    """Say of each model whether it is better than the first in every way that this was asked; nothing where there was one.
+
+    Better than each of two is what both tests show at once, whatever the better way is (Berger 1982, "Multiparameter hypothesis
+    testing and acceptance sampling", Technometrics 24).
+    """
+    told = []
+    for model in dict.fromkeys(each.model for each in comparisons):
+        own = [each for each in comparisons if each.model == model]
+        if len(own) > 1:
+            shown = all(each.p_adjusted <= ALPHA for each in own)
+            up, down = all(each.difference > 0 for each in own), all(each.difference < 0 for each in own)
+            verdict = "better" if shown and up else "worse" if shown and down else "no difference holds against both"
+            told.append(f"{model} against both {' and '.join(each.baseline for each in own)}: {verdict}")
+    return told
 
 
 def _signed(share: float) -> str:
@@ -200,14 +221,19 @@ def _clusters(groups: Sequence[str | None]) -> list[str] | None:
 
 
 def compare_marks(
-    task: str, metric: str, marks: Mapping[str, Sequence[Marks]], groups: Sequence[str | None], drawn: Mapping[str, Any]
+    task: str,
+    metric: str,
+    marks: Mapping[str, Sequence[Marks]],
+    pairs: Sequence[tuple[str, str]],
+    groups: Sequence[str | None],
+    drawn: Mapping[str, Any],
 ) -> list[Comparison]:
-    """Compare the first model's marks with each other's, item by item. p_adjusted is p_value until `adjust` sees all tasks."""
+    """Compare the marks of pairs (baseline, other), item by item. p_adjusted is p_value until `adjust` sees all tasks."""
     means = {name: np.array([sum(each[metric].value for each in item) / len(item) for item in items]) for name, items in marks.items()}
-    (baseline, first), *others = means.items()
     clusters = _clusters(groups)
     found = []
-    for name, second in others:
+    for baseline, name in pairs:
+        first, second = means[baseline], means[name]
         change, n = second - first, len(first)
         binary = clusters is None and all(set(np.unique(each)) <= {0.0, 1.0} for each in (first, second))
         interval: Interval | None

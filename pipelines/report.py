@@ -16,6 +16,8 @@ from ..core.progress import duration
 from ..core.run import Run
 from ..core.text import visible
 from ..curate.card import funnel
+from ..evaluate.marks import Comparison, against_both
+from ..evaluate.statistics import Interval
 from .ablation import read_ablation, told
 
 STYLE = """
@@ -170,10 +172,11 @@ def _tasks(path: Path) -> str:
                 span, clean = each["interval"], each["clean"]
                 told = "" if span is None else f"{span['low']:.1%} to {span['high']:.1%}"
                 apart = "" if clean is None else f"{clean['value']:.1%} of {each['clean_n']:,}"
-                rows.append([model, each["name"], f"{each['mean']:.1%}", told, f"{each['n']:,}", f"{each['not_found']:.1%}", apart])
-        head = ["model", "metric", "score", "95 %", "questions", "no answer found", "without what was trained on"]
-        changes = "".join(f"<li>{_text(_told_change(each))}" for each in task["comparisons"])
-        parts.append(f"<h3>{_text(name)}</h3>{_table(head, rows, first=2)}{_health(task['health'])}<ul class=soft>{changes}</ul>")
+                numbers = [f"{each['mean']:.1%}", told, f"{each['n']:,}", f"{each['not_found']:.1%}", apart]
+                rows.append([model, task["asked"][model], each["name"], *numbers])
+        head = ["model", "asked", "metric", "score", "95 %", "questions", "no answer found", "without what was trained on"]
+        changes = "".join(f"<li>{_text(each)}" for each in _changes(task))
+        parts.append(f"<h3>{_text(name)}</h3>{_table(head, rows, first=3)}{_health(task['health'])}<ul class=soft>{changes}</ul>")
     return f"<h2>Tasks</h2>{''.join(parts)}" if parts else ""
 
 
@@ -189,14 +192,12 @@ def _health(models: dict[str, Any]) -> str:
     return _table(head, rows, first=1) if rows else ""
 
 
-def _told_change(each: dict[str, Any]) -> str:
-    span = each["interval"]
-    told = f" (95 % {100 * span['low']:+.1f} to {100 * span['high']:+.1f})" if span else ""
-    verdict = "significant" if each["p_adjusted"] <= 0.05 else "not significant"
-    change = f"{each['model']} − {each['baseline']}: {each['metric']} {100 * each['difference']:+.1f} points"
-    found = each["detectable"]
-    seen = "too few questions to find any difference" if found is None else f"{100 * found:.1f} points would be found four times in five"
-    return f"{change}{told}, p {each['p_adjusted']:.2g}: {verdict}; {seen}".replace("-", "−")
+def _changes(task: dict[str, Any]) -> list[str]:
+    """Return how each model differs from the first, in sentences, and what is missing."""
+    spans = [each["interval"] and Interval(**each["interval"]) for each in task["comparisons"]]
+    compared = [Comparison(**{**each, "interval": span}) for each, span in zip(task["comparisons"], spans, strict=True)]
+    missing = [f"{name} answered no question and is left out: {reasons}" for name, reasons in task["unasked"].items()]
+    return [*missing, *(each.told() for each in compared), *against_both(compared)]
 
 
 def _interval_chart(models: dict[str, Any]) -> str:

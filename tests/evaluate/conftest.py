@@ -1,5 +1,6 @@
 """Models to compare: the tiny chat model, one that was trained a little, and a watch on what is opened and asked."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,29 @@ open_real_engine = models_module.open_engine
 
 def conversation(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def mmlu_rows() -> list[dict[str, Any]]:
+    return [
+        {
+            "split": split,
+            "subject": subject,
+            "question": f"What is {number}?",
+            "A": "1",
+            "B": "2",
+            "C": "3",
+            "D": "4",
+            "answer": "ABCD"[number % 4],
+        }
+        for split, count in (("dev", 2), ("test", 4))
+        for subject in ("a_subject", "another")
+        for number in range(count)
+    ]
 
 
 def retrain(model: Path, folder: Path, rows: list[dict[str, Any]], steps: int) -> Path:

@@ -29,15 +29,10 @@ from sftkit.evaluate.statistics import Estimate, pass_at_k, wilson
 from sftkit.evaluate.tasks import open_task
 from sftkit.evaluate.tasks.base import Item, Mark, Task, asked
 
-from .conftest import ANSWER, QUESTIONS, Watch
+from .conftest import ANSWER, QUESTIONS, Watch, mmlu_rows, write_rows
 
 DRAWN = {"resamples": 1000, "seed": 0}
 needs_sandbox = pytest.mark.skipif(available() is not None, reason=str(available()))
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture
@@ -134,18 +129,6 @@ def test_several_samples_give_pass_at_k_and_the_majority(mine: Path, trained_mod
     assert "pass@3" in result.summary()
 
 
-def test_a_model_without_a_template_is_given_a_text(mine: Path, tiny_base_model: Path, tiny_model: Path) -> None:
-    result = evaluate_tasks({"base": str(tiny_base_model)}, [str(mine)], None, settings())
-    assert list(result.tasks[0].metrics) == ["base"]
-    twice = evaluate_tasks({"base": str(tiny_base_model)}, [str(mine)], None, settings(ask="both"))
-    assert list(twice.tasks[0].metrics) == ["base:completion", "base:chat"]
-    assert twice.tasks[0].metrics["base:completion"] == result.tasks[0].metrics["base"]
-    both = evaluate_tasks({"it": str(tiny_model)}, [str(mine)], None, settings(ask="both"))
-    assert list(both.tasks[0].metrics) == ["it:chat", "it:completion"]
-    with pytest.raises(UserError, match="has no chat template of its own; leave --ask chat away"):
-        evaluate_tasks({"base": str(tiny_base_model)}, [str(mine)], None, settings(ask="chat"))
-
-
 @needs_sandbox
 def test_programs_are_run(trained_model: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "Write f", "scoring": "unit-test", "tests": "assert f(1) == 1"}]
@@ -154,24 +137,6 @@ def test_programs_are_run(trained_model: Path, tmp_path: Path) -> None:
     (metric,) = result.tasks[0].metrics["sft"]
     assert (metric.n, metric.mean, metric.not_found) == (1, 0.0, 1.0)  # "The answer is 1." is no Python
     assert "nan" not in result.summary().lower()
-
-
-def mmlu_rows() -> list[dict[str, Any]]:
-    return [
-        {
-            "split": split,
-            "subject": subject,
-            "question": f"What is {number}?",
-            "A": "1",
-            "B": "2",
-            "C": "3",
-            "D": "4",
-            "answer": "ABCD"[number % 4],
-        }
-        for split, count in (("dev", 2), ("test", 4))
-        for subject in ("a_subject", "another")
-        for number in range(count)
-    ]
 
 
 @pytest.fixture
@@ -270,7 +235,7 @@ def test_a_completion_ends_where_it_goes_on_to_something_else(
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"What is {n}?", "answer": "1", "scoring": "exact"} for n in range(4)])
 
     def answers(run: str) -> list[dict[str, Any]]:
-        evaluate_tasks({"m": str(tiny_base_model)}, [str(rows)], tmp_path / run, settings(max_new_tokens=40))
+        evaluate_tasks({"m": str(tiny_base_model)}, [str(rows)], tmp_path / run, settings(max_new_tokens=40, ask="completion"))
         return pl.read_parquet(tmp_path / run / "evaluate" / "task_answers.parquet").to_dicts()
 
     whole = answers("whole")
@@ -407,7 +372,7 @@ def marks(*values: float) -> list[list[dict[str, Mark]]]:
 def test_five_questions_with_scores_are_too_few_to_find_any_difference() -> None:
     one, other = marks(0.1, 0.5, 0.2, 0.9, 0.4, 0.3), marks(0.3, 0.6, 0.5, 1.0, 0.5, 0.9)
     for n, enough in ((5, False), (6, True)):
-        (found,) = compare_marks("t", "m", {"a": one[:n], "b": other[:n]}, [None] * n, DRAWN)
+        (found,) = compare_marks("t", "m", {"a": one[:n], "b": other[:n]}, [("a", "b")], [None] * n, DRAWN)
         assert (found.p_value <= 0.05, found.detectable is not None) == (enough, enough)
 
 
@@ -428,10 +393,10 @@ def test_questions_that_share_a_subject_count_less() -> None:
 
 def test_comparisons_are_paired_and_adjusted_over_tasks() -> None:
     first, second = marks(*[0.0] * 30), marks(*[1.0] * 10, *[0.0] * 20)
-    compared = compare_marks("t", "m", {"a": first, "b": second, "c": first}, [None] * 30, DRAWN)
+    compared = compare_marks("t", "m", {"a": first, "b": second, "c": first}, [("a", "b"), ("a", "c")], [None] * 30, DRAWN)
     assert compared[0].p_value == pytest.approx(2 / 2**10)
     assert compared[1].p_value == 1.0
-    scored = compare_marks("t", "m", {"a": marks(0.1, 0.2, 0.3), "b": marks(0.2, 0.3, 0.4)}, [None] * 3, DRAWN)
+    scored = compare_marks("t", "m", {"a": marks(0.1, 0.2, 0.3), "b": marks(0.2, 0.3, 0.4)}, [("a", "b")], [None] * 3, DRAWN)
     assert scored[0].p_value == pytest.approx(0.25)
     assert scored[0].difference == pytest.approx(0.1)
     assert replace(compared[0], model="a-b", difference=-0.1).told().startswith("a-b − a: m −10.0 points (95 % ")
