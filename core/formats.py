@@ -5,6 +5,7 @@ from the columns that are there and not null.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,29 @@ def read_examples(source: str | Path, *, format: str | None = None, revision: st
 
 
 def iterate_examples(
-    source: str | Path, *, format: str | None = None, revision: str | None = None, split: str = "train"
+    source: str | Path,
+    *,
+    format: str | None = None,
+    revision: str | None = None,
+    split: str = "train",
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
 ) -> Iterator[Example]:
     """Yield the rows of a file, a folder, a run, standard input (`-`) or a Hub data set (ORG/NAME[:SUBSET]) as examples.
 
-    `format` (a name in FORMATS) reads the rows as that and nothing else. Raises UserError, naming file and row, for a
-    source without rows and for a row that is none of the formats or lacks a text where there must be one.
+    `format` (a name in FORMATS) reads the rows as that and nothing else; the columns of a prompt and its answer can be named,
+    where they have no usual names. Raises UserError, naming file and row, for a source without rows and for a row that is none of
+    the formats or lacks a text where there must be one.
     """
     if format is not None and format not in FORMATS:
         raise unknown_name("format", format, FORMATS)
+    readers = dict(FORMATS)
+    if prompt_column is not None or answer_column is not None:
+        if format not in (None, "prompt"):
+            raise UserError(f"format {format}: has columns of its own; those of a prompt and its answer are named without a format")
+        format, answered = "prompt", answer_column is not None
+        prompts, answers = (prompt_column,) if prompt_column else PROMPTS, (answer_column,) if answer_column else ANSWERS
+        readers["prompt"] = partial(_question, prompts=prompts, answers=answers, answered=answered)
     found: dict[frozenset[str], str] = {}
     used: dict[str, int] = {}
     for place, row in iterate_rows(source, revision=revision, split=split):
@@ -59,7 +74,7 @@ def iterate_examples(
         if name is None:
             name = found[columns] = detect_format(columns, place)
         meta = dict(row)
-        messages = _with_system(meta, FORMATS[name](meta, place))
+        messages = _with_system(meta, readers[name](meta, place))
         yield Example(_unused(content_id(messages), used), messages, place, meta)
 
 
@@ -209,18 +224,22 @@ def _conversation(meta: Row, place: str) -> list[Message]:
     return _turns(taken[1], place, taken[0])
 
 
-def _question(meta: Row, place: str) -> list[Message]:
-    taken = _take(meta, PROMPTS)
+def _question(
+    meta: Row, place: str, *, prompts: tuple[str, ...] = PROMPTS, answers: tuple[str, ...] = ANSWERS, answered: bool = False
+) -> list[Message]:
+    taken = _take(meta, prompts)
     if taken is None:
-        raise _lacks(meta, place, PROMPTS)
+        raise _lacks(meta, place, prompts)
     name, value = taken
     messages = _turns(value, place, name) if isinstance(value, list) else [_user(_text(value, place, name))]
-    return [*messages, *_answer(meta, place)]
+    return [*messages, *_answer(meta, place, answers, required=answered)]
 
 
-def _answer(meta: Row, place: str) -> list[Message]:
+def _answer(meta: Row, place: str, names: tuple[str, ...] = ANSWERS, *, required: bool = False) -> list[Message]:
     """Take the answer out of a row: none, a text, messages, or a ranked list of texts whose first is the answer."""
-    taken = _take(meta, ANSWERS)
+    taken = _take(meta, names)
+    if taken is None and required:
+        raise _lacks(meta, place, names)
     if taken is None:
         return []
     name, value = taken

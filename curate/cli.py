@@ -29,6 +29,7 @@ def curate() -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Run folder, made if needed.")
 @config_option(ImportConfig, "samples")
 @config_option(ImportConfig, "prompt_column")
+@config_option(ImportConfig, "answer_column")
 @config_option(ImportConfig, "reference_column")
 @config_option(ImportConfig, "format")
 @config_option(ImportConfig, "limit")
@@ -38,6 +39,7 @@ def import_(data: str, out: Path, **options: Any) -> None:
     \b
     sftkit curate import data.jsonl -o runs/a
     sftkit curate import answers.jsonl -o runs/b --samples model_1 --samples model_2     two answers to each question
+    sftkit curate import faq.csv -o runs/c --prompt-column title --answer-column body
     """
     from ..core.run import Run
     from .intake import take_in

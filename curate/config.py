@@ -209,6 +209,7 @@ class ImportConfig:
         (), "Column that holds one candidate answer, a text or {solution: …} / {text: …}; one for each sample."
     )
     prompt_column: str | None = setting(None, "Column of the prompt, where it has no usual name.")
+    answer_column: str | None = setting(None, "Column of the answer, where it has no usual name.")
     reference_column: str | None = setting(None, "Column of the reference answer, where it has no usual name.")
     format: str | None = setting(None, "Format of the rows; found by itself when not given.")
     limit: int | None = setting(None, "Only the first rows.")

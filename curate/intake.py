@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..core.config import to_mapping
 from ..core.errors import UserError, unknown_name
 from ..core.example import Decision, Example, Message
 from ..core.files import write_atomically
-from ..core.formats import read_examples, split_prompt
+from ..core.formats import iterate_examples, split_prompt
 from ..core.run import Run
 from .config import ImportConfig
 from .rows import STORED, Outcome, record
@@ -73,8 +74,9 @@ def take_in(source: str | Path, run: Run, config: ImportConfig) -> Outcome | Non
 
 
 def _examples(source: str | Path, config: ImportConfig) -> list[Example]:
-    examples = read_examples(source, format=config.format)
-    return examples[: config.limit]
+    prompt, answer = config.prompt_column, config.answer_column
+    rows = iterate_examples(source, format=config.format, prompt_column=prompt, answer_column=answer)
+    return list(islice(rows, config.limit))
 
 
 def columns_of(examples: Sequence[Example], config: ImportConfig) -> dict[str, list[Any]]:

@@ -1,0 +1,63 @@
+"""Rows come in as they are called in their file, and conversations with calls as what they are."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sftkit.core.errors import UserError
+from sftkit.core.formats import read_examples
+from sftkit.core.run import Run
+from sftkit.curate.config import ImportConfig
+from sftkit.curate.intake import take_in
+
+ROW = {"问题": "一加一？", "回答": "二", "prompt": "template 7", "topic": "x"}
+
+
+def taken(rows: list[dict[str, Any]], folder: Path, **settings: Any) -> list[Any]:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = Run.create(folder / "run")
+    take_in(folder / "rows.jsonl", run, ImportConfig(**settings))
+    run.close()
+    return read_examples(run.path)
+
+
+def test_columns_that_have_no_usual_names_are_named(tmp_path: Path) -> None:
+    (found,) = taken([ROW], tmp_path, prompt_column="问题", answer_column="回答")
+    assert found.messages == [{"role": "user", "content": "一加一？"}, {"role": "assistant", "content": "二"}]
+    assert found.meta == {"prompt": "template 7", "topic": "x"}  # which is the prompt where nothing is said
+
+
+def test_one_of_them_may_have_its_usual_name(tmp_path: Path) -> None:
+    (found,) = taken([ROW], tmp_path, answer_column="回答")
+    assert [each["content"] for each in found.messages] == ["template 7", "二"]
+    (tmp_path / "other").mkdir()
+    (found,) = taken([{**ROW, "answer": "2"}], tmp_path / "other", prompt_column="问题")
+    assert [each["content"] for each in found.messages] == ["一加一？", "2"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt_column": "frage"}, r"rows.jsonl:1: found the columns 问题, 回答, prompt, topic; expected frage"),
+        ({"prompt_column": "问题", "answer_column": "antwort"}, r"rows.jsonl:1: found the columns 回答, prompt, topic; expected antwort"),
+        ({"prompt_column": "问题", "format": "alpaca"}, "format alpaca: has columns of its own"),
+    ],
+)
+def test_a_column_that_is_not_there_is_told(settings: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        taken([ROW], tmp_path, **settings)
+
+
+def test_the_command_names_them_too(tmp_path: Path, cli: Callable[..., tuple[int, str, str]]) -> None:
+    (tmp_path / "faq.csv").write_text("title,body\n第一題？,甲 👍\n")
+    named = ("--prompt-column", "title", "--answer-column", "body")
+    code, _, err = cli("curate", "import", tmp_path / "faq.csv", "-o", tmp_path / "run", *named)
+    assert code == 0, err
+    (found,) = read_examples(tmp_path / "run")
+    assert [each["content"] for each in found.messages] == ["第一題？", "甲 👍"]
+
+
+def test_rows_behind_the_limit_are_not_read(tmp_path: Path) -> None:
+    assert len(taken([{"prompt": "a"}, {"prompt": "b"}, {"prompt": 7}], tmp_path, limit=2)) == 2
