@@ -31,9 +31,9 @@ from sftkit.core.checks.sandbox import Order, run
 from sftkit.core.engines.base import EngineConfig
 from sftkit.core.models import resolve_model
 from sftkit.core.sources import iterate_rows
+from sftkit.core.statistics import wilson
 from sftkit.evaluate.benchmark import evaluate_tasks
 from sftkit.evaluate.config import TasksConfig
-from sftkit.evaluate.statistics import wilson
 from sftkit.evaluate.task_data import fetch_data, read_data
 from sftkit.evaluate.tasks import open_task
 

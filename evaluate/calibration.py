@@ -7,9 +7,9 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.judge import Judge, Pair
 from ..core.sources import iterate_rows
+from ..core.statistics import Estimate, Interval
 from .preferences import Agreement, agreement
 from .results import aligned
-from .statistics import Estimate, Interval
 from .task_data import read_data
 
 

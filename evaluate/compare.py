@@ -20,10 +20,10 @@ from ..core.files import write_atomically
 from ..core.formats import iterate_examples, split_prompt
 from ..core.named_models import NamedModel, find_models
 from ..core.progress import Progress
+from ..core.statistics import Interval, holm, mcnemar, minimum_detectable_difference, paired_difference, wilson
 from ..core.store import SampleStore, decisive_settings, sample_key, sample_seed
 from .config import CompareConfig
 from .results import aligned, counted, finish_section, left_out, open_section, told
-from .statistics import Interval, holm, mcnemar, minimum_detectable_difference, paired_difference, wilson
 
 log = logging.getLogger(__name__)
 

@@ -17,12 +17,12 @@ from ..core.formats import iterate_examples, split_prompt
 from ..core.judge import Judge, Pair, Verdict
 from ..core.named_models import NamedModel, find_models
 from ..core.run import Run
+from ..core.statistics import holm
 from ..core.values import ValueStore
 from .calibration import agreement_lines, calibrate, share
 from .config import JudgeConfig
 from .preferences import Agreement, WinRate, win_rate
 from .results import aligned, counted, finish_section, open_section, told, told_question
-from .statistics import holm
 
 log = logging.getLogger(__name__)
 

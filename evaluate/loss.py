@@ -20,11 +20,11 @@ from ..core.files import write_atomically
 from ..core.formats import iterate_examples
 from ..core.likelihood import HeldOut, Likelihood, likelihoods, read_row, read_texts
 from ..core.named_models import NamedModel, find_models
+from ..core.statistics import Estimate, bootstrap_ratio, bootstrap_ratio_difference, cluster_sums, holm, sign_flip
 from ..core.values import ValueStore
 from .config import LossConfig
 from .loss_parts import Pieces, by_source, by_turn
 from .results import aligned, counted, finish_section, left_out, open_section, told
-from .statistics import Estimate, bootstrap_ratio, bootstrap_ratio_difference, cluster_sums, holm, sign_flip
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..core.example import Example
 from ..core.likelihood import HeldOut, Likelihood
-from .statistics import Estimate, bootstrap_ratio, bootstrap_ratio_difference
+from ..core.statistics import Estimate, bootstrap_ratio, bootstrap_ratio_difference
 
 MOST_SOURCES = 20
 MOST_TURNS = 8  # the last of these holds all that follow

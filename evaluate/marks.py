@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .health import Health
-from .results import aligned, told
-from .statistics import (
+from ..core.statistics import (
     Estimate,
     Interval,
     bootstrap_mean,
@@ -23,6 +21,8 @@ from .statistics import (
     sign_flip,
     wilson,
 )
+from .health import Health
+from .results import aligned, told
 from .tasks.base import Mark
 
 ALPHA = 0.05

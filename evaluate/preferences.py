@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, ndtri
 
-from .statistics import LEVEL, Estimate, Interval, bootstrap_mean, mcnemar, wilson
+from ..core.statistics import LEVEL, Estimate, Interval, bootstrap_mean, mcnemar, wilson
 
 PRIOR = 1 / 9  # precision of both coefficients (sd 3): it keeps them finite where one side wins everything, and is nothing beside data
 

@@ -17,9 +17,9 @@ from ..core.files import read_json, write_json
 from ..core.formats import iterate_examples
 from ..core.models import resolve_model
 from ..core.run import Run, is_done
+from ..core.statistics import Estimate, bootstrap_ratio_difference, cluster_sums, holm, sign_flip
 from ..evaluate.loss import loss
 from ..evaluate.results import aligned
-from ..evaluate.statistics import Estimate, bootstrap_ratio_difference, cluster_sums, holm, sign_flip
 from ..train.sft import train
 from .config import AblationConfig
 

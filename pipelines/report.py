@@ -14,10 +14,10 @@ from ..core.errors import UserError
 from ..core.files import read_json, read_json_lines, write_text
 from ..core.progress import duration
 from ..core.run import Run
+from ..core.statistics import Interval
 from ..core.text import visible
 from ..curate.card import funnel
 from ..evaluate.marks import Comparison, against_both
-from ..evaluate.statistics import Interval
 from .ablation import read_ablation, told
 
 STYLE = """

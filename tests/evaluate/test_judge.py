@@ -12,12 +12,12 @@ import pytest
 from sftkit.core import judge as judging
 from sftkit.core.config import load_config
 from sftkit.core.errors import UserError
+from sftkit.core.statistics import wilson
 from sftkit.evaluate.calibration import read_verdicts
 from sftkit.evaluate.compare import compare
 from sftkit.evaluate.config import CompareConfig, JudgeConfig
 from sftkit.evaluate.judge import judge
 from sftkit.evaluate.preferences import agreement, length_controlled, win_rate
-from sftkit.evaluate.statistics import wilson
 from sftkit.evaluate.task_data import read_data
 
 Cli = Callable[..., tuple[int, str, str]]

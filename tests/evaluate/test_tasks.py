@@ -16,6 +16,7 @@ from sftkit.core.engines.base import EngineConfig
 from sftkit.core.errors import UserError
 from sftkit.core.models import load_model, resolve_model
 from sftkit.core.named_models import find_models
+from sftkit.core.statistics import Estimate, pass_at_k, wilson
 from sftkit.core.values import ValueStore
 from sftkit.evaluate import benchmark, task_data
 from sftkit.evaluate.ask import Asked, choose_likeliest, loaded_when_needed, ways
@@ -25,7 +26,6 @@ from sftkit.evaluate.config import TasksConfig
 from sftkit.evaluate.contamination import contaminated
 from sftkit.evaluate.health import health, repeats
 from sftkit.evaluate.marks import adjust, compare_marks, measure
-from sftkit.evaluate.statistics import Estimate, pass_at_k, wilson
 from sftkit.evaluate.tasks import open_task
 from sftkit.evaluate.tasks.base import Item, Mark, Task, asked
 

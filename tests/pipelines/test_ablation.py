@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from sftkit.core.errors import UserError
 from sftkit.core.files import read_json
+from sftkit.core.statistics import Estimate, Interval
 from sftkit.evaluate.config import LossConfig
-from sftkit.evaluate.statistics import Estimate, Interval
 from sftkit.pipelines.ablation import Contrast, ablate, told
 from sftkit.pipelines.config import AblationConfig
 from sftkit.train.config import TrainConfig

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from scipy import stats
-from sftkit.evaluate.statistics import (
+from sftkit.core.statistics import (
     Interval,
     _degrees_of_freedom,
     bootstrap_mean,
