@@ -115,14 +115,8 @@ def check_conservation(stage: str, rows: pl.DataFrame | Sequence[RowKey], decisi
     """Raise ConservationError unless input = kept + rejected + failed, row by row, and each removal has its rule."""
     decided = table_of(decisions)
     given = rows if isinstance(rows, pl.DataFrame) else pl.DataFrame(list(rows), schema={name: SCHEMA[name] for name in KEY}, orient="row")
-    both = pl.concat([given.select(*KEY, came=1, went=0), decided.select(*KEY, came=0, went=1)])
-    counts = both.lazy().group_by(KEY, maintain_order=True).agg(pl.col("came").sum(), pl.col("went").sum())
-    wrong = counts.filter((pl.col("came") != 1) | (pl.col("went") != 1)).collect()
-    if len(wrong):
-        came, went = pl.col("came"), pl.col("went")
-        faults = {"repeated": pl.max_horizontal(came, went) > 1, "lost": came > went, "invented": went > came}
-        examples = {name: [row_id(*key) for key in wrong.filter(fault).select(KEY).head(3).iter_rows()] for name, fault in faults.items()}
-        raise ConservationError(f"{stage}: {len(given)} rows in, {len(decided)} decided: {examples}")
+    if not _is_each_once(given, decided):
+        _name_faults(stage, given, decided)
     action, rule = pl.col("action"), pl.col("rule")
     for fault, told in (
         (pl.col("stage").ne_missing(stage), "{row}: a decision carries the stage {stage!r}"),
@@ -133,3 +127,25 @@ def check_conservation(stage: str, rows: pl.DataFrame | Sequence[RowKey], decisi
         for decision in first.iter_rows(named=True):
             row = row_id(decision["example_id"], decision["sample_index"])
             raise ConservationError(f"{stage}: {told.format(row=row, stage=decision['stage'], action=decision['action'])}")
+
+
+def _is_each_once(given: pl.DataFrame, decided: pl.DataFrame) -> bool:
+    """Say, of rows in the order in which they were given, that they are the same and all different; False says nothing yet.
+
+    Numbers made of their keys that are all different come of keys that are.
+    """
+    if not given.select(KEY).equals(decided.select(KEY)):
+        return False
+    numbers = given.lazy().select(pl.struct(KEY).hash().n_unique())
+    return bool(numbers.collect().item() == len(given))
+
+
+def _name_faults(stage: str, given: pl.DataFrame, decided: pl.DataFrame) -> None:
+    both = pl.concat([given.select(*KEY, came=1, went=0), decided.select(*KEY, came=0, went=1)])
+    counts = both.lazy().group_by(KEY, maintain_order=True).agg(pl.col("came").sum(), pl.col("went").sum())
+    wrong = counts.filter((pl.col("came") != 1) | (pl.col("went") != 1)).collect()
+    if len(wrong):
+        came, went = pl.col("came"), pl.col("went")
+        faults = {"repeated": pl.max_horizontal(came, went) > 1, "lost": came > went, "invented": went > came}
+        examples = {name: [row_id(*key) for key in wrong.filter(fault).select(KEY).head(3).iter_rows()] for name, fault in faults.items()}
+        raise ConservationError(f"{stage}: {len(given)} rows in, {len(decided)} decided: {examples}")

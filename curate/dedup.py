@@ -1,6 +1,5 @@
 """Remove rows that another row stands for: the same text, nearly the same words, or nearly the same meaning."""
 
-import hashlib
 import json
 import logging
 import unicodedata
@@ -106,22 +105,23 @@ def normalised_column(texts: pl.Series) -> pl.Series:
 def exact_witnesses(rows: pl.DataFrame, on: str, order: Indices, *, given: int = 0) -> Indices:
     """Return the witness of each row whose text is repeated, -1 for those that stay: the first in `order` of its text.
 
-    Texts are compared by 128 bits of the SHA-256 of what is normalised. The first `given` rows of the order stay.
+    What is normalised is compared, letter by letter, of the rows that share a hash of it. The first `given` rows of the order stay.
     """
+    compared = TEXT if on == "pair" else TEXT[:1]
 
-    def digests(texts: pl.Series) -> pl.Series:
-        parts = texts.struct.unnest()
-        prompts = normalised_column(parts["prompt"])
-        both = prompts if on == "prompt" else prompts + "\x1f" + normalised_column(parts["response"].fill_null(""))  # white space itself
-        return pl.Series(texts.name, [hashlib.sha256(text.encode()).digest()[:16] for text in both], pl.Binary)
+    def plan(rows: pl.DataFrame) -> pl.LazyFrame:
+        each = [pl.col(name).fill_null("").map_batches(normalised_column, return_dtype=pl.String, is_elementwise=True) for name in compared]
+        return rows.lazy().select(each)
 
-    digest = pl.struct(TEXT).map_batches(digests, return_dtype=pl.Binary, is_elementwise=True)
-    found = rows.lazy().select(digest.alias("digest")).collect(engine="streaming")
+    shared = plan(rows).select(pl.struct(compared).hash()).collect(engine="streaming").to_series().is_duplicated()
+    alike = plan(rows.filter(shared)).collect(engine="streaming")
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
-    found = found.with_columns(place=pl.Series(place)).select("place", first=pl.col("place").min().over("digest"))
-    repeated = (found["first"] != found["place"]) & (found["place"] >= given)
-    return np.where(repeated.to_numpy(), order[found["first"].to_numpy()], -1)
+    own = place[shared.to_numpy()]
+    first = alike.with_columns(place=pl.Series(own)).select(pl.col("place").min().over(compared)).to_series().to_numpy()
+    witness = np.full(len(rows), -1, dtype=np.int64)
+    witness[shared.to_numpy()] = np.where((first != own) & (own >= given), order[first], -1)
+    return witness
 
 
 class _Stage:

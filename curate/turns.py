@@ -15,13 +15,17 @@ LETTERS = {"\\\\": "\\", '\\"': '"', "\\n": "\n", "\\t": "\t", "\\r": "\r", "\\/
 
 def plain_turns(messages: pl.Series) -> pl.Series:
     """Return the turns of each conversation as TURNS has them; null where a turn holds anything but a role and a text."""
-    turn, turns = pl.element().struct, pl.col("turns")
-    cut = pl.DataFrame({"turns": messages}).lazy().select(_parts(turns).list.eval(pl.element().str.splitn(MIDDLE, 2)))
-    found = cut.select(
-        sound=turns.list.eval(turn.field("field_0").is_in(ROLES) & _is_text(turn.field("field_1")).fill_null(value=False)).list.all(),
-        turns=turns.list.eval(pl.struct(role=turn.field("field_0"), content=_text(turn.field("field_1")))),
+    role, content, turns = pl.field("role"), pl.field("content"), pl.col("turns")
+    halves = pl.element().str.splitn(MIDDLE, 2).struct.rename_fields(["role", "content"])
+    sound = role.is_in(ROLES) & _is_text(content).fill_null(value=False)
+    read = halves.struct.with_fields(sound=sound, content=_text(content))
+    found = pl.DataFrame({"turns": messages}).lazy().select(_parts(turns).list.eval(read))
+    each = pl.element().struct
+    both = found.select(
+        sound=turns.list.eval(each.field("sound")).list.all(),
+        turns=turns.list.eval(pl.struct(each.field("role"), each.field("content"))),
     )
-    return found.select(pl.when("sound").then("turns").alias(messages.name)).collect().to_series()
+    return both.select(pl.when("sound").then("turns").alias(messages.name)).collect().to_series()
 
 
 def plain_answers(messages: pl.Series) -> tuple[pl.Series, pl.Series]:
@@ -43,8 +47,8 @@ def plain_answers(messages: pl.Series) -> tuple[pl.Series, pl.Series]:
 
 def _parts(text: pl.Expr) -> pl.Expr:
     """Return what stands between BEGIN and END, a part for each turn; null for what does not begin and end so."""
-    inside = text.str.strip_prefix(BEGIN).str.strip_suffix(END).str.split(BETWEEN)
-    return pl.when(text.str.starts_with(BEGIN) & text.str.ends_with(END)).then(inside)
+    inside = text.cast(pl.Binary).bin.slice(len(BEGIN), text.str.len_bytes() - len(BEGIN) - len(END)).cast(pl.String, strict=False)
+    return pl.when(text.str.starts_with(BEGIN) & text.str.ends_with(END)).then(inside.str.split(BETWEEN))
 
 
 def _is_text(body: pl.Expr) -> pl.Expr:

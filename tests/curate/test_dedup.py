@@ -214,6 +214,8 @@ def test_exact_duplicates_name_the_first_that_was_visited() -> None:
     assert exact_witnesses(rows, "pair", np.arange(5)).tolist() == [-1, 0, -1, -1, 0]
     assert exact_witnesses(rows, "pair", np.arange(5)[::-1]).tolist() == [4, 4, -1, -1, -1]
     assert exact_witnesses(rows, "prompt", np.arange(5)).tolist() == [-1, 0, -1, 0, 0]
+    twice = pl.concat([rows, rows, rows[::-1]])  # several texts, each several times
+    assert exact_witnesses(twice, "pair", np.arange(15)).tolist() == [-1, 0, -1, -1, 0, 0, 0, 2, 3, 0, 0, 3, 2, 0, 0]
     assert exact_witnesses(rows, "prompt", np.arange(5), given=2).tolist() == [-1, -1, -1, 0, 0], "the given ones stay"
 
 
