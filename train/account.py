@@ -101,7 +101,7 @@ def prepare(
         rejected=dict(rejected.most_common()),
         tokens=sum(len(each) for row in train for each in row.sides()),
         trained_tokens=sum(int(each.trained.sum()) for row in train for each in row.sides()),
-        longest=max(len(each) for row in rows for each in row.sides()),
+        longest=max(sum(map(len, row.sides())) for row in rows),
         max_length=None if limit == 1 << 62 else limit,
         end_of_turn=str(chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn)),
         split=num_split,

@@ -86,6 +86,8 @@ def sft(
 @config_option(PreferenceConfig, "max_length")
 @config_option(PreferenceConfig, "limit")
 @config_option(PreferenceConfig, "max_hours")
+@config_option(PreferenceConfig, "gpus")
+@config_option(PreferenceConfig, "parallel")
 @click.option("--config", "settings", type=click.Path(path_type=Path), help="YAML file with all settings; options win over it.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 def preference(data: str, model: str, out: Path, settings: Path | None, revision: str | None, **options: Any) -> None:

@@ -130,8 +130,8 @@ class PreferenceConfig(TrainConfig):
         TrainConfig.__post_init__(self)
         if not self.beta > 0:
             raise UserError(f"beta: expected more than 0, found {self.beta:g}")
-        if self.train_on != "all" or self.overlong == "split" or self.compile:
-            raise UserError("train_on, overlong: split and compile are not for pairs: of each, the last answer is compared, whole")
+        if self.train_on != "all" or self.overlong == "split":
+            raise UserError("train_on and overlong: split are not for pairs: of each, the last answer is compared, whole")
         if self.loss != "nll" or self.neftune or self.weight_by or self.curriculum:
             raise UserError("loss, neftune, weight_by and curriculum are not for pairs; objective and beta say how they are learned from")
 

@@ -93,7 +93,7 @@ class DataReport:
     rejected: dict[str, int]
     tokens: int  # of the training rows
     trained_tokens: int
-    longest: int
+    longest: int  # tokens of a row, of a pair's two together
     max_length: int | None
     end_of_turn: str
     split: int = 0  # rows that were cut between their turns

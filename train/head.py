@@ -4,6 +4,7 @@ Logits and their gradient are made in the same pass, as in Liger's fused linear 
 matrix products a token instead of the four of a loss that computes its logits again on the way back.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -120,34 +121,62 @@ def _compiled_losses(logits: torch.Tensor, *told: Any) -> tuple[torch.Tensor, to
     return _in_place(logits, *told), logits
 
 
-@narrow_stream
 def loss_sum(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """Return the sum of -log p over a pack's targets, from the model's backbone and head, or from its logits where the row is alone.
+    """Return the sum of -log p over a pack's targets, from the model's backbone and head, or from its logits where rows stand alone.
 
     `batch` is what `packing.collate` makes; `weights` in it weigh the targets, `dft` and `neftune` say how a token is learned.
     """
+    scored, found = scored_states(model, batch)
+    return weighted_loss(scored, found, batch, batch.get("weights"), dft=bool(batch.get("dft")))
+
+
+@narrow_stream
+def scored_states(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, float, float] | None]:
+    """Return the hidden states [N, H] at a pack's scored positions and the head, as `head_of` does; without one, logits [N, V]."""
     given = _embedded(model, batch) if batch.get("neftune") and model.training else {"input_ids": batch["input_ids"]}
-    found = None if batch["alone"] else head_of(model)
     if batch["alone"]:
-        logits = model(**given, use_cache=False).logits[0, batch["score_at"]]
-    else:
-        inner = {name: batch[name] for name in ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
-        hidden = model.base_model(**given, **inner, attention_mask=None, use_cache=False).last_hidden_state[0]
-        if found is None:
-            logits = model.get_output_embeddings()(hidden[batch["score_at"]])
-    shares, dft = batch.get("weights"), bool(batch.get("dft"))
+        rows = pairwise(batch["cu_seq_lens_q"].tolist())
+        parts = [model(**{name: each[:, a:b] for name, each in given.items()}, use_cache=False).logits[0] for a, b in rows if b > a]
+        return torch.cat(parts)[batch["score_at"]], None
+    inner = {name: batch[name] for name in ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
+    hidden = model.base_model(**given, **inner, attention_mask=None, use_cache=False).last_hidden_state[0]
+    scored = hidden[batch["score_at"]]
+    if (found := head_of(model)) is None:
+        return model.get_output_embeddings()(scored), None
+    if torch.is_autocast_enabled(hidden.device.type):
+        scored = scored.to(torch.get_autocast_dtype(hidden.device.type))
+    return scored, found
+
+
+def weighted_loss(
+    scored: torch.Tensor, found: tuple[Any, float, float] | None, batch: dict[str, Any], shares: torch.Tensor | None, dft: bool = False
+) -> torch.Tensor:
+    """Return the sum of -log p over a pack's targets, each times its share, from what `scored_states` returns."""
     if found is None:
-        losses = torch.nn.functional.cross_entropy(logits.float(), batch["targets"], ignore_index=-100, reduction="none")
+        losses = torch.nn.functional.cross_entropy(scored.float(), batch["targets"], ignore_index=-100, reduction="none")
         losses = losses * (-losses).exp().detach() if dft else losses
         return (losses if shares is None else losses * shares).sum()
     head, softcap, scale = found
-    scored = hidden[batch["score_at"]]
-    if torch.is_autocast_enabled(hidden.device.type):
-        scored = scored.to(torch.get_autocast_dtype(hidden.device.type))
     total: torch.Tensor = LinearCrossEntropy.apply(
         scored, head.weight, head.bias, batch["targets"], softcap, scale, batch["static"], shares, dft
     )
     return total
+
+
+@torch.no_grad()
+def log_likelihoods(scored: torch.Tensor, found: tuple[Any, float, float] | None, targets: torch.Tensor) -> torch.Tensor:
+    """Return log p of each target [N], float32, from what `scored_states` returns; 0 where the target is -100."""
+    if found is None:
+        return -torch.nn.functional.cross_entropy(scored.float(), targets, ignore_index=-100, reduction="none")
+    head, softcap, scale = found
+    matrix, parts = head.weight.to(scored.dtype), []
+    with torch.autocast(scored.device.type, enabled=False):
+        for part, wanted in zip(*(each.split(max(1, ELEMENTS // len(matrix))) for each in (scored, targets)), strict=True):
+            logits = part @ matrix.T
+            logits = (logits if head.bias is None else logits + head.bias.to(logits.dtype)).float() * scale
+            logits = torch.tanh(logits / softcap) * softcap if softcap else logits
+            parts.append(-torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="none"))
+    return torch.cat(parts)
 
 
 def _embedded(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -150,8 +150,6 @@ def _check_gpus(config: TrainConfig, device: str, half: Any) -> None:
 
     if config.gpus == 1:
         return
-    if isinstance(config, PreferenceConfig):
-        raise UserError("gpus: pairs are learned from on one GPU")
     if device != "cpu" and torch.cuda.device_count() < config.gpus:
         raise UserError(f"gpus: {config.gpus} asked for, and this machine has {torch.cuda.device_count()}")
     if config.parallel == "fsdp" and config.dtype == "auto" and str(half) == "torch.float16":
@@ -219,8 +217,7 @@ def _train(
 
 def _choose(settings: Any, report: DataReport, config: TrainConfig, device: str, own: Any) -> Choice:
     """Return the forward pass to begin with: what is given, else by the memory plan, else a usual one."""
-    pairs = isinstance(config, PreferenceConfig)  # which the plan does not know
-    card = this_card(config.memory_gb) if config.auto and not pairs else None
+    card = this_card(config.memory_gb) if config.auto else None
     most = GPU_TOKENS if device != "cpu" else CPU_TOKENS
     usual = Choice(batch_tokens=config.batch_tokens or most, checkpointing=bool(config.gradient_checkpointing), parallel=ways(config)[0])
     if card is None:
@@ -305,18 +302,18 @@ def run_trainer(
     deadline: float | None,
 ) -> Any:  # fmt: skip
     """Train in this process, from the last checkpoint if there is one; return the trainer."""
-    from .preference import make_preference_trainer
+    from .preference import PreferenceTrainer
     from .sampling import Sampler
-    from .trainer import Watch, last_checkpoint, make_trainer
+    from .trainer import Trainer, Watch, last_checkpoint, make_trainer
 
-    make: Callable[..., Any] = make_preference_trainer if isinstance(config, PreferenceConfig) else make_trainer
     model, half = load_start(start, config, own, device)
     watch = Watch(room / "metrics.jsonl", chat, save_minutes=config.save_minutes, peak=measured_peak(device), deadline=deadline)
     told = os.environ.get("TENSORBOARD_LOGGING_DIR")
     os.environ["TENSORBOARD_LOGGING_DIR"] = told or str(room / "tensorboard")  # where transformers looks, once
-    trainer = make(
+    trainer = make_trainer(
         model, chat, data.train, data.validation, config, checkpoints=room / "checkpoints", device=device, half=half,
         batch_tokens=tokens, watch=watch, peft_config=adapter_config(config) if config.adapter else None,
+        kind=PreferenceTrainer if isinstance(config, PreferenceConfig) else Trainer,
     )  # fmt: skip
     if not told:
         del os.environ["TENSORBOARD_LOGGING_DIR"]

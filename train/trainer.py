@@ -44,10 +44,17 @@ COMPILED_STEPS = 300  # a run that is shorter does not earn the minute that comp
 class Trainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer on packs. Its loss is the sum of -log p over the answers of an update, divided by their tokens: once, exactly."""
 
+    make_packs: type[Packs] = Packs
+    losses = staticmethod(loss_sum)  # of a pack
+
     packs: Packs
     validation: Packs | None
     learning: dict[str, Any]  # how a token's loss is made in training: dft, neftune
     num_tokens = 0  # that went through the model in this process, pads not counted
+
+    def learn(self, config: TrainConfig) -> None:
+        """Take from the settings how a token's loss is made."""
+        self.learning = {"dft": config.loss == "dft", "neftune": config.neftune}
 
     def _send_telemetry(self) -> None:
         """Send nothing."""
@@ -106,12 +113,12 @@ def _only(packs: list[dict[str, Any]]) -> dict[str, Any]:
     return packs[0]
 
 
-def learn_from_packs(model: Any) -> None:
+def learn_from_packs(model: Any, losses: Callable[[Any, dict[str, Any]], torch.Tensor] = loss_sum) -> None:
     """Let a model be called with `packed=…`, what `packing.collate` makes, for the sum of the losses; other calls stay as they are."""
     plain = model.forward
 
     def forward(self: Any, *args: Any, packed: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        return plain(*args, **kwargs) if packed is None else loss_sum(self, packed)
+        return plain(*args, **kwargs) if packed is None else losses(self, packed)
 
     model.forward = types.MethodType(forward, model)
 
@@ -238,8 +245,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 def make_trainer(
     model: Any, chat: Chat, train: Sequence[Row], validation: Sequence[Row], config: TrainConfig, *,
     checkpoints: Path, device: str, half: torch.dtype | None, batch_tokens: int, watch: Watch, peft_config: Any = None,
+    kind: type[Trainer] = Trainer,
 ) -> Trainer:  # fmt: skip
-    """Return the trainer of a run.
+    """Return the trainer of a run, a `kind` of this one.
 
     `half` is the 16-bit format that the forward pass computes in, None for the weights' own; `batch_tokens` the most tokens of a
     forward pass. Rows of an update that do not fit into one are split over several: the update stays the same.
@@ -252,16 +260,17 @@ def make_trainer(
     told: dict[str, Any] = {"batch_tokens": batch_tokens, "pad": chat.pad_id, "alone": alone, "workers": workers}
     steps = math.ceil(len(train) / config.batch_size) * config.epochs
     compiled = not alone and (device != "cpu" and steps >= COMPILED_STEPS if config.compile is None else config.compile)
-    packs = Packs(train, batch_size=config.batch_size, seed=config.seed, epochs=epochs, **told)
+    packs = kind.make_packs(train, batch_size=config.batch_size, seed=config.seed, epochs=epochs, **told)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers 5.24 renames gradient_checkpointing, 5.17 knows no other name
         pack: dict[str, Any] = {"per_device_train_batch_size": 1, "shuffle_dataset": False}
         arguments = arguments_of(config, checkpoints, device, half, packs.parts // workers, steps, bool(validation), **pack)
         _ = arguments.n_gpu  # looks for cards
         arguments._n_gpu = 1  # one process, one card: replicas inside a process would each get a part of a pack
-    kind = Trainer
     if config.gpus > 1 and config.parallel == "fsdp":
-        from .sharded import ShardedTrainer as kind  # which this file's Trainer is the base of
+        from .sharded import ShardedTrainer  # which this file's Trainer is the base of
+
+        kind = type(kind.__name__, (ShardedTrainer, kind), {}) if kind is not Trainer else ShardedTrainer
     trainer = kind(
         model=model,
         args=arguments,
@@ -278,10 +287,10 @@ def make_trainer(
             weight.data = weight.data.float() if weight.requires_grad else weight.data
     trainer.model_accepts_loss_kwargs = True  # the loss is divided by the update's tokens already
     trainer.packs = packs
-    trainer.learning = {"dft": config.loss == "dft", "neftune": config.neftune}
+    trainer.learn(config)
     watch.token_flops = token_flops(trainer.model, sum(map(len, train)) / len(train))
     watch.peak *= workers
-    trainer.validation = Packs(validation, batch_size=len(validation), seed=0, **told) if validation else None
+    trainer.validation = kind.make_packs(validation, batch_size=len(validation), seed=0, **told) if validation else None
     if compiled:
         both = [each for each in (packs, trainer.validation) if each]
         shape = tuple(max(sizes) for sizes in zip(*(each.largest_shape() for each in both), strict=True))
@@ -293,7 +302,7 @@ def make_trainer(
     if peft_config is not None:
         base = trainer.model.get_base_model()
         fuse_adapters(trainer.model)
-    learn_from_packs(base)
+    learn_from_packs(base, kind.losses)
     if compiled:
         compile_layers(base)
     quieten(trainer)
@@ -387,10 +396,10 @@ def undress(base: Any) -> Callable[[], None]:
 
 def arguments_of(
     config: TrainConfig, checkpoints: Path, device: str, half: torch.dtype | None, accumulation: int, steps: float, validate: bool,
-    kind: Any = SFTConfig, **more: Any,
+    **more: Any,
 ) -> Any:  # fmt: skip
-    """Return TRL's arguments for a run's settings, as a `kind` of TRL's with what `more` it takes."""
-    return kind(
+    """Return TRL's arguments for a run's settings, with what `more` it takes."""
+    return SFTConfig(
         output_dir=str(checkpoints),
         max_length=None,  # rows come rendered and measured: nothing is cut here
         gradient_accumulation_steps=accumulation,

@@ -6,17 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from sftkit.core.chat import load_chat
 from sftkit.core.errors import UserError
 from sftkit.core.formats import read_examples
 from sftkit.core.ledger import Ledger
 from sftkit.core.models import load_model, resolve_model
 from sftkit.train.account import prepare
+from sftkit.train.attention import use_own_attention
 from sftkit.train.config import PreferenceConfig
 from sftkit.train.data import Row, fingerprint
 from sftkit.train.final import answer_loss
+from sftkit.train.preference import PairPacks, PreferenceTrainer
 from sftkit.train.sft import train
-from sftkit.train.trainer import Watch, last_checkpoint
+from sftkit.train.trainer import Watch, last_checkpoint, make_trainer
+from trl import DPOConfig, DPOTrainer
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
@@ -79,24 +83,30 @@ def test_pairs_are_rendered_as_rows_are_and_those_without_a_lesson_are_left_out(
     assert fingerprint(made.train) != before
 
 
-def test_the_loss_is_that_of_the_paper(pairs, tiny_model, tmp_path) -> None:
-    """DPO's equation 7, by hand: -log sigmoid(beta · (gain of the better answer - gain of the worse))."""
-    from sftkit.train.preference import make_preference_trainer
-
-    chat = load_chat(resolve_model(tiny_model))
-    rows = prepare(read_examples(pairs(6)), chat, config(validation=0.0), context=512).train
-    model, start = (load_model(resolve_model(tiny_model), dtype="float32") for _ in range(2))
-    settings = config(beta=0.2, batch_size=6)
+def perturbed_trainer(rows: list[Row], validation: list[Row], model: Path, tmp_path: Path, **settings: Any) -> PreferenceTrainer:
+    """Return a trainer on `rows` whose reference is known, and whose model has moved away from it."""
+    chat = load_chat(resolve_model(model))
     watch = Watch(tmp_path / "metrics.jsonl", chat, save_minutes=1e9)
-    trainer = make_preference_trainer(
-        model, chat, rows, [], settings, checkpoints=tmp_path, device="cpu", half=None, batch_tokens=10_000, watch=watch
-    )
+    trainer = make_trainer(
+        load_model(resolve_model(model), dtype="float32"), chat, rows, validation, config(**settings), checkpoints=tmp_path, device="cpu",
+        half=None, batch_tokens=10_000, watch=watch, kind=PreferenceTrainer,
+    )  # fmt: skip
+    trainer.create_optimizer()
     torch.manual_seed(0)
     with torch.no_grad():
         for weight in trainer.model.parameters():
             weight += 0.05 * torch.randn_like(weight)
+    return trainer  # type: ignore[return-value]
+
+
+def test_the_loss_is_that_of_the_paper_and_every_objective_that_of_trl(pairs, tiny_model, tmp_path, monkeypatch) -> None:
+    """DPO's equation 7, by hand: -log sigmoid(beta · (gain of the better answer - gain of the worse)); gradients as TRL's."""
+    chat = load_chat(resolve_model(tiny_model))
+    rows = prepare(read_examples(pairs(6)), chat, config(validation=0.0), context=512).train
+    trainer = perturbed_trainer(rows, [], tiny_model, tmp_path, beta=0.2, batch_size=6)
+    start = load_model(resolve_model(tiny_model), dtype="float32")
     batch = next(iter(trainer.get_train_dataloader()))
-    found = float(trainer.compute_loss(trainer.model.train(), batch).detach())
+    found = float(trainer.model(packed={**batch, **trainer.learning})[0].detach()) / 6
 
     def gain(row: Row) -> float:
         likelihoods = [-answer_loss(each, [row]) * sum(row.mask[1:]) for each in (trainer.model, start)]
@@ -104,6 +114,47 @@ def test_the_loss_is_that_of_the_paper(pairs, tiny_model, tmp_path) -> None:
 
     margins = torch.tensor([gain(row) - gain(row.rejected) for row in rows if row.rejected])
     assert found == pytest.approx(float(-torch.nn.functional.logsigmoid(0.2 * margins).mean()), abs=2e-5)
+
+    told = {"prompt_ids": [row.ids[: row.answer_start] for row in rows], "chosen_ids": [row.answer().tolist() for row in rows]}
+    monkeypatch.setattr(DPOTrainer, "_prepare_dataset", lambda self, dataset, *_: dataset)
+    theirs = DPOTrainer(
+        model=load_model(resolve_model(tiny_model), dtype="float32"),
+        args=DPOConfig(output_dir=str(tmp_path / "trl"), beta=0.2, bf16=False, use_cpu=True, max_length=None, report_to="none",
+                       per_device_train_batch_size=6, gradient_checkpointing=False, precompute_ref_log_probs=True),
+        train_dataset=Dataset.from_dict({**told, "rejected_ids": [row.rejected.answer().tolist() for row in rows if row.rejected]}),
+        processing_class=chat.tokenizer,
+    )  # fmt: skip
+    theirs.model.load_state_dict(trainer.model.state_dict())
+    padded = next(iter(theirs.get_train_dataloader()))
+    for objective in ("sigmoid", "ipo", "hinge"):
+        theirs.loss_types = [objective]
+        right = theirs.compute_loss(theirs.model, padded)
+        mine = trainer.model(packed={**batch, **trainer.learning, "objective": objective})[0] / 6
+        assert float(mine.detach()) == pytest.approx(float(right.detach()), rel=1e-5), objective
+        slopes = [torch.autograd.grad(loss, list(each.model.parameters())) for loss, each in ((right, theirs), (mine, trainer))]
+        for one, other in zip(*slopes, strict=True):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-5), objective
+
+
+def test_pairs_in_one_shape_and_each_alone_have_the_same_loss(pairs, tiny_model, tmp_path) -> None:
+    """As compiled code and as models that mix rows take them, with packs that hold no pair."""
+    chat = load_chat(resolve_model(tiny_model))
+    rows = prepare(read_examples(pairs(5)), chat, config(validation=0.0), context=512).train
+    trainer = perturbed_trainer(rows, rows[:2], tiny_model, tmp_path, batch_size=4)
+    packed = float(trainer.evaluate()["eval_loss"])
+    assert trainer.validation is not None
+    trainer.validation.pad_to(trainer.validation.largest_shape())
+    shaped = trainer.validation[0]
+    assert shaped["input_ids"].shape[1] % 128 == 0
+    assert len(shaped["cu_seq_lens_q"]) > 5  # two pairs, and what fills up
+    assert float(trainer.evaluate()["eval_loss"]) == pytest.approx(packed, abs=1e-5)
+    apart = PairPacks(rows[:2], batch_size=2, batch_tokens=1, seed=0, pad=chat.pad_id, alone=True, workers=4)
+    apart.reference = trainer.validation.reference
+    trainer.validation = apart
+    assert len(apart) == 4
+    assert [batch["num_pairs"] for batch in map(apart.__getitem__, range(4))] == [1, 1, 0, 0]
+    use_own_attention(trainer.model)
+    assert float(trainer.evaluate()["eval_loss"]) == pytest.approx(packed, abs=1e-5)
 
 
 def test_it_learns_the_better_answer_and_the_saved_model_is_the_trained_one(pairs, tiny_model, cli, tmp_path) -> None:

@@ -1,5 +1,6 @@
 """Two processes train as one, each with the whole model or a share of it: the same losses and models, and runs that go on after a kill."""
 
+import itertools
 import json
 import multiprocessing
 import pickle
@@ -28,22 +29,37 @@ def metrics(run: Path, name: str) -> list[float]:
     return [line[name] for line in map(json.loads, (run / "train" / "metrics.jsonl").read_text().splitlines()) if name in line]
 
 
+def pair(number: int) -> str:
+    turns = {
+        "prompt": f"Calculate {number}+{number}.",
+        "chosen": f"The answer is {2 * number}.",
+        "rejected": "I do not know." * (number % 4),
+    }
+    return json.dumps({**turns, "rejected": turns["rejected"] or "No."}) + "\n"
+
+
 class Put(Exception):
     """A job was put down instead of done."""
 
 
 def test_two_processes_train_as_one_in_every_way_and_one_goes_on_from_their_checkpoints(tmp_path, tiny_model, chats, monkeypatch) -> None:
     """All ways share one start of the processes: it takes longer than what is tested."""
-    data = chats(61)  # the last update is not full
-    ways = [(lora, parallel) for lora in (False, True) for parallel in ("ddp", "fsdp")]
+    rows = chats(61)  # the last update is not full
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(map(pair, range(29))))
+    ways = [*itertools.product((False,), (False, True), ("ddp", "fsdp")), (True, True, "ddp"), (True, False, "fsdp")]
 
-    def settings(lora: bool, **more: Any) -> TrainConfig:
-        return TrainConfig(**{**SETTINGS, "lora": lora, "learning_rate": 1e-2 if lora else 1e-3, **more})
+    def train_(folder: Path, preferring: bool, lora: bool, **more: Any) -> Path:
+        told = {**SETTINGS, "lora": lora, "learning_rate": 1e-2 if lora else 1e-3, **more}
+        data, kind = (pairs, PreferenceConfig) if preferring else (rows, TrainConfig)
+        return train(data, str(tiny_model), folder, kind(**told)).run
 
-    def run(way: tuple[bool, str], do: Any, gpus: int = 2) -> Path:
+    def place(way: tuple[bool, bool, str]) -> Path:
+        return tmp_path / "-".join(map(str, way))
+
+    def run(way: tuple[bool, bool, str], do: Any) -> None:
         monkeypatch.setattr(processes, "train_on_processes", do)
-        more = {"gpus": gpus, "parallel": way[1], "save_minutes": 1e-6}
-        return train(data, str(tiny_model), tmp_path / f"{way[0]}-{way[1]}", settings(way[0], **more)).run
+        train_(place(way), way[0], way[1], gpus=2, parallel=way[2], save_minutes=1e-6)
 
     def put(job: processes.Job) -> None:
         (folder := job.room / "processes").mkdir()
@@ -55,21 +71,22 @@ def test_two_processes_train_as_one_in_every_way_and_one_goes_on_from_their_chec
         assert json.loads((folder / processes.STATUS).read_text())["ended"] == "done"
         return processes.with_weights(job, torch.load(folder / processes.TRAINED, weights_only=True))
 
-    whole = {lora: train(data, str(tiny_model), tmp_path / str(lora), settings(lora)).run for lora in (False, True)}
+    whole = {kind: train_(tmp_path / f"one-{kind}", *kind) for kind in {way[:2] for way in ways}}
     for way in ways:
         with pytest.raises(Put):
             run(way, put)
-    folders = [tmp_path / f"{lora}-{parallel}" / "train" / "processes" for lora, parallel in ways]
+    folders = [place(way) / "train" / "processes" for way in ways]
     done = subprocess.run([sys.executable, "-P", "-m", "sftkit.train.processes", "start", "2", *map(str, folders)], cwd="/", check=False)
     assert done.returncode == 0
-    for lora, parallel in ways:
-        one, two = whole[lora], tmp_path / f"{lora}-{parallel}"
-        for name in ("loss", "eval_loss", "grad_norm"):
-            assert metrics(two, name) == pytest.approx(metrics(one, name), abs=1e-5, rel=1e-5), (lora, parallel, name)
+    for way in ways:
+        preferring, lora, _ = way
+        one, two = whole[way[:2]], place(way)
+        for name in ("loss", "eval_loss", "grad_norm", *(("rewards/accuracies", "eval_rewards/margins") if preferring else ())):
+            assert metrics(two, name) == pytest.approx(metrics(one, name), abs=1e-5, rel=1e-5), (way, name)
         assert metrics(two, "num_tokens") == metrics(one, "num_tokens")
-        copy = tmp_path / f"{lora}-{parallel}-gone-on"
+        copy = tmp_path / f"{two.name}-gone-on"
         shutil.copytree(two, copy)
-        run((lora, parallel), take)
+        run(way, take)
         # one process goes on from the last checkpoint but one of the two
         last = last_checkpoint(copy / "train" / "checkpoints")
         assert last is not None
@@ -77,11 +94,11 @@ def test_two_processes_train_as_one_in_every_way_and_one_goes_on_from_their_chec
             adapter = (two / "train" / "adapter" / "adapter_model.safetensors").stat().st_size
             assert (last / "adapter_model.safetensors").stat().st_size <= 2 * adapter
         shutil.rmtree(last)
-        again = train(data, str(tiny_model), copy, settings(lora, gpus=1)).run
-        assert metrics(again, "loss") == pytest.approx(metrics(one, "loss"), abs=1e-5, rel=1e-5), (lora, parallel)
+        again = train_(copy, preferring, lora)
+        assert metrics(again, "loss") == pytest.approx(metrics(one, "loss"), abs=1e-5, rel=1e-5), way
         first, *others = (load_model(resolve_model(each)).state_dict() for each in (one, two, again))
         for other in others:
-            assert max(float((first[name] - other[name]).abs().max()) for name in first) < 1e-3, (lora, parallel)
+            assert max(float((first[name] - other[name]).abs().max()) for name in first) < 1e-3, way
         assert (two / "train" / "adapter" / "adapter_model.safetensors").exists() == lora
         assert not (two / "train" / "processes").exists()
 
@@ -111,5 +128,3 @@ def test_what_a_process_raises_is_raised_here(tmp_path, tiny_model, chats) -> No
     wild = {**SETTINGS, "gpus": 2, "learning_rate": 1e30, "max_grad_norm": 1e30, "warmup": 0.0}
     with pytest.raises(UserError, match=r"step \d+: (loss|grad_norm) is not a finite number any more"):
         train(chats(60), str(tiny_model), tmp_path / "run", TrainConfig(**wild))
-    with pytest.raises(UserError, match="on one GPU"):
-        train(chats(20), str(tiny_model), tmp_path / "pairs", PreferenceConfig(gpus=2))
