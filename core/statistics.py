@@ -167,6 +167,7 @@ def bootstrap(sums: Numbers, statistic: Callable[[Numbers], Numbers], *, level: 
     The interval is the expanded percentile one, which is as wide as Student's where a plain percentile interval is too
     narrow for few clusters: Hesterberg 2015, "What teachers should know about the bootstrap", arXiv 1411.5279. Where a few clusters
     decide, as the longest answers do, it is as wide as Student's with as many degrees of freedom as their spread is known with.
+    Resamples of which the statistic says nothing (0 of 0) are left out; one that is infinite (something of 0) may be an end.
     """
     value = float(statistic(sums.sum(axis=0, keepdims=True))[0])
     n = len(sums)
@@ -179,10 +180,14 @@ def bootstrap(sums: Numbers, statistic: Callable[[Numbers], Numbers], *, level: 
         size = min(block, resamples - start)
         places = generator.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
         times = np.bincount(places.ravel(), minlength=size * n).reshape(size, n)  # how often each resample has each cluster
-        drawn.append(statistic(times @ sums))
-    freedom = _degrees_of_freedom(statistic(sums.sum(axis=0) - sums))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            drawn.append(statistic(times @ sums))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        freedom = _degrees_of_freedom(statistic(sums.sum(axis=0) - sums))
     tail = float(ndtr(math.sqrt(n / (n - 1)) * stdtrit(freedom, (1 - level) / 2)))
-    low, high = np.quantile(np.concatenate(drawn), [tail, 1 - tail])
+    found = np.concatenate(drawn)
+    found = found[~np.isnan(found)]
+    low, high = np.quantile(found, [tail, 1 - tail], method="linear" if np.isfinite(found).all() else "nearest")
     return Estimate(value, Interval(float(low), float(high)))
 
 

@@ -18,6 +18,7 @@ from ..core.errors import UserError
 from ..core.files import write_json, write_text
 from ..core.formats import iterate_examples
 from ..core.run import Run
+from ..core.statistics import Estimate, bootstrap_ratio, bootstrap_ratio_difference, wilson
 from ..core.store import SampleStore
 from .config import DistillConfig, RankConfig, ScoreConfig
 from .decide_config import parse_gate
@@ -27,7 +28,6 @@ from .score import open_scorer, read_score, score
 
 log = logging.getLogger(__name__)
 
-RESAMPLES = 10_000
 STUDENT = "student_logprob"
 Numbers = NDArray[np.float64]
 
@@ -202,33 +202,24 @@ def _sums(table: pl.DataFrame, prompts: Sequence[str], price: Sequence[float] | 
     return {name: ordered[name].to_numpy().astype(np.float64) for name in ordered.columns if name != "example_id"}
 
 
-def _draws(num_prompts: int) -> NDArray[np.int64]:
-    """Return how often each bootstrap sample has each prompt, [resamples, prompts]: the same for all teachers, so that they are paired."""
-    return np.random.default_rng(0).multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=RESAMPLES)
-
-
 def _ratio(sums: Mapping[str, Numbers], above: str, below: str) -> Measure:
-    """Return a ratio of sums. The interval of a share that is 0 or 1 throughout is Wilson's (1927): a bootstrap of that has no width."""
+    """Return a ratio of sums. The interval of a share that is 0 or 1 throughout is Wilson's: a bootstrap of that has no width."""
     top, bottom = sums[above], sums[below]
     if not bottom.sum():
         return Measure(None)
-    value = float(top.sum() / bottom.sum())
-    if below == "wanted" and value in (0.0, 1.0):
-        edge = 1.96**2 / (len(top) + 1.96**2)  # a prompt's answers count as one observation
-        return Measure(value, *((0.0, edge) if value == 0 else (1 - edge, 1.0)))
-    drawn = _draws(len(top))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = (drawn @ top) / (drawn @ bottom)
-    low, high = np.quantile(ratios[~np.isnan(ratios)], [0.025, 0.975], method="nearest")
-    return Measure(value, *(float(each) if np.isfinite(each) else None for each in (low, high)))
+    if below == "wanted" and top.sum() in (0.0, bottom.sum()):  # a prompt's answers count as one observation
+        return _measured(Estimate(float(top.sum() / bottom.sum()), wilson(len(top) if top.sum() else 0, len(top))))
+    return _measured(bootstrap_ratio(top, bottom))
 
 
 def _difference(first: Mapping[str, Numbers], other: Mapping[str, Numbers]) -> Measure:
-    drawn = _draws(len(first["wanted"]))
-    value = first["accepted"].sum() / first["wanted"].sum() - other["accepted"].sum() / other["wanted"].sum()
-    shares = [(drawn @ each["accepted"]) / np.maximum(drawn @ each["wanted"], 1) for each in (first, other)]
-    low, high = np.quantile(shares[0] - shares[1], [0.025, 0.975])
-    return Measure(float(value), float(low), float(high))
+    shares = [(each["accepted"], each["wanted"]) for each in (other, first)]
+    return _measured(bootstrap_ratio_difference(*shares))
+
+
+def _measured(found: Estimate) -> Measure:
+    ends = (None, None) if found.interval is None else (found.interval.low, found.interval.high)
+    return Measure(found.value, *(end if end is not None and math.isfinite(end) else None for end in ends))
 
 
 def parse_pairs(texts: Sequence[str], what: str) -> dict[str, str]:

@@ -139,6 +139,18 @@ def test_the_bootstrap_of_a_mean_is_as_wide_as_students() -> None:
     assert np.mean(ratios) == pytest.approx(1.0, abs=0.05)
 
 
+def test_a_ratio_to_something_that_is_rare_has_no_upper_end() -> None:
+    """Tokens for each accepted answer, of which there are few: a third of the resamples have none, and are infinite."""
+    tokens, accepted = np.full(20, 9.0), np.array([1.0] + [0.0] * 19)
+    found = bootstrap_ratio(tokens, accepted)
+    assert found.value == 180
+    assert found.interval is not None
+    assert found.interval.high == math.inf
+    assert 180 / 5 <= found.interval.low < 180
+    seen = bootstrap_ratio(7 * accepted, accepted)  # 0 of 0 where it is not drawn: such a resample says nothing
+    assert (seen.value, seen.interval) == (7, Interval(7, 7))
+
+
 def test_the_bootstrap_depends_on_its_seed_alone() -> None:
     values = np.random.default_rng(3).normal(size=30)
     assert bootstrap_mean(values, seed=4) == bootstrap_mean(values, seed=4)
