@@ -20,6 +20,7 @@ ROLE_NAMES = {
     **dict.fromkeys(("observation", "function", "function_response", "tool_response", "ipython"), "tool"),
     "developer": "system",
 }
+CALLERS = ("function_call", "tool_call")  # roles whose text is a call, as JSON
 CONVERSATIONS = ("messages", "conversations", "conversation")
 SYSTEMS = ("system", "system_prompt")
 PROMPTS = ("prompt", "question", "query", "problem", "input", "text")  # the first that is there is taken
@@ -170,9 +171,24 @@ def _message(turn: Any, place: str) -> Message:
             content = [part for part in content if part not in thoughts]
             texts = [part.get("value", part.get("text", part.get("thinking"))) for part in thoughts]
             rest.setdefault("reasoning_content", "".join(_text(text, place, "the reasoning") for text in texts))
+    if str(role).lower() in CALLERS and (calls := calls_of(content)):
+        content = ""
+        rest.setdefault("tool_calls", calls)
     if not content and name == "assistant" and turn.get("tool_calls"):
         content = ""
     return {"role": name, "content": _text(content, place, "the content"), **rest}
+
+
+def calls_of(text: Any) -> list[Row]:
+    """Return the calls, as `tool_calls` has them, that ShareGPT writes as the JSON text of a turn; none where it is another text."""
+    try:
+        value = parse_json(text) if isinstance(text, str) else None
+    except ValueError:
+        return []
+    found = value if isinstance(value, list) else [value]
+    if not all(isinstance(each, dict) and each.keys() == {"name", "arguments"} for each in found):
+        return []
+    return [{"type": "function", "function": each} for each in found]
 
 
 def _turns(value: Any, place: str, column: str) -> list[Message]:

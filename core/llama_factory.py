@@ -14,6 +14,7 @@ COLUMNS = {  # what it calls a column in its `columns`, and what that column is 
     "history": "history",
     "messages": "messages",
     "system": "system",
+    "tools": "tools",
     "chosen": "chosen",
     "rejected": "rejected",
 }
@@ -22,7 +23,7 @@ ROLES = {
     "user_tag": ("human", "user"),
     "assistant_tag": ("gpt", "assistant"),
     "observation_tag": ("observation", "tool"),
-    "function_tag": ("function_call", "assistant"),
+    "function_tag": ("function_call", "function_call"),
     "system_tag": ("system", "system"),
 }
 

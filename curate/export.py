@@ -15,6 +15,7 @@ import polars as pl
 from ..core.errors import UserError
 from ..core.example import Message
 from ..core.files import clear_temporaries, write_atomically, write_json, write_text
+from ..core.formats import calls_of
 from ..core.run import Run
 from .config import ExportConfig
 from .rows import EXPORTED, KEY, load_rows, row_ids, scan_rows, write_dataset
@@ -23,7 +24,7 @@ from .scored import columns_for, score_values
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
+SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation", "function_call": "function_call"}
 PLAIN_KEYS = {"role", "content"}
 CLIENTS = ("httpx", "httpx2")  # packages that huggingface_hub speaks through, by its version: their errors are those of the network
 ARRAY = ("llama-factory",)  # formats whose file is one JSON list
@@ -67,13 +68,14 @@ def export(run: Run, out: Path, config: ExportConfig) -> Exported:
         (out / name).unlink(missing_ok=True)
     clear_temporaries(out)
     refused: list[tuple[str, str]] = []
+    columns: set[str] = set()
     if config.format == "parquet":
         found = _parquet(run, out)
     else:
         rows = _pairs(run, config) if config.format == "preference" else _conversations(run, WRITERS[config.format])
         name = "train.json" if config.format in ARRAY else "train.jsonl"
         with write_atomically(out / name) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            found, refused = _write(rows, file, "[]" if config.format in ARRAY else "")
+            found, refused, columns = _write(rows, file, "[]" if config.format in ARRAY else "")
         if not found:
             (out / name).unlink()
     counts = Counter(reason for _, reason in refused)
@@ -81,7 +83,8 @@ def export(run: Run, out: Path, config: ExportConfig) -> Exported:
     if not found:
         raise UserError(f"{run.path}: no row can be written as {config.format}: {', '.join(f'{r} {n:,}' for r, n in counts.items())}")
     if config.format == "llama-factory":
-        write_json(out / "dataset_info.json", {run.path.name: LLAMA_FACTORY})
+        named = {name: name for name in ("messages", "tools") if name in columns}
+        write_json(out / "dataset_info.json", {run.path.name: {**LLAMA_FACTORY, "columns": named}})
     if refused:
         lines = (json.dumps({"id": name, "reason": reason}, ensure_ascii=False) + "\n" for name, reason in refused)
         write_text(out / "refused.jsonl", "".join(lines))
@@ -137,8 +140,10 @@ def _why(error: BaseException) -> tuple[str, str]:
 Written = tuple[str, Row | str]  # the row's name, and what is written or the reason why it is refused
 
 
-def _write(rows: Iterator[Written], file: IO[str], brackets: str) -> tuple[int, list[tuple[str, str]]]:
+def _write(rows: Iterator[Written], file: IO[str], brackets: str) -> tuple[int, list[tuple[str, str]], set[str]]:
+    """Write rows; return how many, those refused with their reasons, and the columns of all that were written."""
     refused: list[tuple[str, str]] = []
+    columns: set[str] = set()
     found = 0
     for name, row in rows:
         if isinstance(row, str):
@@ -146,9 +151,10 @@ def _write(rows: Iterator[Written], file: IO[str], brackets: str) -> tuple[int, 
             continue
         line = json.dumps(row, ensure_ascii=False)
         file.write(f"{',' if found else '['}\n{line}" if brackets else f"{line}\n")
+        columns |= row.keys()
         found += 1
     file.write("\n]\n" if brackets and found else "")
-    return found, refused
+    return found, refused, columns
 
 
 def _parquet(run: Run, out: Path) -> int:
@@ -168,19 +174,25 @@ def _conversations(run: Run, writer: Callable[[list[Message], Mapping[str, str]]
 
 
 def _with_tools(writer: Callable[[list[Message], Mapping[str, str]], Row], messages: list[Message], row: Mapping[str, str]) -> Row:
-    """Write a row; where it says which functions can be called, these stand in the column `tools`, as TRL and OpenAI have it."""
+    """Write a row; which functions can be called stands in the column `tools`, as TRL and OpenAI have it, or LLaMA-Factory."""
     meta = json.loads(row["meta"])
     tools = _tools(meta)
     if not tools:
         return writer(messages, row)
-    if writer not in (_messages, _openai, _prompt_completion):
+    if writer is _alpaca:
         raise CannotHold("tools")
     rest = {name: value for name, value in meta.items() if name != "tools"}
-    return {**writer(messages, {**row, "meta": json.dumps(rest, ensure_ascii=False)}), "tools": tools}
+    written = writer(messages, {**row, "meta": json.dumps(rest, ensure_ascii=False)})
+    if writer in (_sharegpt, _llama_factory):
+        return {**written, "tools": json.dumps([each["function"] for each in tools], ensure_ascii=False)}
+    return {**written, "tools": tools}
 
 
 def _tools(meta: Mapping[str, Any]) -> list[Row]:
-    """Return the functions of a row that can be called, from a list or its JSON text; none where `tools` is something else."""
+    """Return the functions of a row that can be called, from a list or its JSON text; none where `tools` is something else.
+
+    Each is {"type": "function", "function": …}, as chat templates expect it, where it was given bare, too.
+    """
     tools = meta.get("tools")
     if isinstance(tools, str):
         try:
@@ -188,7 +200,9 @@ def _tools(meta: Mapping[str, Any]) -> list[Row]:
         except ValueError:
             return []
     found = tools if isinstance(tools, list) else []
-    return found if all(isinstance(each, dict) and ("function" in each or "name" in each) for each in found) else []
+    if not all(isinstance(each, dict) and ("function" in each or "name" in each) for each in found):
+        return []
+    return [each if "function" in each else {"type": "function", "function": each} for each in found]
 
 
 # Each writer gets a conversation, and id, source and meta (JSON text) of its row.
@@ -213,8 +227,9 @@ def _prompt_completion(messages: list[Message], _row: Mapping[str, str]) -> Row:
 
 
 def _sharegpt(messages: list[Message], _row: Mapping[str, str]) -> Row:
-    _only_texts(messages)
-    return {"conversations": [{"from": SHAREGPT[each["role"]], "value": each["content"]} for each in messages]}
+    turns = _with_call_turns(messages)
+    _only_texts(turns)
+    return {"conversations": [{"from": SHAREGPT[each["role"]], "value": each["content"]} for each in turns]}
 
 
 def _alpaca(messages: list[Message], _row: Mapping[str, str]) -> Row:
@@ -228,8 +243,9 @@ def _alpaca(messages: list[Message], _row: Mapping[str, str]) -> Row:
 
 
 def _llama_factory(messages: list[Message], _row: Mapping[str, str]) -> Row:
-    _alternating(messages, asked=("user", "tool"))  # what does not alternate it leaves out without a word
-    return {"messages": messages}
+    turns = _with_call_turns(messages)
+    _alternating(turns, asked=("user", "tool"), answered=("assistant", "function_call"))  # what does not it leaves out without a word
+    return {"messages": turns}
 
 
 WRITERS: dict[str, Callable[[list[Message], Mapping[str, str]], Row]] = {
@@ -243,12 +259,25 @@ WRITERS: dict[str, Callable[[list[Message], Mapping[str, str]], Row]] = {
 LLAMA_FACTORY = {
     "file_name": "train.json",
     "formatting": "sharegpt",
-    "columns": {"messages": "messages"},
     "tags": {
         "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
         "observation_tag": "tool", "function_tag": "function_call", "system_tag": "system",
     },
 }  # fmt: skip
+
+
+def _with_call_turns(messages: Sequence[Message]) -> list[Message]:
+    """Return messages with those that only call functions as turns of their own kind; one that would lose something stays."""
+    turns = []
+    for each in messages:
+        calls = each.get("tool_calls")
+        functions = [call.get("function") for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+        text = json.dumps(functions[0] if len(functions) == 1 else functions, ensure_ascii=False)
+        objects = functions and all(isinstance(function, dict) and isinstance(function.get("arguments"), dict) for function in functions)
+        alone = set(each) == {"role", "content", "tool_calls"} and each["content"] == ""
+        whole = alone and objects and calls_of(text) == calls
+        turns.append({"role": "function_call", "content": text} if whole else each)
+    return turns
 
 
 def _only_texts(messages: Sequence[Message]) -> None:
@@ -268,14 +297,16 @@ def _split(messages: list[Message]) -> tuple[list[Message], list[Message]]:
     return messages[:-1], messages[-1:]
 
 
-def _alternating(messages: list[Message], asked: tuple[str, ...]) -> tuple[str | None, list[Message]]:
+def _alternating(
+    messages: list[Message], asked: tuple[str, ...], answered: tuple[str, ...] = ("assistant",)
+) -> tuple[str | None, list[Message]]:
     """Return the system message, if there is one at the beginning, and the turns, which must alternate and end with an answer."""
     _only_texts(messages)
     system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
     turns = messages if system is None else messages[1:]
-    if not turns or turns[-1]["role"] != "assistant":
+    if not turns or turns[-1]["role"] not in answered:
         raise CannotHold("no_answer")
-    if any(each["role"] not in (*asked, "assistant") for each in turns):
+    if any(each["role"] not in (*asked, *answered) for each in turns):
         raise CannotHold("tool" if any(each["role"] == "tool" for each in turns) else "second_system")
     if len(turns) % 2 or any((each["role"] in asked) == bool(place % 2) for place, each in enumerate(turns)):
         raise CannotHold("turns_do_not_alternate")

@@ -41,7 +41,8 @@ def conversation(rng: random.Random) -> list[dict[str, Any]]:
     for _ in range(rng.randrange(1, 4)):
         messages.append({"role": "user", "content": rng.choice(TEXTS)})
         if rng.random() < 0.2:
-            call = CALL if rng.random() < 0.7 else {**CALL, "function": {"name": "f", "arguments": {"a": 1}}}
+            function = {"name": "f", "arguments": {"a": rng.choice(TEXTS)}}
+            call = rng.choice([CALL, {**CALL, "function": function}, {"type": "function", "function": function}])
             messages.append({"role": "assistant", "content": rng.choice(["", "I look."]), "tool_calls": [call]})
             messages.append({"role": "tool", "content": rng.choice(TEXTS), **({"tool_call_id": "c1"} if rng.random() < 0.5 else {})})
         if rng.random() < 0.9:
@@ -90,7 +91,7 @@ def test_what_is_written_comes_back_and_the_rest_is_refused_with_its_reason(form
 TOOL = {"type": "function", "function": {"name": "看", "parameters": {"type": "object", "properties": {"wo": {"type": "string"}}}}}
 
 
-@pytest.mark.parametrize("given", [[TOOL], json.dumps([TOOL]), ["hammer", "saw"], "[", []], ids=str)
+@pytest.mark.parametrize("given", [[TOOL], json.dumps([TOOL]), json.dumps([TOOL["function"]]), ["hammer", "saw"], "[", []], ids=str)
 @pytest.mark.parametrize("format", [*WRITERS, "parquet", "preference"])
 def test_the_functions_that_can_be_called_stay_with_the_calls(format: str, given: Any, tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -101,13 +102,14 @@ def test_the_functions_that_can_be_called_stay_with_the_calls(format: str, given
     take_in(tmp_path / "given.jsonl", run, ImportConfig())
     result = export(run, tmp_path / "out", ExportConfig(format=format))
     names_functions = (isinstance(given, list) and given == [TOOL]) or (isinstance(given, str) and given != "[")
-    if names_functions and format in ("alpaca", "sharegpt", "llama-factory"):
+    if names_functions and format == "alpaca":
         assert result.refused == {"tools": 1}
         return
     assert result.refused == {}
+    wanted: Any = json.dumps([TOOL["function"]], ensure_ascii=False) if format in ("sharegpt", "llama-factory") else [TOOL]
     if format != "parquet":
         written = [row.get("tools") for _, row in iterate_rows(tmp_path / "out")]
-        assert written == [[TOOL] if names_functions else None, None]
+        assert written == [wanted if names_functions else None, None]
     back = [each.meta for each in read_examples(tmp_path / "out")]
     if format in ("trl-messages", "parquet"):
         assert back == [
@@ -115,7 +117,42 @@ def test_the_functions_that_can_be_called_stay_with_the_calls(format: str, given
             {"tools": None, "topic": "x"},
         ]
     elif names_functions:
-        assert back[0]["tools"] == [TOOL]
+        assert back[0]["tools"] == wanted
+
+
+CALLING = [
+    {"from": "human", "value": "现在几点了？"},
+    {"from": "function_call", "value": '{"name": "now", "arguments": {"tz": "Asia/Taipei"}}'},
+    {"from": "observation", "value": '{"time": "12:00"}'},
+    {"from": "function_call", "value": '[{"name": "a", "arguments": {}}, {"name": "b", "arguments": {"שם": [1, null]}}]'},
+    {"from": "observation", "value": "[1, 2]"},
+    {"from": "gpt", "value": "十二点。🕛"},
+]
+
+
+@pytest.mark.parametrize("format", ["sharegpt", "llama-factory"])
+def test_a_call_of_sharegpt_is_a_call_and_goes_back_as_it_came(format: str, tmp_path: Path) -> None:
+    """As an assistant's text it was neither a call to OpenAI and the chat templates nor, written again, to LLaMA-Factory."""
+    row = {"conversations": CALLING, "tools": json.dumps([TOOL["function"]], ensure_ascii=False)}
+    no_call = [CALLING[0], {"from": "function_call", "value": "I call nobody."}]
+    (tmp_path / "given.json").write_text(json.dumps([row, {"conversations": no_call}]))
+    run = Run.create(tmp_path / "run")
+    take_in(tmp_path / "given.json", run, ImportConfig())
+    calls = read_examples(run.path)[0].messages[3]
+    functions = [{"name": "a", "arguments": {}}, {"name": "b", "arguments": {"שם": [1, None]}}]
+    assert calls == {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": each} for each in functions]}
+    assert read_examples(run.path)[1].messages[1] == {"role": "assistant", "content": "I call nobody."}
+    assert export(run, tmp_path / "out", ExportConfig(format=format)).refused == {}
+    if format == "sharegpt":
+        assert json.loads((tmp_path / "out" / "train.jsonl").read_text().splitlines()[0]) == row
+    else:
+        (info,) = json.loads((tmp_path / "out" / "dataset_info.json").read_text()).values()
+        assert info["columns"] == {"messages": "messages", "tools": "tools"}
+        assert info["tags"]["function_tag"] == "function_call"
+        turns = json.loads((tmp_path / "out" / "train.json").read_text())[0]["messages"]
+        assert [turn["role"] for turn in turns] == ["user", "function_call", "tool", "function_call", "tool", "assistant"]
+        assert [turn["content"] for turn in turns] == [turn["value"] for turn in CALLING]
+    assert [each.messages for each in read_examples(tmp_path / "out")] == [each.messages for each in read_examples(run.path)]
 
 
 REFUSALS = [
