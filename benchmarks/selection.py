@@ -1,4 +1,4 @@
-"""Seconds and memory of selection: facility location beside apricot's and submodlib's lazy greedy, k-center, and how memory grows.
+"""Seconds and memory of selection: facility location, exact and fast, beside apricot's and submodlib's, k-center, and how memory grows.
 
     python benchmarks/selection.py [--vectors FILE.npy] [--peers PYTHON] [--repeats 3] [--center-rows 100000] [--only NAME]
 
@@ -26,12 +26,13 @@ from itertools import islice
 vectors, method, size = np.load(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 from sftkit.curate.coverage import k_center, nearest_to_mean
 from sftkit.curate.facility_location import facility_location
-import scipy.sparse
+from sftkit.curate.fast_location import fast_location
+import scipy.sparse, threadpoolctl
 start = time.perf_counter()
 if method == "k-center":
     ranking = k_center(vectors, nearest_to_mean(vectors))
 else:
-    ranking = facility_location(vectors, nearest_only=method == "nearest-only")
+    ranking = (fast_location if method == "fast" else facility_location)(vectors)
 picks = [row for row, _, _ in islice(ranking, size)]
 seconds = time.perf_counter() - start
 print(json.dumps({"seconds": seconds, "mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "picks": picks}))
@@ -119,7 +120,7 @@ def main() -> None:
     options = parser.parse_args()
     location = {
         "facility location, exact": (sys.executable, OURS, "facility-location"),
-        "facility location, nearest only": (sys.executable, OURS, "nearest-only"),
+        "facility location, fast": (sys.executable, OURS, "fast"),
     }
     peers = {"apricot, lazy": (options.peers, APRICOT, ""), "submodlib, lazy": (options.peers, SUBMODLIB, "once")}
     beside = {**location, **(peers if options.peers else {})}

@@ -165,6 +165,7 @@ def dedup(run: str, out: Path | None, settings: Path | None, no_semantic: bool, 
 @config_option(SelectConfig, "on")
 @config_option(SelectConfig, "by")
 @config_option(SelectConfig, "quality_weight")
+@config_option(SelectConfig, "fast")
 @config_option(SelectConfig, "memory_gb")
 @config_option(SelectConfig, "controls")
 @config_option(SelectConfig, "seed")
@@ -186,6 +187,7 @@ def select(run: str, out: Path | None, settings: Path | None, **options: Any) ->
 
     \b
     sftkit curate select runs/a --budget 1000
+    sftkit curate select runs/a --budget 1000 --method facility-location --fast
     sftkit curate select runs/a --budget-tokens 200000 --method qdit --by logprob --controls
     sftkit curate select runs/a --budget 1000 --method random --seed 1
     """

@@ -214,8 +214,8 @@ class SelectConfig:
     epsilon: float | None = setting(
         None, "facility-location and qdit look at a random few for each pick and lose about this share: for a million rows on a GPU."
     )
-    nearest_only: bool = setting(
-        False, "facility-location and qdit count for each row only the 256 or so rows most like it: a few times faster, nearly as good."
+    fast: bool = setting(
+        False, "facility-location and qdit count the rows nearest to each exactly, and what is far by a sample: many times faster."
     )
     memory_gb: float | None = setting(None, "Most memory for comparing vectors, in GB: what fits is planned, or refused before it begins.")
     max_cosine: float = setting(0.9, "Cosine with a taken row from which deita leaves a row out.")
@@ -243,8 +243,8 @@ class SelectConfig:
         if self.epsilon is not None and not 0 < self.epsilon < 1:
             raise UserError(f"epsilon: expected a share between 0 and 1, as 0.1, found {self.epsilon:g}")
         _check_memory(self.memory_gb)
-        if self.epsilon is not None and self.nearest_only:
-            raise UserError("select: epsilon and nearest_only are two ways to be faster; give one of them")
+        if self.epsilon is not None and self.fast:
+            raise UserError("select: epsilon and fast are two ways to be faster; give one of them")
         if not 0 < self.max_cosine <= 1:
             raise UserError(f"max_cosine: expected a cosine above 0 and up to 1, found {self.max_cosine}")
         if not self.strata:

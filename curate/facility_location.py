@@ -22,7 +22,6 @@ def facility_location(
     *,
     neighbors: int = NEIGHBORS,
     block: int = 32,
-    nearest_only: bool = False,
 ) -> Iterator[Pick]:
     """Yield the rows in the order of exact greedy for facility location; with `quality` for QDIT (Bukharin 2023).
 
@@ -33,11 +32,8 @@ def facility_location(
     This is lazy greedy: what a row added earlier bounds what it adds now. Float32 products only propose, and the rows that come
     near the best are summed in whole numbers, so that `neighbors` and `block` decide time and memory and never the outcome.
     Memory is 16 bytes for each of n·neighbors similarities, and a tile of them.
-
-    With `nearest_only` what is not remembered counts as 0 (Wei, Iyer & Bilmes 2014): this is no exact greedy any more, its value is
-    nearly the same, and after the first look at all similarities a pick costs next to nothing. `neighbors` then decides the outcome.
     """
-    state = Covering(vectors, neighbors, nearest_only=nearest_only)
+    state = Covering(vectors, neighbors)
     num_rows = len(vectors)
     bonus = np.zeros(num_rows) if quality is None else weight * quality
     share = 1.0 if quality is None else 1 - weight
@@ -88,8 +84,7 @@ class Covering:
     it is asked for, or brought up to date for all rows after a pick, whichever is likely to be less work.
     """
 
-    def __init__(self, vectors: Vectors, neighbors: int, *, nearest_only: bool = False) -> None:
-        """With `nearest_only` no row is open: no other row than those remembered is taken to cover it."""
+    def __init__(self, vectors: Vectors, neighbors: int) -> None:
         from scipy.sparse import csr_array
 
         num_rows = len(vectors)
@@ -97,12 +92,11 @@ class Covering:
         self.covered = np.zeros(num_rows, dtype=np.int64)  # cosine with the nearest pick in UNITs, 0 at least
         self.witness = np.full(num_rows, -1, dtype=np.int64)
         self._floor = _floors(vectors, neighbors)
-        self._nearest_only = nearest_only
         self.bound = np.zeros(num_rows)  # what each row adds, at most
         self.exact = np.ones(num_rows, dtype=bool)  # where the bound is what the row adds,
         self.error = np.full(num_rows, ROUNDING * num_rows)  # but for this at most
         self._expected = self._asked = num_rows  # rows that are computed between two picks
-        self._guess = -1 if nearest_only or num_rows <= neighbors else _likely_first(vectors)
+        self._guess = -1 if num_rows <= neighbors else _likely_first(vectors)
         self._after_guess = np.zeros(num_rows)  # the bounds once that is picked
         starts, columns, cosines = self._look_at_all(neighbors)
         by_row = csr_array((cosines, columns, starts), shape=(num_rows, num_rows))
@@ -236,8 +230,6 @@ class Covering:
         return ROUNDING * (self._num_open + 1 + self._column_starts[rows + 1] - self._column_starts[rows])
 
     def _is_open(self, rows: Indices) -> npt.NDArray[np.bool_]:
-        if self._nearest_only:
-            return np.zeros(len(rows), dtype=bool)
         return self.covered[rows] < (self._floor[rows] + MARGIN) * UNIT
 
     def _look_at_all(self, neighbors: int) -> tuple[Indices, npt.NDArray[np.int32], npt.NDArray[np.float32]]:
@@ -261,8 +253,6 @@ class Covering:
             places = np.flatnonzero(above)  # several times as fast as in two dimensions
             columns.append((places % num_rows).astype(np.int32))
             cosines.append(tile.ravel()[places])
-            if self._nearest_only:
-                continue
             np.maximum(tile, 0, out=tile)
             self.bound += tile.sum(axis=0)
             if self._guess >= 0:

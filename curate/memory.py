@@ -5,6 +5,7 @@ import logging
 from ..core.errors import UserError
 from ..core.files import read_json
 from ..core.models import resolve_model
+from . import fast_location
 from .decide_config import EmbedConfig, SelectConfig
 from .facility_location import NEIGHBORS
 
@@ -17,7 +18,7 @@ FEWEST = 16  # similarities of a row, below which facility location would only g
 WORTH_SAYING = 500_000_000  # bytes
 
 
-def select_bytes(method: str, num_rows: int, dimensions: int, size: int, neighbors: int = NEIGHBORS) -> int:
+def select_bytes(method: str, num_rows: int, dimensions: int, size: int, neighbors: int = NEIGHBORS, *, fast: bool = False) -> int:
     """Return about how many bytes a method takes at its peak, the vectors included; linear in the rows but for dpp.
 
     `size` is the number of rows that are taken. Measured on 10,000 to 100,000 rows of 384 dimensions: see benchmarks/selection.py.
@@ -26,6 +27,8 @@ def select_bytes(method: str, num_rows: int, dimensions: int, size: int, neighbo
     own = 32 * num_rows + TILES
     if method == "k-center":
         own += 2 * 4 * dimensions * size  # the picks, in an array that doubles
+    elif method in ("facility-location", "qdit") and fast:
+        own += (REMEMBERED * fast_location.NEIGHBORS + 2 * fast_location.SAMPLE) * num_rows + 2 * vectors
     elif method in ("facility-location", "qdit"):
         own += REMEMBERED * min(neighbors, num_rows) * num_rows
     elif method == "dpp":
@@ -41,17 +44,18 @@ def cover_bytes(num_rows: int, dimensions: int) -> int:
 def fit_neighbors(config: SelectConfig, num_rows: int, dimensions: int, size: int, *, tell: bool = True) -> int:
     """Return how many similarities facility location may remember of each row, and say what the method will take, if that is much.
 
-    With nearest_only their number decides what is selected, so that it is not lowered. Raises UserError where memory_gb is too
-    little for the method.
+    With `fast` their number decides what is selected, so that it is not lowered. Raises UserError where memory_gb is too little for
+    the method.
     """
     neighbors = NEIGHBORS
     limit = None if config.memory_gb is None else config.memory_gb * GB
-    if config.method in ("facility-location", "qdit") and limit is not None and not config.nearest_only:
+    if config.method in ("facility-location", "qdit") and limit is not None and not config.fast:
         rest = limit - select_bytes(config.method, num_rows, dimensions, size, 0)
         neighbors = max(min(NEIGHBORS, int(rest / (REMEMBERED * num_rows))), FEWEST)
     what = f"select {config.method}"
     cure = "another method: cluster-balanced and stratified take little more than the vectors"
-    hold_to(limit, select_bytes(config.method, num_rows, dimensions, size, neighbors), num_rows, what, cure, tell=tell)
+    needed = select_bytes(config.method, num_rows, dimensions, size, neighbors, fast=config.fast)
+    hold_to(limit, needed, num_rows, what, cure, tell=tell)
     return neighbors
 
 

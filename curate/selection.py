@@ -18,6 +18,7 @@ from .decide_config import SelectConfig
 from .diversity import deita_filter, dpp, mmr
 from .embed import embed_rows
 from .facility_location import facility_location
+from .fast_location import fast_location
 from .memory import fit_neighbors, least_dimensions
 from .quotas import balanced_order, cluster, num_clusters, quota_order
 from .rows import EXPORTED, KEY, Outcome, decision_table, input_rows, load_rows, record, row_name
@@ -130,8 +131,10 @@ def _compared(
     if config.method in ("facility-location", "qdit"):
         weight = config.quality_weight if config.method == "qdit" else 0.0
         quality = quality if config.method == "qdit" else None
+        if config.fast:
+            return fast_location(vectors, quality, weight)
         if config.epsilon is None:
-            return facility_location(vectors, quality, weight, neighbors=neighbors, nearest_only=config.nearest_only)
+            return facility_location(vectors, quality, weight, neighbors=neighbors)
         from .accelerated import stochastic_facility_location
 
         return stochastic_facility_location(vectors, size, quality, weight, epsilon=config.epsilon, seed=config.seed, device=pick_device())

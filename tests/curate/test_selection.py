@@ -112,8 +112,8 @@ def test_a_config_says_what_is_missing_or_wrong() -> None:
         SelectConfig(budget=1, strata=())
     with pytest.raises(UserError, match="clusters: expected 1 or more, found 0"):
         SelectConfig(budget=1, clusters=0)
-    with pytest.raises(UserError, match="epsilon and nearest_only are two ways to be faster"):
-        SelectConfig(budget=1, epsilon=0.1, nearest_only=True)
+    with pytest.raises(UserError, match="epsilon and fast are two ways to be faster"):
+        SelectConfig(budget=1, epsilon=0.1, fast=True)
 
 
 def ranked(run: Run) -> list[str]:

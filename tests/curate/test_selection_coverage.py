@@ -141,53 +141,6 @@ def test_the_order_of_rows_decides_only_between_rows_that_add_exactly_the_same(s
                 break
 
 
-def nearest_only_oracle(vectors: Vectors, floors: np.ndarray) -> list[int]:
-    """Greedy by the definition over the similarities from each row's floor on."""
-    table = cosine_table(vectors)
-    table = np.where(vectors @ vectors.T >= floors[:, None], np.maximum(np.rint(table * UNIT), 0), 0).astype(np.int64)
-    covered, left, picks = np.zeros(len(vectors), dtype=np.int64), list(range(len(vectors))), []
-    while left:
-        gains = [int(np.maximum(table[:, row] - covered, 0).sum()) for row in left]
-        place = int(np.argmax([gain if gain >= MARGIN * UNIT else 0 for gain in gains]))
-        covered = np.maximum(covered, table[:, left[place]])
-        picks.append(left.pop(place))
-    return picks
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_nearest_only_equals_its_oracle_and_with_all_remembered_the_exact_one(seed: int) -> None:
-    """A thousand cases, of rows around a few centres or anywhere."""
-    random = np.random.default_rng(seed)
-    for _ in range(50):
-        size, neighbors = int(random.integers(1, 24)), int(random.choice([1, 2, 5]))
-        vectors = scattered(random, size)
-        found = [row for row, _, _ in facility_location(vectors, neighbors=neighbors, nearest_only=True)]
-        assert found == nearest_only_oracle(vectors, remembered_from(vectors, neighbors))
-        whole = [row for row, _, _ in facility_location(vectors, neighbors=size, nearest_only=True)]
-        assert whole == [row for row, _ in location_oracle(vectors)]
-
-
-def remembered_from(vectors: Vectors, neighbors: int) -> np.ndarray:
-    """Return the least similarity of each row that is remembered, 2 where none is."""
-    state = Covering(vectors, neighbors, nearest_only=True)
-    return np.array(
-        [min(state._cosines[a:b], default=2.0) for a, b in zip(state._starts, state._starts[1:], strict=False)], dtype=np.float32
-    )
-
-
-def test_nearest_only_is_nearly_as_good_as_exact_greedy() -> None:
-    random = np.random.default_rng(2)
-    vectors = unit_vectors(random.normal(size=(2000, 64)) + random.normal(size=(100, 64)).repeat(20, axis=0))
-    exact, fast = (
-        [row for row, _, _ in islice(facility_location(vectors, neighbors=64, nearest_only=only), 200)] for only in (False, True)
-    )
-    assert total(vectors, fast) >= 0.99 * total(vectors, exact)
-
-
-def total(vectors: Vectors, picks: list[int]) -> float:
-    return float(np.maximum((vectors @ vectors[picks].T).max(axis=1), 0).sum())
-
-
 def test_a_pick_of_facility_location_names_the_pick_that_stood_for_it() -> None:
     vectors = scattered(np.random.default_rng(5), 50)
     table, picks = cosine_table(vectors), []
