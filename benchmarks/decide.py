@@ -84,12 +84,19 @@ def keep_one_by_one(run: Any) -> None:
 
 def steps() -> dict[str, Any]:
     from sftkit.curate.best import best
-    from sftkit.curate.decide_config import BestConfig, DecontaminateConfig, DedupConfig, FilterConfig, SelectConfig
+    from sftkit.curate.config import ExportConfig
+    from sftkit.curate.decide_config import BestConfig, DecontaminateConfig, DedupConfig, FilterConfig, MixConfig, SelectConfig
     from sftkit.curate.decontaminate import decontaminate
     from sftkit.curate.dedup import dedup
+    from sftkit.curate.export import export
     from sftkit.curate.filters import filter_rows
+    from sftkit.curate.mix import mix
     from sftkit.curate.selection import select
     from sftkit.curate.show import why
+
+    def mixed(run: Any) -> None:
+        run.close()
+        mix([str(run.path)], None, MixConfig(budget=tenth(run)))
 
     return {
         "one by one": keep_one_by_one,
@@ -98,12 +105,25 @@ def steps() -> dict[str, Any]:
         "filter --where": lambda run: filter_rows(run, FilterConfig(where=("num_tokens < 104 and logprob > -0.95",))),
         "decontaminate": lambda run: decontaminate(run, DecontaminateConfig()),
         "dedup exact": lambda run: dedup(run, DedupConfig(semantic=None)),
+        "dedup minhash": lambda run: dedup(run, DedupConfig(exact=False, semantic=None, minhash=0.8)),
         "best": lambda run: best(run, BestConfig(by=("logprob",))),
-        "select random": lambda run: select(run, SelectConfig(method="random", budget=10**5)),
-        "select top": lambda run: select(run, SelectConfig(method="top", by=("logprob",), budget=10**5)),
-        "select longest": lambda run: select(run, SelectConfig(method="longest", budget=10**5)),
+        "best random": lambda run: best(run, BestConfig(by=("random",), keep=3)),
+        "best controls": lambda run: best(run, BestConfig(by=("logprob",), keep=3, controls=True)),
+        "select random": lambda run: select(run, SelectConfig(method="random", budget=tenth(run))),
+        "select top": lambda run: select(run, SelectConfig(method="top", by=("logprob",), budget=tenth(run))),
+        "select longest": lambda run: select(run, SelectConfig(method="longest", budget=tenth(run))),
+        "select tokens": lambda run: select(run, SelectConfig(method="random", budget_tokens=10 * tenth(run))),
+        "select stratified": lambda run: select(run, SelectConfig(method="stratified", strata=("source", "length"), budget=tenth(run))),
+        "select controls": lambda run: select(run, SelectConfig(method="random", budget=tenth(run), controls=True)),
+        "mix": mixed,
+        "export": lambda run: export(run, run.path / "exported", ExportConfig(format="trl-messages")),
         "why": lambda run: why(run, f"{10:016x}"),
     }
+
+
+def tenth(run: Any) -> int:
+    """Return a tenth of the rows that a run began with."""
+    return int(pl.scan_parquet(run.path / "curate" / "rows.parquet").select(pl.len()).collect().item()) // 10
 
 
 def child(step: str, folder: Path) -> None:

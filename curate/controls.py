@@ -9,8 +9,8 @@ import numpy as np
 import polars as pl
 
 from ..core.run import Run
-from .rows import EXPORTED, export_rows, keys, load_rows
-from .score import random_number
+from .rows import EXPORTED, export_rows, load_rows
+from .scored import random_numbers
 
 CONTROLS = ("random", "length_matched")
 BUCKETS_PER_DOUBLING = 4
@@ -18,8 +18,7 @@ BUCKETS_PER_DOUBLING = 4
 
 def random_order(rows: pl.DataFrame, seed: int) -> list[int]:
     """Return the rows in the order of a number drawn from the seed and each row's own id."""
-    numbers = np.array([random_number(seed, *name) for name in keys(rows)])
-    return np.argsort(numbers, kind="stable").tolist()  # type: ignore[no-any-return]
+    return np.argsort(random_numbers(rows, seed), kind="stable").tolist()  # type: ignore[no-any-return]
 
 
 def length_bucket(length: float, per_doubling: int = 1) -> int:
@@ -27,9 +26,15 @@ def length_bucket(length: float, per_doubling: int = 1) -> int:
     return math.floor(per_doubling * math.log2(length + 1))
 
 
+def length_buckets(lengths: Sequence[float], per_doubling: int = 1) -> list[int]:
+    """Return the bucket of each length; equal ones are asked for once."""
+    different, places = np.unique(np.asarray(lengths, dtype=np.float64), return_inverse=True)
+    return np.array([length_bucket(length, per_doubling) for length in different.tolist()], dtype=np.int64)[places].tolist()
+
+
 def length_matched(order: Sequence[int], lengths: Sequence[float], taken: Sequence[int]) -> list[int]:
     """Return rows, first come first taken in `order`, so that each bucket of lengths has as many as the `taken` rows have."""
-    buckets = [length_bucket(length, BUCKETS_PER_DOUBLING) for length in lengths]
+    buckets = length_buckets(lengths, BUCKETS_PER_DOUBLING)
     wanted: dict[int, int] = {}
     for row in taken:
         wanted[buckets[row]] = wanted.get(buckets[row], 0) + 1
@@ -75,7 +80,8 @@ def write_controls_of(
     taken = (decisions["action"] == "kept").arg_true().to_list()
     if not taken:
         return []
-    order = [row for row in random_order(rows, seed) if pool[row]]
+    in_pool = pool.to_list()
+    order = [row for row in random_order(rows, seed) if in_pool[row]]
     drawn = order[: len(taken)]
     if within_prompts:
         left: defaultdict[str, int] = defaultdict(int)

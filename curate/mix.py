@@ -18,8 +18,7 @@ from .config import ImportConfig
 from .decide_config import MixConfig
 from .intake import columns_of
 from .rows import KEY, STORED, Outcome, decision_table, input_rows, load_rows, record, row_name
-from .score import random_number
-from .scored import columns_for, score_values
+from .scored import columns_for, random_numbers, score_values
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +150,7 @@ def _taken(rows: pl.DataFrame, tokens: pl.Series | None, wanted: Mapping[str, fl
         .with_columns(
             cost=pl.lit(1.0) if tokens is None else tokens,
             time=pl.col("example_id").str.extract(REPEAT).cast(pl.Int64).fill_null(1),
-            number=pl.Series([random_number(seed, name, index) for name, index in rows.select(KEY).iter_rows()], dtype=pl.Float64),
+            number=pl.Series(random_numbers(rows, seed)),
         )
     )
     ordered = table.sort("time", "number", "row").with_columns(spent=pl.col("cost").cum_sum().over("part"))

@@ -12,20 +12,22 @@ import polars as pl
 
 from ..core.files import write_text
 from ..core.run import Run
-from .rows import KEY, load_rows, scan_rows, text_columns
+from .rows import scan_rows, text_columns
 
 MOST = 2000  # rows drawn as points, and rows whose answers are measured where there are no token counts
 WIDTH, HEIGHT, EDGE = 640, 260, 36
 ALL, KEPT = "#c3c9d4", "#1f6feb"
 
 
-def write_plots(run: Run) -> list[tuple[str, str]]:
-    """Write curate/lengths.svg, and curate/clusters.svg where the rows were embedded; return file and caption of each."""
+def write_plots(run: Run, rows: pl.DataFrame) -> list[tuple[str, str]]:
+    """Write curate/lengths.svg, and curate/clusters.svg where the rows were embedded; return file and caption of each.
+
+    `rows` are all rows of the run: KEY, num_tokens and whether they are `kept`.
+    """
     folder = run.room("curate")
-    kept = load_rows(run, columns=KEY).with_columns(kept=pl.lit(value=True))
     plots = []
     for name, draw in (("lengths.svg", _lengths), ("clusters.svg", _clusters)):
-        found = draw(run, kept)
+        found = draw(run, rows)
         if found is None:
             (folder / name).unlink(missing_ok=True)
             continue
@@ -35,35 +37,33 @@ def write_plots(run: Run) -> list[tuple[str, str]]:
     return plots
 
 
-def _lengths(run: Run, kept: pl.DataFrame) -> tuple[str, str] | None:
-    rows = load_rows(run, all=True, columns=[*KEY, "num_tokens"])
+def _lengths(run: Run, rows: pl.DataFrame) -> tuple[str, str] | None:
     unit = "tokens"
     if rows.is_empty():
         return None
     if rows["num_tokens"].null_count():
-        rows, unit = _some(run, len(rows)), "characters"
-        texts = text_columns(rows["messages"]).struct.unnest()
-        rows = rows.select(KEY).with_columns(num_tokens=texts.select(pl.coalesce("response", "prompt").str.len_chars()).to_series())
-    rows = rows.join(kept, on=KEY, how="left", nulls_equal=True)
-    lengths = rows["num_tokens"].cast(pl.Float64).to_numpy()
-    svg = histogram(lengths, rows["kept"].fill_null(value=False).to_numpy(), unit)
+        some, unit = _some(run, rows), "characters"
+        texts = text_columns(some["messages"]).struct.unnest()
+        rows = some.with_columns(num_tokens=texts.select(pl.coalesce("response", "prompt").str.len_chars()).to_series())
+    svg = histogram(rows["num_tokens"].cast(pl.Float64).to_numpy(), rows["kept"].to_numpy(), unit)
     told = "the answers" if unit == "tokens" else f"the answers of {len(rows):,} rows, evenly spaced,"
     return svg, f"Lengths of {told} in {unit}: grey all rows, blue those kept"
 
 
-def _some(run: Run, count: int) -> pl.DataFrame:
-    """Return ids and conversations of every n-th row, so that there are MOST at most."""
-    plan = scan_rows(run, all=True, columns=[*KEY, "messages"])
-    return plan.gather_every(max(math.ceil(count / MOST), 1)).collect(engine="streaming")
+def _some(run: Run, rows: pl.DataFrame) -> pl.DataFrame:
+    """Return every n-th row with its conversation, so that there are MOST at most."""
+    step = max(math.ceil(len(rows) / MOST), 1)
+    messages = scan_rows(run, all=True, columns=["messages"]).gather_every(step).collect(engine="streaming")
+    return rows.gather_every(step).with_columns(messages["messages"])
 
 
-def _clusters(run: Run, kept: pl.DataFrame) -> tuple[str, str] | None:
+def _clusters(run: Run, rows: pl.DataFrame) -> tuple[str, str] | None:
     folder, told = run.path / "curate", run.config().get("embed")
     if not told or not (folder / "embeddings.npy").exists():
         return None
     from .embed import embedded_text
 
-    rows = _some(run, int(scan_rows(run, all=True, columns=KEY).select(pl.len()).collect().item()))
+    rows = _some(run, rows)
     names = pl.read_parquet(folder / "embeddings.parquet")["name"]
     place = dict(zip(names, range(len(names)), strict=True))
     settings = json.dumps([told["identity"], told["max_seq_length"], told["dtype"]])
@@ -78,8 +78,7 @@ def _clusters(run: Run, kept: pl.DataFrame) -> tuple[str, str] | None:
     if len(found) < 3:
         return None
     vectors = np.load(folder / "embeddings.npy", mmap_mode="r")[list(found.values())].astype(np.float64)
-    shown = rows.select(KEY)[list(found)].join(kept, on=KEY, how="left", nulls_equal=True, maintain_order="left")
-    svg = scatter(two_directions(vectors), shown["kept"].fill_null(value=False).to_numpy())
+    svg = scatter(two_directions(vectors), rows["kept"].gather(list(found)).to_numpy())
     return svg, f"{len(found):,} rows by the two directions in which their embeddings differ most: grey removed, blue kept"
 
 

@@ -254,7 +254,8 @@ def record(
     Says which later stages became void; decisions that stand there already make none void. The card is written last.
     Raises ConservationError unless every input row has exactly one decision.
     """
-    decided = table_of(decisions)
+    decided, is_kept = table_of(decisions), pl.col("action") == "kept"
+    kept = decided.filter(is_kept).select(KEY)
     if not run.ledger.holds(stage, decided):
         for name in DATASET:  # of the decisions before: killed from here on, the run has none rather than a wrong one
             (run.room("curate") / name).unlink(missing_ok=True)
@@ -269,17 +270,22 @@ def record(
             )
     if run.ledger.stages()[-1] == stage:
         write_dataset(scan_rows(run, after=stage, columns=EXPORTED), run.room("curate"))
-        from .plots import write_plots
-
-        write_card(run, load_rows(run, after=stage, columns=["example_id", "source"]), write_plots(run))
-    is_kept = pl.col("action") == "kept"
-    kept = decided.filter(is_kept).select(KEY)
+        _write_card(run, kept)
     counts = decided.filter(~is_kept).group_by("rule", maintain_order=True).len().sort("len", descending=True, maintain_order=True)
     removed: dict[str, int] = dict(counts.iter_rows())
     if kept.is_empty() and len(decided):
         rule, count = next(iter(removed.items()))
         log.warning("%s kept none of %s rows; the rule %r alone removed %s", stage, f"{len(decided):,}", rule, f"{count:,}")
     return Outcome(stage, len(decided), kept, removed, tuple(notes))
+
+
+def _write_card(run: Run, kept: pl.DataFrame) -> None:
+    from .plots import write_plots
+
+    flags = kept.with_columns(kept=pl.lit(value=True))
+    rows = load_rows(run, all=True, columns=[*KEY, "source", "num_tokens"])
+    rows = rows.join(flags, on=KEY, how="left", nulls_equal=True, maintain_order="left").with_columns(pl.col("kept").fill_null(value=False))
+    write_card(run, rows.filter("kept"), write_plots(run, rows))
 
 
 def decision_table(rows: pl.DataFrame, stage: str, rule: pl.Expr, **told: pl.Expr) -> pl.DataFrame:

@@ -1,6 +1,5 @@
 """Attach numbers to rows: verifiers, lengths, patterns, the teacher's log-probability. Scores are columns of their own."""
 
-import hashlib
 import inspect
 import json
 import logging
@@ -302,9 +301,3 @@ def check_score_name(run: Run, name: str) -> None:
     if name not in [*have, "random"]:
         near = f"; `sftkit curate score {run.path} --with {name}` adds it" if name in SCORERS else ""
         raise UserError(f"{run.path}: no score {name!r}: there are {', '.join(sorted({*have, 'random'}))}{near}")
-
-
-def random_number(seed: int, example_id: str, sample_index: int | None) -> float:
-    """Return a number in [0, 1) that depends on the seed and the row alone, not on its place or on the other rows."""
-    digest = hashlib.sha256(f"{seed}/{row_id(example_id, sample_index)}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,5 +1,6 @@
 """Scores as columns of numbers beside the rows, and the order that they put rows in: what the deciding steps read of a million rows."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -7,8 +8,8 @@ import numpy.typing as npt
 import polars as pl
 
 from ..core.run import Run
-from .rows import keys
-from .score import AS_SCORED, check_score_name, random_number, read_score, score_path
+from .rows import row_name
+from .score import AS_SCORED, check_score_name, read_score, score_path
 from .scorers import count_words
 
 Order = npt.NDArray[np.int64]
@@ -47,11 +48,18 @@ def sort_columns(run: Run, rows: pl.DataFrame, by: Sequence[str], seed: int = 0)
     columns = []
     for place, name in enumerate(by):
         if name == "random":
-            values = pl.Series([random_number(seed, *key) for key in keys(rows)], dtype=pl.Float64)
+            values = pl.Series(random_numbers(rows, seed))
         else:
             values = score_values(run, rows, name.removeprefix("-"))
         columns.append((-values if name.startswith("-") else values).alias(str(place)))
     return pl.DataFrame(columns)
+
+
+def random_numbers(rows: pl.DataFrame, seed: int) -> npt.NDArray[np.float64]:
+    """Return for each row a number in [0, 1) that depends on the seed and the row alone, not on its place or on the other rows."""
+    names = rows.select(pl.concat_str(pl.lit(f"{seed}/"), row_name())).to_series()
+    digests = b"".join([hashlib.sha256(name.encode()).digest()[:8] for name in names])
+    return np.frombuffer(digests, dtype=">u8") / 2.0**64
 
 
 def best_first(columns: pl.DataFrame, *, ties: Sequence[pl.Series] = ()) -> Order:

@@ -1,6 +1,5 @@
 """Rank rows so that any beginning of the ranking is a good choice of that size, and take what a budget allows."""
 
-import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -12,7 +11,7 @@ from ..core.files import write_atomically
 from ..core.hardware import pick_device
 from ..core.progress import Progress
 from ..core.run import Run
-from .controls import clear_controls, length_bucket, length_matched, random_order, rank_correlation, write_controls
+from .controls import clear_controls, length_buckets, length_matched, random_order, rank_correlation, write_controls
 from .coverage import Pick, k_center, nearest_to_mean
 from .decide_config import SelectConfig
 from .diversity import deita_filter, dpp, mmr
@@ -174,8 +173,8 @@ def row_lengths(rows: pl.DataFrame) -> list[float]:
 def _strata(rows: pl.DataFrame, vectors: Vectors | None, lengths: Sequence[float], config: SelectConfig) -> list[tuple[str | int, ...]]:
     """Return the stratum of each row: its file, the bucket of its length (each twice as long as the one before), its cluster."""
     parts: dict[str, list[str] | list[int]] = {
-        "source": [re.sub(r":\d+$", "", source or "") for source in rows["source"]],
-        "length": [length_bucket(length) for length in lengths],
+        "source": rows["source"].fill_null("").str.replace(r":\d+$", "").to_list(),
+        "length": length_buckets(lengths),
     }
     if vectors is not None:
         parts["cluster"] = cluster(vectors, num_clusters(len(rows), config.clusters), config.seed).tolist()

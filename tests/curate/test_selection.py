@@ -1,5 +1,6 @@
 """Selection as a step: what a budget takes, what becomes of the others, what a score does, and the controls."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +16,6 @@ from sftkit.curate.decide_config import SELECTORS, FilterConfig, SelectConfig
 from sftkit.curate.filters import filter_rows
 from sftkit.curate.quotas import balanced_order, cluster, num_clusters, quota_order
 from sftkit.curate.rows import load_rows, row_ids
-from sftkit.curate.score import random_number
 from sftkit.curate.selection import row_lengths, select, share_of_rows
 from sftkit.curate.similarity import Vectors, unit_vectors
 
@@ -171,7 +171,7 @@ def test_rankings_that_sort_equal_their_oracle(method: str, seed: int) -> None:
         eligible = np.flatnonzero([value is not None for value in values]) if method == "top" else np.arange(size)
         vectors = unit_vectors(draw.normal(size=(size, 3)))
         found = [row for row, _, _ in selection._ranking(rows, eligible, vectors, columns, lengths, size, config)]
-        drawn = sorted(range(size), key=lambda row: random_number(seed, rows["example_id"][row], None))
+        drawn = sorted(range(size), key=lambda row: hashlib.sha256(f"{seed}/{rows['example_id'][row]}".encode()).digest())
         if method == "top":
             expected = sorted(eligible.tolist(), key=lambda row: (-(values[row] or 0.0), row))
         elif method == "longest":
