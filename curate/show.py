@@ -11,7 +11,6 @@ import polars as pl
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from ..core.errors import UserError
@@ -59,28 +58,25 @@ def why(run: Run, wanted: str, *, console: Console | None = None) -> None:
     decisions = pl.concat([ledgers[0].why(wanted), *(ledger.about(wanted) for ledger in ledgers[1:])])
     witnesses = decisions["witness_id"].drop_nulls().to_list()
     texts = _prompts(run, [*decisions["example_id"], *witnesses])
-    table = Table(box=box.SIMPLE_HEAD, title=None)
-    for name, justify in (
-        ("row", "left"),
-        ("stage", "left"),
-        ("action", "left"),
-        ("rule", "left"),
-        ("score", "right"),
-        ("threshold", "right"),
-    ):
-        table.add_column(name, justify=justify, no_wrap=name in ("row", "stage"))  # type: ignore[arg-type]
-    table.add_column("witness: the kept row that stands for it")
-    for row in decisions.iter_rows(named=True):
-        witness = row["witness_id"]
-        told = "" if witness is None else f"{witness}: {shortened(texts.get(witness.split('/')[0], ''))}"
-        cells = [row_id(row["example_id"], row["sample_index"]), row["stage"], row["action"], row["rule"]]
-        numbers = ["" if row[name] is None else f"{row[name]:.6g}" for name in ("score", "threshold")]
-        style = "" if row["action"] == "kept" else "yellow"
-        table.add_row(*(Text(visible(cell), style=style) for cell in [*cells, *numbers, told]))
     console = console or Console()
-    example_id = decisions["example_id"][0]
-    console.print(Text(f"{example_id}: {shortened(texts.get(example_id, ''), 200)}"))
-    console.print(table)
+    first = decisions["example_id"][0]
+    console.print(Text(f"{first}: {shortened(texts.get(first, ''), 200)}"), soft_wrap=True)
+    several = decisions.select(KEY).n_unique() > 1  # samples of one prompt
+    cells = [_decided(row, several=several) for row in decisions.iter_rows(named=True)]
+    widths = [max(len(each[column]) for each in cells) for column in range(len(cells[0]))]
+    for row, each in zip(decisions.iter_rows(named=True), cells, strict=True):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(each, widths, strict=True)).rstrip()
+        console.print(Text(visible(f"  {line}"), style="" if row["action"] == "kept" else "yellow"), soft_wrap=True)
+        if row["witness_id"] is not None:  # whole, as it is what one asks about next
+            told = shortened(texts.get(row["witness_id"].split("/")[0], ""))
+            console.print(Text(visible(f"      for it stands {row['witness_id']}{told and f': {told}'}")), soft_wrap=True)
+
+
+def _decided(row: Mapping[str, Any], *, several: bool) -> list[str]:
+    """Return what a decision says, to be written in columns."""
+    numbers = [f"{name} {row[name]:.6g}" for name in ("score", "threshold") if row[name] is not None]
+    names = [row_id(row["example_id"], row["sample_index"])] if several else []
+    return [*names, row["stage"], row["action"], row["rule"], ", ".join(numbers)]
 
 
 def is_run(source: str | Path) -> bool:

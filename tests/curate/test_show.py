@@ -1,0 +1,50 @@
+"""What is read back in a terminal or a pipe is whole."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sftkit.core.run import Run
+from sftkit.curate.best import best
+from sftkit.curate.decide_config import BestConfig, DedupConfig, FilterConfig
+from sftkit.curate.dedup import dedup
+from sftkit.curate.filters import filter_rows
+
+
+def test_why_cuts_nothing_off_where_lines_are_short(
+    toy_run: Callable[..., Run], cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 80 columns a table had `not_…` for the rule and a witness that could not be asked about."""
+    monkeypatch.setenv("COLUMNS", "60")
+    twice = {"prompt": "第一題？ \x1b[31m", "response": "a  long answer that is there twice"}
+    run = toy_run([{"id": "aaaa0000aaaa0000", **twice}, {"id": "bbbb0000bbbb0000", **twice}])
+    filter_rows(run, FilterConfig(where=("short-and-with-a-name-of-its-own: num_chars < 100",)))
+    dedup(run, DedupConfig(exact=True))
+    run.close()
+    code, out, _ = cli("curate", "why", "bb", run.path)
+    assert code == 0
+    assert out.splitlines() == [
+        "bbbb0000bbbb0000: 第一題？ \\x1b[31m",
+        "  import       kept",
+        "  filter       kept",
+        "  dedup_exact  rejected  exact_duplicate",
+        "      for it stands aaaa0000aaaa0000: 第一題？ \\x1b[31m",
+    ]
+
+
+def test_why_tells_the_samples_of_a_prompt_apart(
+    toy_run: Callable[..., Run], cli: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    run = toy_run([{"id": "aaaa0000aaaa0000", "prompt": "q", "response": f"r{n}", "index": n, "logprob": -1.0 - n} for n in range(2)])
+    best(run, BestConfig(by=("logprob",)))
+    run.close()
+    code, out, _ = cli("curate", "why", "aaaa", run.path)
+    assert code == 0
+    assert out.splitlines()[1:5] == [
+        "  aaaa0000aaaa0000/0  import  kept",
+        "  aaaa0000aaaa0000/1  import  kept",
+        "  aaaa0000aaaa0000/0  best    kept",
+        "  aaaa0000aaaa0000/1  best    rejected  not_best  score -2, threshold -1",
+    ]
+    assert out.splitlines()[5] == "      for it stands aaaa0000aaaa0000/0: q"
+    assert cli("curate", "why", "aaaa0000aaaa0000/1", run.path)[1].count("\n") == 4
