@@ -2,33 +2,102 @@
 
     python benchmarks/dry_run.py MODEL [--prompts 3000] [-k 4] [--max-new-tokens 64] [--engine transformers]
     python benchmarks/dry_run.py TOKENIZER --shape 135m --engine vllm --prompts 20000 --max-new-tokens 128       on a GPU, 4 min
+    python benchmarks/dry_run.py --lengths DATA [--prompts 800] [--draws 12] [--max-new-tokens 512]              the tokens alone, no model
 
 The dry run's answers are the run's own, so that the run makes what is left. With --shape the model has random weights and the folder's
-tokenizer, and all answers are as long as they may be. A difference of up to 15 % is asked for.
+tokenizer, and all answers are as long as they may be. A difference of up to 15 % is asked for. With --lengths the answers of a data set
+stand for the teacher's, a token for each 4.2 characters: of many draws of so many prompts, how far off the tokens of what was left were.
 """
 
 import argparse
 import json
+import random
+import statistics
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from sftkit.core.engines.base import EngineConfig
+from sftkit.core.engines.base import Completion, EngineConfig, Request
+from sftkit.core.formats import iterate_examples, split_prompt
+from sftkit.core.store import SampleStore
+from sftkit.curate import distill as distill_module
+from sftkit.curate import estimate as estimate_module
 from sftkit.curate.config import DistillConfig
 from sftkit.curate.distill import distill
 from sftkit.curate.estimate import estimate
 from teachers import random_teacher, write_questions
 
 
+class Told:
+    """An engine whose answers are as long as it was told for each prompt."""
+
+    identity, chat, context_length, steps = "openai:told", None, None, 0
+
+    def __init__(self, lengths: dict[str, int]) -> None:
+        self._lengths = lengths
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        for request in requests:
+            yield Completion(key=request.key, text="…", num_tokens=self._lengths[str(request.messages[-1]["content"])])
+
+    def close(self) -> None:
+        pass
+
+
+def of_lengths(given: argparse.Namespace) -> None:
+    """Draw prompts of a data set many times; print how far off the estimate of the tokens was."""
+    lengths: dict[str, int] = {}
+    for example in iterate_examples(given.lengths):
+        messages, answer = split_prompt(example)
+        if answer:
+            lengths.setdefault(str(messages[-1]["content"]), max(1, min(given.max_new_tokens, round(len(answer) / 4.2))))
+    distill_module.open_engine = lambda *_, **__: Told(lengths)
+    engine = EngineConfig(engine="openai", base_url="http://localhost:1/v1")
+    config = DistillConfig(teacher="told", max_new_tokens=given.max_new_tokens, engine=engine)
+    mean = statistics.mean(lengths.values())
+    row = {"data": Path(given.lengths).name, "prompts": given.prompts, "draws": given.draws, "mean tokens": round(mean)}
+    print(json.dumps({**row, "spread / mean": round(statistics.pstdev(lengths.values()) / mean, 2)}))
+    for most in (estimate_module.PROBE, estimate_module.MOST_PROBED):
+        estimate_module.MOST_PROBED = most
+        off, probed = offs(given, config, lengths)
+        told = {"most asked": most, "asked": round(statistics.mean(probed)), "off by %": [round(100 * each, 1) for each in sorted(off)]}
+        print(json.dumps({**told, "within 15 %": sum(abs(each) <= 0.15 for each in off)}), flush=True)
+
+
+def offs(given: argparse.Namespace, config: DistillConfig, lengths: dict[str, int]) -> tuple[list[float], list[int]]:
+    """Return for each draw how far off the estimate was, as a share, and how many prompts were asked for it."""
+    off, probed = [], []
+    for draw in range(given.draws):
+        some = random.Random(draw).sample(sorted(lengths), given.prompts)
+        with tempfile.TemporaryDirectory() as scratch:
+            prompts, run = Path(scratch) / "prompts.jsonl", Path(scratch) / "run"
+            prompts.write_text("".join(json.dumps({"prompt": each}) + "\n" for each in some))
+            dry = estimate(prompts, run, config)
+            with SampleStore(run / "curate" / "samples.sqlite") as store:
+                written, _ = store.tokens()
+        assert dry.new_tokens is not None
+        off.append(dry.new_tokens / (sum(lengths[each] for each in some) - written) - 1)
+        probed.append(dry.probed)
+    return off, probed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--lengths")
+    parser.add_argument("--draws", type=int, default=12)
     parser.add_argument("--shape")
-    parser.add_argument("--prompts", type=int, default=3000)
+    parser.add_argument("--prompts", type=int)
     parser.add_argument("-k", type=int, default=4)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int)
     parser.add_argument("--engine", default="transformers")
     parser.add_argument("--out", default="dry_run.jsonl")
     given = parser.parse_args()
+    given.prompts = given.prompts or (800 if given.lengths else 3000)
+    given.max_new_tokens = given.max_new_tokens or (512 if given.lengths else 64)
+    if given.lengths:
+        of_lengths(given)
+        return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = random_teacher(given.shape, Path(given.model), folder / "model") if given.shape else given.model

@@ -60,7 +60,9 @@ def distill_settings(options: dict[str, Any], base: dict[str, Any]) -> dict[str,
 @config_option(DistillConfig, "want_format")
 @config_option(DistillConfig, "stop_below")
 @click.option(
-    "--dry-run", is_flag=True, help="Answer 50 of the prompts, of thousands some more, keep those answers, and say what the rest will take."
+    "--dry-run",
+    is_flag=True,
+    help="Answer 50 of the prompts, more where there are thousands or lengths differ much, keep those answers, tell what the rest takes.",
 )
 @click.option("--config", "settings", type=click.Path(path_type=Path), help="YAML file of settings; options win over it.")
 def distill(prompts: str, out: Path, dry_run: bool, settings: Path | None, **options: Any) -> None:

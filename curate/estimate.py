@@ -24,6 +24,8 @@ from .probe import Probe, tell
 from .rows import message_text
 
 MOST_TO_TUNE = 2000  # prompts
+WITHIN = 0.15  # of the tokens of a prompt's answer: two standard errors, up to which more prompts are asked
+MOST_PROBED = 250  # prompts
 SECONDS_OF_PACE = 20.0
 FEWEST_FOR_PACE = 1000  # missing samples; for fewer the probe's own rate will do
 SHARE_FOR_PACE = 4  # at most one in so many of them
@@ -174,6 +176,7 @@ def tune_teacher(source: str | Path, config: DistillConfig, *, seconds: float, t
 def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
     """Generate one sample of up to 50 evenly spaced prompts that miss some, store them, and say what the rest will take.
 
+    Where the answers' lengths differ so much that 50 do not tell their mean within 15 % (two standard errors), up to 250 are asked.
     Where many samples are missing and the engine is no server that wants a key, and so perhaps money, it is then given all that it can
     take until its pace is known: about 20 seconds of the work itself, after as many answers as it has under way at once. The run
     folder is begun with these settings, as `distill` would; raises what `distill` raises.
@@ -189,14 +192,14 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
         flow = Flow(config.engine.concurrency * len((config.engine.base_url or "").split(",")), last=time.monotonic())
         probed, tokens, seconds = work.generate(asked, label="probe", enough=flow)
         rate, paced, to_end = (None, 0, 0.0) if served and key_of_servers() else _pace(work, missing)
+        if rate is None and (more := _unlike(work, missing)):
+            flow.last = time.monotonic()
+            again = work.generate(more, label="probe", enough=flow)
+            probed, tokens, seconds = probed + again[0], tokens + again[1], seconds + again[2]
         stored = work.samples()
         keys = set(stored["key"])
         left = [each for each in missing if each.key not in keys]
-        means = stored.group_by("example_id", maintain_order=True).agg(pl.col("num_tokens").mean())["num_tokens"].to_list()
-        mean = sum(means) / len(means) if means else None
-        error = None
-        if mean is not None and len(means) > 1:
-            error = math.sqrt(sum((each - mean) ** 2 for each in means) / (len(means) - 1) / len(means))
+        mean, error, _ = _lengths(stored)
         probe, answers = Probe(config), {row["key"]: row for row in stored.select("key", "text", "finish_reason").iter_rows(named=True)}
         for each in asked or work.first_of_each(work.wanted, PROBE):
             if each.key in answers:
@@ -226,6 +229,28 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
             seconds_to_start=started,
             seconds_to_end=to_end,
         )
+
+
+def _lengths(stored: pl.DataFrame) -> tuple[float | None, float | None, int]:
+    """Return the mean tokens of an answer, its standard error, and the number of prompts: each counts once, with the mean of its own."""
+    means = stored.group_by("example_id", maintain_order=True).agg(pl.col("num_tokens").mean())["num_tokens"].to_list()
+    if not means:
+        return None, None, 0
+    mean = sum(means) / len(means)
+    if len(means) == 1:
+        return mean, None, 1
+    return mean, math.sqrt(sum((each - mean) ** 2 for each in means) / (len(means) - 1) / len(means)), len(means)
+
+
+def _unlike(work: Distillation, missing: list[Wanted]) -> list[Wanted]:
+    """Return what to ask besides, where the answers so far are too unlike in length: one sample each of prompts that have none."""
+    stored = work.samples()
+    mean, error, prompts = _lengths(stored)
+    if not mean or error is None or 2 * error <= WITHIN * mean:
+        return []
+    known = set(stored["example_id"])
+    wanted = min(MOST_PROBED, math.ceil(prompts * (2 * error / (WITHIN * mean)) ** 2)) - prompts
+    return work.first_of_each([each for each in missing if each.row[0] not in known], wanted) if wanted > 0 else []
 
 
 def _pace(work: Distillation, missing: list[Wanted]) -> tuple[float | None, int, float]:

@@ -1,6 +1,7 @@
 """What a dry run says of a server: the rate of all its slots from a few answers, and no more asked where that may cost money."""
 
 import json
+import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -59,3 +60,22 @@ def test_a_server_with_a_key_is_asked_no_more_than_the_probe(tmp_path: Path, mon
     found = estimate(path, tmp_path / "without", config)
     assert found.probed > 50
     assert (found.full, found.slots) == (True, None)
+
+
+def test_answers_that_are_unlike_in_length_are_looked_at_in_greater_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unlike(Served):
+        """An eighth of the answers is fifty times as long: 50 of them do not tell the mean."""
+
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            for request in requests:
+                number = int(str(request.messages[-1]["content"]).split()[-1].strip("?"))
+                yield Completion(key=request.key, text="yes", num_tokens=100 if random.Random(number).random() < 1 / 8 else 2)
+
+    monkeypatch.setattr(distill_module, "open_engine", lambda *arguments, **keywords: Unlike())
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"What is {number}?"}) + "\n" for number in range(600)))
+    config = load_config(DistillConfig, {"teacher": "m", "engine": {"engine": "openai", "base_url": "http://localhost:1/v1"}})
+    found = estimate(path, tmp_path / "run", config)
+    assert (found.probed, found.measured, found.remaining) == (250, 250, 350)
+    assert found.new_tokens == pytest.approx(350 * (100 + 7 * 2) / 8, rel=0.3)
+    assert estimate(path, tmp_path / "run", config).probed == 50  # of 300 prompts: no more than the limit
