@@ -167,8 +167,10 @@ def distillation(source: str | Path, path: Path, config: DistillConfig) -> Itera
     with closing(Teacher.find(config)) as teacher, Run.create(path) as run:
         if config.thinking and teacher.chat is None:
             raise UserError(f"thinking: a server renders for itself; turn thinking on where {config.teacher} is served")
-        check_growth(run, examples, source, limited=config.limit is not None)
-        _configure(run, source, teacher)
+        began = _has_begun(run)
+        if began:
+            check_growth(run, examples, source, limited=config.limit is not None)
+        _configure(run, source, teacher, began=began)
         prompts = choose_prompts(run, examples, teacher.chat, teacher.context, config)
         wanted = [
             wanted_sample(teacher, prompt, index, config.sampling)
@@ -411,10 +413,21 @@ def wanted_sample(teacher: Teacher, prompt: Prompt, index: int, sampling: Sampli
     return Wanted(sample_key(sampling=sampling, **decisive), prompt, index, sampling, sample_seed(stream))
 
 
-def _configure(run: Run, source: str | Path, teacher: Teacher) -> None:
+def _has_begun(run: Run) -> bool:
+    """Say whether a run holds anything that was made with its settings: a command that failed at its start binds nobody to them."""
+    if set(run.ledger.stages()) - {"prompts"}:
+        return True
+    store = run.path / "curate" / "samples.sqlite"
+    if not store.exists():
+        return False
+    with SampleStore(store) as found:
+        return found.count() > 0
+
+
+def _configure(run: Run, source: str | Path, teacher: Teacher, *, began: bool) -> None:
     settings = teacher.settings()
     marks = {"teacher_identity": teacher.identity, "template": settings["template"]}
     before = run.config().get("distill", {})
     same = before.get("teacher_identity") == teacher.identity  # then it does not matter by which path it was found
     free = (*FREE, "teacher", "revision") if same else FREE
-    run.configure("distill", {"prompts": str(source), **to_mapping(teacher.config), **marks}, free=free)
+    run.configure("distill", {"prompts": str(source), **to_mapping(teacher.config), **marks}, free=free if began else ("*",))

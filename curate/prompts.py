@@ -73,7 +73,11 @@ def choose_prompts(run: Run, examples: Sequence[Example], chat: Chat | None, con
     rules = Counter(each.rule for each in decided if each.action != "kept")
     told = ", ".join(f"{count:,} {rule}" for rule, count in rules.most_common())
     if rules.total() == len(prompts):
-        raise UserError(f"{run.path}: no prompt is left to be asked: {told}; see `sftkit curate why ID` for the ids in its ledger")
+        cure, new = "see `sftkit curate why ID` for the ids in its ledger", config.max_new_tokens
+        lengths = [int(each.score) - new for each in decided if each.rule == "prompt_too_long" and each.score is not None]
+        if lengths:
+            cure = f"the shortest of {min(lengths):,} tokens and {new:,} new ones (max_new_tokens) do not fit the context of {context:,}"
+        raise UserError(f"{run.path}: no prompt is left to be asked: {told}; {cure}")
     if rules:
         log.info("%s of %s prompts are not asked: %s", f"{rules.total():,}", f"{len(prompts):,}", told)
     return [prompt for prompt, decision in zip(prompts, decided, strict=True) if decision.action == "kept"]
