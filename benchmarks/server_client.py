@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--server-args", default="")
     parser.add_argument("--out", default="server_client.jsonl")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and leave no server behind
     sampling = Sampling(temperature=0.8, top_p=0.95, max_new_tokens=given.max_new_tokens)
     variants, levels = given.variants.split(","), [int(each) for each in given.concurrency.split(",")]
     found: dict[tuple[int, str], list[float]] = {}
