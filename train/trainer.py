@@ -32,6 +32,7 @@ from .attention import attends_packed, use_own_attention, use_packed_attention
 from .config import TrainConfig
 from .data import Row
 from .head import loss_sum
+from .memory import decoder_layers
 from .packing import Packs
 from .processes import over_processes
 
@@ -363,9 +364,14 @@ def token_flops(model: Any, mean_length: float) -> float:
 
 
 def compile_layers(model: Any) -> None:
-    """Compile each decoder layer in place: layers share their code, so it is compiled once, in seconds, and not the model in minutes."""
-    for layer in model.base_model.layers:
-        layer.compile(dynamic=False)  # packs of one shape; code for any length was measured at half the speed
+    """Compile each decoder layer in place: layers share their code, so it is compiled once, in seconds, and not the model in minutes.
+
+    The norm after them, too: written out, it reads and writes the stream ten times.
+    """
+    layers = decoder_layers(model)
+    beside = next(each for each in model.modules() if any(child is layers for child in each.children())).children()
+    for each in [*layers, *(module for module in beside if type(module).__name__.endswith("Norm"))]:
+        each.compile(dynamic=False)  # packs of one shape; code for any length was measured at half the speed
 
 
 def unwrapped(trainer: Trainer) -> Any:

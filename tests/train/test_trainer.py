@@ -14,7 +14,8 @@ from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row
 from sftkit.train.head import LinearCrossEntropy, _losses, _losses_in_place, loss_sum, piece_rows
 from sftkit.train.packing import Packs
-from sftkit.train.trainer import Watch, keeps_rows_apart, make_trainer
+from sftkit.train.trainer import Watch, compile_layers, keeps_rows_apart, make_trainer
+from transformers import AutoConfig, AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 RANDOM = np.random.default_rng(0)
@@ -219,6 +220,17 @@ def test_a_model_that_leaks_between_rows_is_trained_row_by_row(tiny_model, tmp_p
     monkeypatch.setattr(module, "keeps_rows_apart", lambda *_: False)
     alone = train(chats(40), str(tiny_model), tmp_path / "alone", TrainConfig(**settings))
     assert alone.validation == pytest.approx(packed.validation, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [("llama", ["model.layers.0", "model.layers.1", "model.norm"]), ("gpt2", ["transformer.h.0", "transformer.h.1", "transformer.ln_f"])],
+)
+def test_layers_and_the_norm_after_them_are_compiled_whatever_they_are_called(kind: str, names: list[str]) -> None:
+    config = AutoConfig.for_model(kind, vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    model = AutoModelForCausalLM.from_config(config)
+    compile_layers(model)
+    assert [name for name, module in model.named_modules() if module._compiled_call_impl is not None] == names
 
 
 def test_alone_each_row_is_a_pack_of_the_same_updates() -> None:
