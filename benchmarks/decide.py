@@ -105,7 +105,6 @@ def steps() -> dict[str, Any]:
         "filter --where": lambda run: filter_rows(run, FilterConfig(where=("num_tokens < 104 and logprob > -0.95",))),
         "decontaminate": lambda run: decontaminate(run, DecontaminateConfig()),
         "dedup exact": lambda run: dedup(run, DedupConfig(semantic=None)),
-        "dedup minhash": lambda run: dedup(run, DedupConfig(exact=False, semantic=None, minhash=0.8)),
         "best": lambda run: best(run, BestConfig(by=("logprob",))),
         "best random": lambda run: best(run, BestConfig(by=("random",), keep=3)),
         "best controls": lambda run: best(run, BestConfig(by=("logprob",), keep=3, controls=True)),
@@ -249,10 +248,12 @@ def main() -> None:
         if not (folder / "config.yaml").exists():
             rows = arguments[0] if arguments else "1000000"  # in a process of its own: a child's peak begins with its parent's
             subprocess.run([sys.executable, __file__, "--make", rows, str(folder)], check=True)
+        ledger = folder / "ledger.parquet"
         for step in steps():
+            before = ledger.read_bytes()
             subprocess.run([sys.executable, __file__, "--child", step, str(folder)], check=True)
             if step == "keep":  # it is none of the steps that follow
-                subprocess.run([sys.executable, __file__, "--child", "filter", str(folder)], check=True, stdout=subprocess.DEVNULL)
+                ledger.write_bytes(before)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,16 @@ class FilterConfig:
     controls: bool = setting(False, "Also write random rows, and random rows of the same lengths, to curate/controls/.")
     seed: int = setting(0, "Seed of controls.")
 
+    def __post_init__(self) -> None:
+        bounds = {unit: (getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")) for unit in ("tokens", "chars", "words")}
+        bounds |= {name: (lowest, self.max_score.get(name)) for name, lowest in self.min_score.items()}
+        for name, (lowest, highest) in bounds.items():
+            if lowest is not None and highest is not None and lowest > highest:
+                raise UserError(f"filter: no row has {lowest:g} {name} or more and {highest:g} or less; turn the two around")
+        for name in ("min_language_share", "max_duplicate_ngrams", "max_top_ngram"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}: expected a share between 0 and 1, found {getattr(self, name)}")
+
 
 TEXTS = ("pair", "prompt")
 

@@ -7,6 +7,7 @@ are taken; nothing is ever evaluated by Python. Where a value is missing a compa
 import ast
 import operator
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -80,7 +81,7 @@ class _Reader:
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             return -self.of_kind(node.operand, "number"), "number"
         if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-            return ARITHMETIC[type(node.op)](self.of_kind(node.left, "number"), self.of_kind(node.right, "number")), "number"
+            return self.calculated(node), "number"
         if isinstance(node, ast.Compare):
             return self.compare(node), "truth"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "len" and len(node.args) == 1:
@@ -94,10 +95,18 @@ class _Reader:
     def of_kind(self, node: ast.expr, wanted: Kind) -> pl.Expr:
         found, kind = self.read(node)
         if kind == "any" and wanted == "number":
-            return found.cast(pl.Float64, strict=False)
+            return found.cast(pl.Float64, strict=False).fill_nan(None)
         if kind not in (wanted, "any"):
             raise UserError(f"{self.place}: {ast.unparse(node)[:60]!r} is a {kind}, expected a {wanted}")
         return found
+
+    def calculated(self, node: ast.BinOp) -> pl.Expr:
+        """Return the value of a calculation, none where there is none: of a division by 0, or of what is no number."""
+        left, right = self.of_kind(node.left, "number"), self.of_kind(node.right, "number")
+        if isinstance(node.op, ast.Div):
+            right = pl.when(right != 0).then(right)
+        found: pl.Expr = ARITHMETIC[type(node.op)](left, right)
+        return found.fill_nan(None)
 
     def compare(self, node: ast.Compare) -> pl.Expr:
         left, together = node.left, None
@@ -117,10 +126,10 @@ class _Reader:
         if isinstance(relation, ast.In | ast.NotIn):
             inside = self.contained(left, right)
             return ~inside if isinstance(relation, ast.NotIn) else inside
-        kinds = {kind for kind in (self.read(left)[1], self.read(right)[1]) if kind != "any"}
-        if len(kinds) > 1:
-            raise UserError(f"{self.place}: {ast.unparse(left)} and {ast.unparse(right)} are a {' and a '.join(sorted(kinds))}")
-        wanted: Kind = next(iter(kinds), "text")
+        one, other = self.read(left)[1], self.read(right)[1]
+        if one != other and "any" not in (one, other):
+            raise UserError(f"{self.place}: {ast.unparse(left)[:60]} is a {one}, {ast.unparse(right)[:60]} a {other}")
+        wanted: Kind = "text" if one == other == "any" else other if one == "any" else one
         found: pl.Expr = COMPARISONS[type(relation)](self.of_kind(left, wanted), self.of_kind(right, wanted))
         return found
 
@@ -137,6 +146,8 @@ class _Reader:
         if isinstance(value, bool):
             return pl.lit(value), "truth"
         if isinstance(value, int | float):
+            if abs(value) > sys.float_info.max:
+                raise UserError(f"{self.place}: a number is too large")
             return pl.lit(float(value)), "number"
         if isinstance(value, str):
             return pl.lit(value), "text"

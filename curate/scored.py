@@ -1,6 +1,7 @@
 """Scores as columns of numbers beside the rows, and the order that they put rows in: what the deciding steps read of a million rows."""
 
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -11,6 +12,8 @@ from ..core.run import Run
 from .rows import row_name
 from .score import AS_SCORED, check_score_name, read_score, score_path
 from .scorers import count_words
+
+log = logging.getLogger(__name__)
 
 Order = npt.NDArray[np.int64]
 READ_OFF = {"num_tokens": "num_tokens", "logprob": "logprob", "num_chars": "response", "num_words": "response"}  # by the column of the rows
@@ -51,6 +54,8 @@ def sort_columns(run: Run, rows: pl.DataFrame, by: Sequence[str], seed: int = 0)
             values = pl.Series(random_numbers(rows, seed))
         else:
             values = score_values(run, rows, name.removeprefix("-"))
+            if values.null_count() == len(values):
+                log.warning("none of %s rows has a score %r, so it puts none before another", f"{len(rows):,}", values.name)
         columns.append((-values if name.startswith("-") else values).alias(str(place)))
     return pl.DataFrame(columns)
 

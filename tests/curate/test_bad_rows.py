@@ -35,6 +35,8 @@ COMMANDS = [  # what is asked, and the one line that is said
     ("filter {run} --where num_tokn<3", "unknown column 'num_tokn': did you mean 'num_tokens'?"),
     ("filter {run} --where num_tokens=3", "equality is written =="),
     ("filter {run} --max num_tokens=many", "--min/--max num_tokens=many: expected NAME=VALUE with a number"),
+    ("filter {run} --min-words 5 --max-words 3", "no row has 5 words or more and 3 or less"),
+    ("filter {run} --min num_chars=5 --max num_chars=3", "no row has 5 num_chars or more and 3 or less"),
     ("filter {run} --preset corect", "unknown preset 'corect': did you mean 'correct'?"),
     ("export {run} -o {run}", "is not empty and no export of sftkit; give a new folder"),
     ("mix {run} --repeat 2", "rows are repeated only into a new run; give -o RUN"),
@@ -51,6 +53,13 @@ def test_one_line_says_what_is_wrong(command: str, told: str, run: Path, cli: Cl
     assert len(lines) == 1
     assert told in lines[0]
     assert "Traceback" not in err
+
+
+def test_a_score_that_no_row_has_decides_nothing_and_that_is_said(run: Path, cli: Cli) -> None:
+    for command in (("best", run, "--by", "logprob"), ("dedup", run, "--no-semantic", "--by=-logprob")):
+        code, _, err = cli("curate", *command)
+        assert code == 0
+        assert "none of 6 rows has a score 'logprob', so it puts none before another" in err
 
 
 def test_more_than_there_is_keeps_all_and_says_so(run: Path, cli: Cli) -> None:

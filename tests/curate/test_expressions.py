@@ -36,6 +36,8 @@ TABLE = pl.DataFrame(
         ("meta.level == '3'", [True, False, None, False]),
         ("ifd > -1", [True, True, None, True]),
         ("1 > ifd", [True, True, None, False]),
+        ("num_tokens / 0 > 1", [None, None, None, None]),
+        ("num_tokens / (num_tokens - 10) > 1", [None, True, None, None]),
     ],
 )
 def test_what_a_condition_says(text: str, truth: list[bool | None]) -> None:
@@ -58,7 +60,9 @@ def test_a_condition_is_called_by_its_text_or_by_the_name_before_it() -> None:
         ("num_token < 3", "unknown column 'num_token': did you mean 'num_tokens'?"),
         ("ifd = 1", "equality is written =="),
         ("ifd", "is a number, which is neither true nor false"),
-        ("ifd < 'a'", "ifd and 'a' are a number and a text"),
+        ("ifd < 'a'", "ifd is a number, 'a' a text"),
+        ("'a' < ifd", "'a' is a text, ifd a number"),
+        ("ifd < 1e400", "a number is too large"),
         ("source and ifd < 1", "'source' is a text, expected a truth"),
         ("ifd is 1", "`is` stands before None alone"),
         ("ifd == None", "None stands only after `is`"),
