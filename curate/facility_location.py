@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .coverage import Pick
-from .similarity import MARGIN, Cosines, Indices, Vectors, exact_cosines
+from .similarity import MARGIN, Cosines, Indices, Vectors, copies, exact_cosines
 
 NEIGHBORS = 256  # about so many similarities are remembered of each row; more take memory and save time
 UNIT = 1_000_000_000  # exact cosines have 9 digits: as whole numbers of this unit their sums are exact in any order
@@ -39,8 +39,9 @@ def facility_location(
     share = 1.0 if quality is None else 1 - weight
     taken = np.zeros(num_rows, dtype=bool)
     known = np.full(num_rows, np.inf)  # the gain when it was last computed exactly
+    _, kind, _ = copies(vectors)
     for _ in range(num_rows):
-        contenders = _contenders(state, share, bonus, taken, block)
+        contenders = _best_of_copies(_contenders(state, share, bonus, taken, block), kind, bonus)
         rises: dict[int, tuple[Indices, Indices]] = {}
         while True:
             pick = int(contenders[np.argmax(known[contenders])])
@@ -52,6 +53,12 @@ def facility_location(
         state.take(pick, *rises[pick])
         taken[pick] = True
         yield pick, float(known[pick]), None if witness < 0 else witness
+
+
+def _best_of_copies(rows: Indices, kind: Indices, bonus: Cosines) -> Indices:
+    """Return the rows that are not copies of a better one of them, or of a lower one as good: copies add the same."""
+    rows = rows[np.lexsort((rows, -bonus[rows], kind[rows]))]
+    return np.sort(rows[np.unique(kind[rows], return_index=True)[1]])
 
 
 def _contenders(state: "Covering", share: float, bonus: Cosines, taken: npt.NDArray[np.bool_], block: int) -> Indices:
@@ -230,7 +237,7 @@ class Covering:
         return ROUNDING * (self._num_open + 1 + self._column_starts[rows + 1] - self._column_starts[rows])
 
     def _is_open(self, rows: Indices) -> npt.NDArray[np.bool_]:
-        return self.covered[rows] < (self._floor[rows] + MARGIN) * UNIT
+        return self.covered[rows] < np.minimum(self._floor[rows] + MARGIN, 1) * UNIT  # no cosine is above 1
 
     def _look_at_all(self, neighbors: int) -> tuple[Indices, npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Compute all similarities once, tile by tile: set the first bounds, return those above the floors, by row."""

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .coverage import Pick
-from .similarity import Cosines, Indices, Vectors
+from .similarity import Cosines, Indices, Vectors, copies
 
 T = TypeVar("T")
 Floors = npt.NDArray[np.float32]
@@ -116,8 +116,7 @@ class _Below:
 def _kinds(vectors: Vectors) -> tuple[Vectors, Indices, Indices]:
     """Return the different rounded vectors, which of them each row has, and how many rows have each."""
     steps = np.rint(vectors * np.float32(GRID)).astype(np.int16)
-    lines = steps.view(np.dtype((np.void, steps.itemsize * steps.shape[1]))).ravel()
-    _, first, kind, sizes = np.unique(lines, return_index=True, return_inverse=True, return_counts=True)
+    first, kind, sizes = copies(steps)
     return steps[first].astype(np.float32) / np.float32(GRID), kind, sizes
 
 

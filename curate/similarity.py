@@ -6,6 +6,7 @@ threshold or near a maximum is computed again by `exact_cosines`, and decisions 
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,13 @@ def exact_cosines(vectors: Vectors, left: Indices, right: Indices) -> Cosines:
         lengths = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
         cosines[start : start + BLOCK] = (a * b).sum(axis=1) / np.where(lengths == 0, 1, lengths)
     return np.round(cosines, 9)
+
+
+def copies(array: npt.NDArray[Any]) -> tuple[Indices, Indices, Indices]:
+    """Return the first row of every different one in a table, which of these each row is a copy of, and how often each is there."""
+    lines = np.ascontiguousarray(array).view(np.dtype((np.void, array.itemsize * array.shape[1]))).ravel()
+    _, first, kind, sizes = np.unique(lines, return_index=True, return_inverse=True, return_counts=True)
+    return first, kind, sizes
 
 
 def nearest(vectors: Vectors, rows: Sequence[int] | Indices, kept: Sequence[int] | Indices) -> tuple[Indices, Cosines]:
