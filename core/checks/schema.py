@@ -2,9 +2,11 @@
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from ..errors import UserError
+from ..patterns import Pattern, SlowPattern
 
 FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
@@ -29,14 +31,25 @@ def check_schema(answer: str, schema: dict[str, Any]) -> str | None:
     except (ValueError, RecursionError) as error:
         return f"not JSON: {_short(str(error))}"
     try:
-        first = jsonschema.exceptions.best_match(kind(schema, registry=Registry()).iter_errors(value))
+        limited = jsonschema.validators.extend(kind, {"pattern": _pattern})
+        first = jsonschema.exceptions.best_match(limited(schema, registry=Registry()).iter_errors(value))
     except Unresolvable as error:
         raise UserError(f"json schema: refers to {_short(str(error))}, which is not in it; put it under $defs") from None
     except RecursionError:
         return "$: nests too deeply to be checked, or the schema refers to itself without end"
+    except SlowPattern as error:
+        return f"$: cannot be checked against the pattern {error}"
     except OverflowError as error:
         return f"$: holds a number that cannot be checked: {_short(str(error))}"
     return None if first is None else f"{first.json_path}: {_short(first.message)}"
+
+
+def _pattern(validator: Any, wanted: str, value: Any, _schema: Any) -> Iterator[Any]:
+    """Hold a text against a pattern of the schema, as jsonschema does, but not without end."""
+    from jsonschema import ValidationError
+
+    if validator.is_type(value, "string") and not Pattern("json schema: pattern ", wanted).search(value):
+        yield ValidationError(f"{value!r} does not match {wanted!r}")
 
 
 def _no_constant(name: str) -> None:
