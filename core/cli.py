@@ -24,6 +24,11 @@ class Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List each with the whole first sentence of its help: click would cut it off at the end of the line."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.get_short_help_str(limit=1000)) for name, command in self.commands.items()])
+
 
 def config_option(config: type, name: str, *flags: str, show_default: bool = True, **extra: Any) -> Callable[[Any], Any]:
     """Make a click option from a field of a config dataclass: its help, default, choices and type stand there.

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 import pytest
+from click.testing import CliRunner
 from sftkit.core.cli import Commands, run_command_line
 from sftkit.core.errors import TooManyFailures, UserError, missing_package, unknown_name
 
@@ -122,3 +123,15 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_a_list_of_commands_cuts_no_sentence_off() -> None:
+    help = "Take rows of a file that stands anywhere, a folder of them or what comes from another command, into a run. More is said below."
+
+    @click.group(cls=Commands)
+    def room() -> None:
+        """Do things."""
+
+    room.command("import", help=help)(lambda: None)
+    told = " ".join(CliRunner().invoke(room, ["--help"]).output.split())
+    assert f"Commands: import {help.partition('. ')[0]}." in told
