@@ -164,6 +164,8 @@ def _sizes(rows: pl.DataFrame, tokens: pl.Series | None) -> dict[str, float]:
             f"mix: {tokens.null_count():,} of {len(rows):,} rows have no token count, which budget_tokens needs; give --budget ROWS, "
             "or mix runs that were scored by num_tokens:model=MODEL"
         )
+    if tokens is not None and (tokens < 0).any():
+        raise UserError(f"mix: {(tokens < 0).sum():,} of {len(rows):,} rows have a token count below 0, which budget_tokens cannot add")
     cost = pl.lit(1.0) if tokens is None else tokens
     table = rows.select("part").with_columns(cost.alias("cost")).group_by("part", maintain_order=True).agg(pl.col("cost").sum())
     return dict(table.iter_rows())

@@ -260,6 +260,8 @@ def _tokens(run: Run, rows: pl.DataFrame) -> list[float]:
             f"{run.path}: {tokens.null_count():,} of {len(rows):,} rows have no token count, which budget_tokens needs: "
             f"`sftkit curate score {run.path} --with num_tokens:model=MODEL` counts them"
         )
+    if (tokens < 0).any():
+        raise UserError(f"{run.path}: {(tokens < 0).sum():,} of {len(rows):,} rows have a token count below 0, which budget_tokens cannot add")
     return tokens.to_list()
 
 

@@ -350,3 +350,12 @@ def test_controls_of_a_selection_that_became_void_are_gone(toy_run: Callable[...
     assert {each.stem for each in folder.iterdir()} == {"random", "length_matched", "filter_random", "filter_length_matched"}
     filter_rows(run, FilterConfig(min_words=3, controls=True))
     assert {each.stem for each in folder.iterdir()} == {"filter_random", "filter_length_matched"}
+
+
+def test_token_counts_below_zero_are_no_budget(toy_run: Callable[..., Run]) -> None:
+    run = toy_run([{"id": str(row), "prompt": str(row), "response": "r", "num_tokens": tokens} for row, tokens in enumerate((5, -3, 5))])
+    with pytest.raises(UserError, match="1 of 3 rows have a token count below 0"):
+        select(run, SelectConfig(method="longest", budget_tokens=5))
+    with pytest.raises(UserError, match="1 of 3 rows have a token count below 0"):
+        run.close()
+        mix([str(run.path)], None, MixConfig(budget_tokens=5))
