@@ -167,7 +167,7 @@ def distillation(source: str | Path, path: Path, config: DistillConfig) -> Itera
     with closing(Teacher.find(config)) as teacher, Run.create(path) as run:
         if config.thinking and teacher.chat is None:
             raise UserError(f"thinking: a server renders for itself; turn thinking on where {config.teacher} is served")
-        began = _has_begun(run)
+        began = has_begun(run)
         if began:
             check_growth(run, examples, source, limited=config.limit is not None)
         _configure(run, source, teacher, began=began)
@@ -413,7 +413,7 @@ def wanted_sample(teacher: Teacher, prompt: Prompt, index: int, sampling: Sampli
     return Wanted(sample_key(sampling=sampling, **decisive), prompt, index, sampling, sample_seed(stream))
 
 
-def _has_begun(run: Run) -> bool:
+def has_begun(run: Run) -> bool:
     """Say whether a run holds anything that was made with its settings: a command that failed at its start binds nobody to them."""
     if set(run.ledger.stages()) - {"prompts"}:
         return True

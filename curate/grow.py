@@ -21,7 +21,7 @@ from ..core.run import Run
 from ..core.store import SampleStore
 from .config import DistillConfig, GrowConfig
 from .converse import ROUNDS, converse
-from .distill import Distillation, Teacher, Wanted, wanted_sample
+from .distill import Distillation, Teacher, Wanted, has_begun, wanted_sample
 from .growth import Ask, Text, fault, open_method, read_answer, read_passages
 from .prompts import Prompt
 from .rouge import RougePool
@@ -120,7 +120,7 @@ def grow(source: str | Path | None, out: Path, config: GrowConfig) -> GrowResult
     with closing(Teacher.find(_asking(config))) as teacher, Run.create(out) as run:
         method = open_method(config, teacher.chat)
         marks = {"teacher_identity": teacher.identity, "seeds_id": content_id([{"seeds": [[each.id, each.text] for each in seeds]}])}
-        run.configure("grow", {"seeds": None if source is None else str(source), **to_mapping(config), **marks}, free=FREE)
+        _configure(run, {"seeds": None if source is None else str(source), **to_mapping(config), **marks})
         growth = _Growth(config, RougePool(config.threshold), [], [], [], set())
         for each in seeds if config.method != "documents" else ():
             growth.pool.add(each.id, each.text)
@@ -139,10 +139,14 @@ def _converse(source: str | Path | None, out: Path, config: GrowConfig) -> GrowR
         raise UserError(f"{source}: holds no prompt of a user to go on from")
     with closing(Teacher.find(_asking(config))) as teacher, Run.create(out) as run:
         marks = {"teacher_identity": teacher.identity, "seeds_id": content_id([{"seeds": [each.id for each in seeds]}])}
-        run.configure("grow", {"seeds": str(source), **to_mapping(config), **marks}, free=FREE)
+        _configure(run, {"seeds": str(source), **to_mapping(config), **marks})
         with SampleStore(run.room("curate") / "samples.sqlite") as store:
             rows, decisions, tokens, failed = converse(Distillation(run, teacher, store, []), STAGE, seeds, config)
         return _finish(run, config, rows, decisions, config.rounds or ROUNDS, tokens, failed)
+
+
+def _configure(run: Run, settings: dict[str, Any]) -> None:
+    run.configure("grow", settings, free=FREE if has_begun(run) else ("*",))
 
 
 def _has_user(example: Example) -> bool:

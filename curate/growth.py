@@ -14,6 +14,7 @@ from .config import GrowConfig
 ASKS_A_ROUND = 32  # fixed, so that a larger count goes on where a smaller one ended
 SHOWN_SEEDS, SHOWN_NEW = 6, 2  # of the tasks in a request of Self-Instruct (Wang et al. 2022, arXiv 2212.10560)
 NUMBERED = re.compile(r"^\s*(?:#+\s*)?\d+\s*[.):]\s+", re.MULTILINE)
+BULLET = re.compile(r"^\s*[-*\u2022]\s+", re.MULTILINE)
 LABEL = re.compile(r"^\s*(?:#\s*)?(?:(?:new|rewritten|created|given)\s+)?(?:prompt|task|question|instruction)\s*#?\s*:\s*", re.IGNORECASE)
 TEXT_FILES = (".txt", ".md", ".markdown", ".rst")
 
@@ -150,12 +151,13 @@ def open_method(config: GrowConfig, chat: Chat | None) -> Method:
 
 
 def read_answer(config: GrowConfig, text: str) -> list[str]:
-    """Return the prompts in an answer: the items of its numbered list, or for evol and magpie all of it."""
+    """Return the prompts in an answer: the items of its list, numbered or else bulleted, or for evol and magpie all of it."""
     if config.method in ("evol", "magpie"):
         parts = [text]
     else:
-        starts = [match.span() for match in NUMBERED.finditer(text)]
-        parts = [text[end:following] for (_, end), following in zip(starts, [*(start for start, _ in starts[1:]), len(text)], strict=True)]
+        items = [match.span() for match in NUMBERED.finditer(text)] or [match.span() for match in BULLET.finditer(text)]
+        ends = [*(start for start, _ in items[1:]), len(text)]
+        parts = [text[begin:end] for (_, begin), end in zip(items, ends, strict=False)]  # of an answer without a list, none
     cleaned = [LABEL.sub("", part).strip().strip("\u201c\u201d").strip() for part in parts]
     cleaned = [each[1:-1].strip() if len(each) > 1 and each[0] == each[-1] == '"' else each for each in cleaned]
     return [each for each in cleaned if each]

@@ -164,6 +164,15 @@ def test_what_is_left_out_has_its_reason(tmp_path: Path, seeds: Path, monkeypatc
     assert "of the 10 that were wanted: no more new ones came" in result.summary()
 
 
+def test_an_answer_without_a_numbered_list_is_no_fault(tmp_path: Path, seeds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have another list, or none at all, of which nothing can be read."""
+    said = iter(["I cannot think of any.", "- Name the longest rivers of Asia.\n* Explain what a thread is.", *["No."] * 1000])
+    Teacher(monkeypatch, lambda prompt, seed: next(said))
+    result = grow(seeds, tmp_path / "run", config(count=10))
+    assert texts(tmp_path / "run") == ["Name the longest rivers of Asia.", "Explain what a thread is."]
+    assert result.rejected["nothing_to_read"] == result.asked - 1
+
+
 def test_evol_deepens_and_tries_again_what_was_not_kept(tmp_path: Path, seeds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(prompt: str, seed: int) -> str:
         parent = prompt.rpartition("Prompt:\n")[2]
