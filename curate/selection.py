@@ -261,7 +261,8 @@ def _tokens(run: Run, rows: pl.DataFrame) -> list[float]:
             f"`sftkit curate score {run.path} --with num_tokens:model=MODEL` counts them"
         )
     if (tokens < 0).any():
-        raise UserError(f"{run.path}: {(tokens < 0).sum():,} of {len(rows):,} rows have a token count below 0, which budget_tokens cannot add")
+        below = (tokens < 0).sum()
+        raise UserError(f"{run.path}: {below:,} of {len(rows):,} rows have a token count below 0, which budget_tokens cannot add")
     return tokens.to_list()
 
 

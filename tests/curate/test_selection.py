@@ -12,8 +12,9 @@ from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate import selection
 from sftkit.curate.controls import length_bucket, rank_correlation
-from sftkit.curate.decide_config import SELECTORS, FilterConfig, SelectConfig
+from sftkit.curate.decide_config import SELECTORS, FilterConfig, MixConfig, SelectConfig
 from sftkit.curate.filters import filter_rows
+from sftkit.curate.mix import mix
 from sftkit.curate.quotas import balanced_order, cluster, num_clusters, quota_order
 from sftkit.curate.rows import load_rows, row_ids
 from sftkit.curate.selection import row_lengths, select, share_of_rows
@@ -356,6 +357,6 @@ def test_token_counts_below_zero_are_no_budget(toy_run: Callable[..., Run]) -> N
     run = toy_run([{"id": str(row), "prompt": str(row), "response": "r", "num_tokens": tokens} for row, tokens in enumerate((5, -3, 5))])
     with pytest.raises(UserError, match="1 of 3 rows have a token count below 0"):
         select(run, SelectConfig(method="longest", budget_tokens=5))
+    run.close()
     with pytest.raises(UserError, match="1 of 3 rows have a token count below 0"):
-        run.close()
         mix([str(run.path)], None, MixConfig(budget_tokens=5))
