@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -215,10 +216,7 @@ def _messages(messages: list[Message], row: Mapping[str, str]) -> Row:
 def _openai(messages: list[Message], _row: Mapping[str, str]) -> Row:
     if not any(each["role"] == "assistant" for each in messages):
         raise CannotHold("no_answer")
-    for call in (call for each in messages for call in each.get("tool_calls") or []):
-        if not isinstance(call, dict) or not isinstance((call.get("function") or {}).get("arguments"), str):
-            raise CannotHold("tool_arguments_no_text")
-    return {"messages": messages}
+    return {"messages": _with_call_ids(messages)}
 
 
 def _prompt_completion(messages: list[Message], _row: Mapping[str, str]) -> Row:
@@ -278,6 +276,36 @@ def _with_call_turns(messages: Sequence[Message]) -> list[Message]:
         whole = alone and objects and calls_of(text) == calls
         turns.append({"role": "function_call", "content": text} if whole else each)
     return turns
+
+
+def _with_call_ids(messages: Sequence[Message]) -> list[Message]:
+    """Return messages as OpenAI asks for them: the arguments of a call as JSON text, an id for each call and with its answer."""
+    calls = [call for each in messages for call in each.get("tool_calls") or []]
+    if not all(isinstance(call, dict) and isinstance(call.get("function"), dict) for call in calls):
+        raise CannotHold("call_of_no_function")
+    given = {call.get("id") for call in calls}
+    unused = (name for number in count(1) if (name := f"call_{number}") not in given)
+    written: list[Message] = []
+    waiting: list[str] = []  # ids of calls without an answer so far
+    for each in messages:
+        if each.get("tool_calls"):
+            own = [_with_text({**call, "id": call.get("id") or next(unused), "type": "function"}) for call in each["tool_calls"]]
+            waiting = [call["id"] for call in own]
+            each = {**each, "tool_calls": own}
+        elif each["role"] == "tool":
+            answered = each.get("tool_call_id") or next(iter(waiting), None)
+            if answered not in waiting:
+                raise CannotHold("tool_without_call")
+            waiting.remove(answered)
+            each = {**each, "tool_call_id": answered}
+        written.append(each)
+    return written
+
+
+def _with_text(call: Row) -> Row:
+    arguments = call["function"].get("arguments", {})
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": text}}
 
 
 def _only_texts(messages: Sequence[Message]) -> None:

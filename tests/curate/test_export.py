@@ -52,6 +52,18 @@ def conversation(rng: random.Random) -> list[dict[str, Any]]:
     return messages
 
 
+def plain_calls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages with the arguments of calls as objects, and without ids."""
+    found = json.loads(json.dumps(messages))
+    for message in found:
+        message.pop("tool_call_id", None)
+        for call in message.get("tool_calls", ()):
+            call.pop("id", None)
+            if isinstance(call["function"]["arguments"], str):
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return found
+
+
 @pytest.fixture
 def run_of(tmp_path: Path) -> Callable[[list[Any]], Run]:
     def make(conversations: list[Any]) -> Run:
@@ -76,7 +88,13 @@ def test_what_is_written_comes_back_and_the_rest_is_refused_with_its_reason(form
     names = [example.id for example in read_examples(run.path)]
     gone = {each["id"] for each in refused}
     back = read_examples(out)
-    assert [each.messages for each in back] == [messages for name, messages in zip(names, given, strict=True) if name not in gone]
+    held = [messages for name, messages in zip(names, given, strict=True) if name not in gone]
+    if format == "openai":
+        assert not any(call.get("id") is None for each in back for message in each.messages for call in message.get("tool_calls", ()))
+        assert not any(message["role"] == "tool" and "tool_call_id" not in message for each in back for message in each.messages)
+        assert [plain_calls(each.messages) for each in back] == [plain_calls(messages) for messages in held]
+    else:
+        assert [each.messages for each in back] == held
     assert result.num_input == 300 == result.num_written + len(refused)
     assert sum(result.refused.values()) == len(refused)
     assert json.loads((out / "export.json").read_text())["refused"] == result.refused
@@ -130,6 +148,21 @@ CALLING = [
 ]
 
 
+def test_calls_get_what_openai_asks_for(tmp_path: Path) -> None:
+    given = {"id": "call_1", "type": "function", "function": {"name": "c", "arguments": "{}"}}
+    last = [{"role": "assistant", "content": "", "tool_calls": [given]}, {"role": "tool", "tool_call_id": "call_1", "content": "3"}]
+    messages = [*({"role": {"human": "user", "gpt": "assistant", "observation": "tool"}.get(each["from"], each["from"]), "content": each["value"]} for each in CALLING), *last]  # fmt: skip
+    messages.insert(5, {"role": "tool", "content": "second"})
+    (tmp_path / "given.jsonl").write_text(json.dumps({"messages": messages}))
+    run = Run.create(tmp_path / "run")
+    take_in(tmp_path / "given.jsonl", run, ImportConfig())
+    assert export(run, tmp_path / "out", ExportConfig(format="openai")).refused == {}
+    written = json.loads((tmp_path / "out" / "train.jsonl").read_text())["messages"]
+    calls = [(call["id"], call["function"]["arguments"]) for each in written for call in each.get("tool_calls", ())]
+    assert calls == [("call_2", '{"tz": "Asia/Taipei"}'), ("call_3", "{}"), ("call_4", '{"שם": [1, null]}'), ("call_1", "{}")]
+    assert [each["tool_call_id"] for each in written if each["role"] == "tool"] == ["call_2", "call_3", "call_4", "call_1"]
+
+
 @pytest.mark.parametrize("format", ["sharegpt", "llama-factory"])
 def test_a_call_of_sharegpt_is_a_call_and_goes_back_as_it_came(format: str, tmp_path: Path) -> None:
     """As an assistant's text it was neither a call to OpenAI and the chat templates nor, written again, to LLaMA-Factory."""
@@ -157,10 +190,11 @@ def test_a_call_of_sharegpt_is_a_call_and_goes_back_as_it_came(format: str, tmp_
 
 REFUSALS = [
     ("openai", [{"role": "user", "content": "q"}], "no_answer"),
+    ("openai", [{"role": "assistant", "content": "", "tool_calls": [{"type": "retrieval"}]}], "call_of_no_function"),
     (
         "openai",
-        [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}],
-        "tool_arguments_no_text",
+        [{"role": "user", "content": "q"}, {"role": "tool", "content": "t"}, {"role": "assistant", "content": "a"}],
+        "tool_without_call",
     ),
     ("prompt-completion", [{"role": "assistant", "content": "a"}], "no_prompt"),
     ("prompt-completion", [{"role": "user", "content": "q"}], "no_answer"),
