@@ -70,13 +70,32 @@ def hash_words(texts: Iterable[str]) -> Runs:
     parts, sizes = [np.empty(0, dtype=np.uint64)], [np.zeros(1, dtype=np.int64)]
     rest = iter(texts)
     while found := list(islice(rest, TEXTS_AT_A_TIME)):
-        apart, lengths_of_texts = _apart(found)
-        is_letter = np.frombuffer(apart, dtype=np.uint8) != 0
-        edges = np.flatnonzero(is_letter[1:] != is_letter[:-1]) + 1
-        begins, ends = edges[::2], edges[1::2]
-        parts.append(mixed(_sums(apart, begins, ends - begins)))
-        sizes.append(np.diff(np.searchsorted(begins, np.cumsum(lengths_of_texts) + 1), prepend=0))
+        letters, begins, lengths, counts = _cut(found)
+        parts.append(mixed(_sums(letters, begins, lengths)))
+        sizes.append(counts)
     return Runs(np.concatenate(parts), np.cumsum(np.concatenate(sizes)))
+
+
+def first_letters(texts: list[str]) -> Runs:
+    """Return the first EIGHT letters of the words of each text as numbers: words of which these differ are different."""
+    letters, begins, lengths, counts = _cut(texts)
+    values = _eights(letters)[begins] & FIRST_LETTERS[np.minimum(lengths, EIGHT)]
+    return Runs(values, np.concatenate([[0], np.cumsum(counts)]))
+
+
+def _cut(texts: list[str]) -> tuple[bytes, Offsets, Offsets, Offsets]:
+    """Return the letters of texts, where words begin in them, the lengths of these, and how many words each text has."""
+    letters, lengths_of_texts = _apart(texts)
+    is_letter = np.frombuffer(letters, dtype=np.uint8) != 0
+    edges = np.flatnonzero(is_letter[1:] != is_letter[:-1]) + 1
+    begins, ends = edges[::2], edges[1::2]
+    counts = np.diff(np.searchsorted(begins, np.cumsum(lengths_of_texts) + 1), prepend=0)
+    return letters, begins, ends - begins, counts
+
+
+def _eights(letters: bytes) -> Hashes:
+    """Return the eight letters that begin at each place, as one number."""
+    return np.ndarray((len(letters) - EIGHT + 1,), dtype="<u8", buffer=letters, strides=(1,))
 
 
 def _apart(texts: list[str]) -> tuple[bytes, list[int]]:
@@ -95,7 +114,7 @@ def _sums(letters: bytes, begins: Offsets, lengths: Offsets) -> Hashes:
     """Return for each word the sum of its bytes, each times the number of its place; eight of them are read at once."""
     longest = int(lengths.max(initial=0))
     factors = mixed(np.arange(1, longest + EIGHT, dtype=np.uint64)) | np.uint64(1)
-    eights = np.ndarray((len(letters) - EIGHT + 1,), dtype="<u8", buffer=letters, strides=(1,))  # those that begin at each byte
+    eights = _eights(letters)
     sums = np.zeros(len(begins), dtype=np.uint64)
     left: Offsets | slice = slice(None)  # words that have more letters
     for first in range(0, longest, EIGHT):

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from ..core.ngrams import Hashes, Offsets, Runs, hash_words, mixed, rolling
+from ..core.ngrams import Hashes, Offsets, Runs, first_letters, hash_words, mixed, rolling
 
 TEXTS_AT_A_TIME = 1000
 ROOM = 8  # places for each thing, so that few of them meet
@@ -28,21 +28,20 @@ def may_repeat(texts: pl.Series, max_duplicate: float, max_top: float) -> pl.Ser
     plain = (texts.str.len_bytes() == texts.str.len_chars()).arg_true().to_numpy()
     for start in range(0, len(plain), TEXTS_AT_A_TIME):
         places = plain[start : start + TEXTS_AT_A_TIME]
-        hashed = hash_words(texts.gather(places).to_list())
-        few = np.flatnonzero(_few_words(hashed, max_duplicate, max_top))
+        few = places[_few_words(first_letters(texts.gather(places).to_list()), max_duplicate, max_top)]
         suspect[places] = False
         if len(few):
-            suspect[places[few]] = _few_runs(_only(hashed, few), max_duplicate, max_top)
+            suspect[few] = _few_runs(hash_words(texts.gather(few)), max_duplicate, max_top)
     return pl.Series(texts.name, suspect)
 
 
-def _few_words(hashed: Runs, max_duplicate: float, max_top: float) -> Flags:
+def _few_words(words: Runs, max_duplicate: float, max_top: float) -> Flags:
     """Say where the different words are too few to clear a text.
 
     A word that stands at place 10 or later for the first time ends a window of 10 that did not stand before; and what an n-gram
     of 4 words at most does not cover has all the other words.
     """
-    total, distinct = hashed.sizes, _num_distinct(hashed.values, hashed.owners, len(hashed))
+    total, distinct = words.sizes, _num_distinct(words.values, words.owners, len(words))
     return (distinct < WINDOW - 1 + (1 - max_duplicate) * (total - WINDOW + 1)) | (distinct < TOPS[-1] + (1 - max_top) * total)
 
 
@@ -70,10 +69,3 @@ def _num_distinct(values: Hashes, owners: Offsets, count: int) -> Offsets:
     last = np.empty(1 << bits, dtype=np.int32)
     last[slots] = own
     return np.bincount(owners[last[slots] == own], minlength=count)
-
-
-def _only(hashed: Runs, texts: Offsets) -> Runs:
-    """Return the hashes of some texts, given in rising order."""
-    wanted = np.zeros(len(hashed), dtype=bool)
-    wanted[texts] = True
-    return Runs(hashed.values[np.repeat(wanted, hashed.sizes)], np.concatenate([[0], np.cumsum(hashed.sizes[texts])]))
