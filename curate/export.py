@@ -114,7 +114,9 @@ def push(folder: Path, repository: str) -> str:
         if others and "export.json" not in others:
             some = ", ".join(others[:3])
             raise UserError(f"{repository}: holds other files ({some}) and is no export of sftkit; {kept}: give a new name")
-        message = "Export of sftkit"
+        message, mark = "Export of sftkit", "export.json"
+        if not others:  # cut off from here on, it is still an export: the rest may come in several commits
+            api.upload_file(repo_id=repository, repo_type=kind, path_or_fileobj=folder / mark, path_in_repo=mark, commit_message=message)
         api.upload_folder(repo_id=repository, repo_type=kind, folder_path=folder, delete_patterns=[*FILES], commit_message=message)
     except UserError:
         raise
