@@ -278,7 +278,7 @@ def sample(logits: torch.Tensor, top_p: torch.Tensor, numbers: torch.Tensor) -> 
 
 
 def open(model: str, config: EngineConfig, *, revision: str | None = None) -> TransformersEngine:
-    """Load a model for this engine. Raises UserError for a model or device that is not there."""
+    """Load a model for this engine. Raises UserError for a model or device that is not there, or a model that the card cannot hold."""
     ref = resolve_model(model, revision=revision)
     chat = load_chat(ref)
     device = pick_device(config.device)
@@ -288,5 +288,19 @@ def open(model: str, config: EngineConfig, *, revision: str | None = None) -> Tr
         loaded = load_model(ref, dtype=config.dtype)
         if config.dtype == "auto" and loaded.dtype != torch.float32:
             loaded = loaded.to(half_precision(device) or torch.float32)
+        check_room(loaded, device, ref.name)
         loaded = loaded.to(device)
     return TransformersEngine(loaded, chat, identity=model_identity(ref), batch_tokens=config.batch_tokens)
+
+
+def check_room(model: Any, device: str, name: str) -> None:
+    """Raise UserError for a model whose weights are more than what is free on a GPU, with what is missing."""
+    if not device.startswith("cuda"):
+        return
+    free, total = (each / 2**30 for each in torch.cuda.mem_get_info(device))
+    weights = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers())) / 2**30
+    if weights > free:
+        raise UserError(
+            f"{name}: its weights take {weights:.1f} GiB, and {free:.1f} of the card's {total:.1f} GiB are free; {weights - free:.1f} GiB"
+            f" are missing. Free the card, take a model of up to {free:.1f} GiB, a quantised one, or device cpu"
+        )

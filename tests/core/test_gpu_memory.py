@@ -5,12 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from sftkit.core import hardware
 from sftkit.core.engines import vllm_engine
 from sftkit.core.engines.base import EngineConfig
+from sftkit.core.engines.transformers_engine import check_room
 from sftkit.core.engines.vllm_engine import fit_memory
 from sftkit.core.errors import UserError
-from sftkit.core.models import ModelRef, resolve_model
+from sftkit.core.models import ModelRef, load_model, resolve_model
 
 
 @pytest.fixture
@@ -67,3 +69,13 @@ def test_without_a_card_nothing_is_known(model: ModelRef, monkeypatch: pytest.Mo
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
     assert hardware.gpu_memory("0") is None
     assert fit_memory(model, EngineConfig()) == EngineConfig()
+
+
+def test_transformers_refuses_weights_that_the_card_cannot_hold(model: ModelRef, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model(model, dtype="float32")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**31))
+    check_room(loaded, "cuda", "tiny")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**10, 2**31))
+    check_room(loaded, "cpu", "tiny")
+    with pytest.raises(UserError, match=r"tiny: its weights take .* of the card's 2.0 GiB are free; .* are missing. Free the card, take"):
+        check_room(loaded, "cuda:0", "tiny")
