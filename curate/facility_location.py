@@ -1,17 +1,19 @@
 """Facility location and QDIT: rank rows so that the picks stand for all rows, by exact greedy in bounded memory."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .coverage import Pick
-from .similarity import MARGIN, Cosines, Indices, Vectors, copies, exact_cosines
+from .similarity import MARGIN, Cosines, Indices, Vectors, copies, exact_cosines, in_blocks
 
 NEIGHBORS = 256  # about so many similarities are remembered of each row; more take memory and save time
 UNIT = 1_000_000_000  # exact cosines have 9 digits: as whole numbers of this unit their sums are exact in any order
 ROUNDING = 1e-6  # of a float32 cosine, at most
 CELLS = 4_000_000  # similarities held at a time: 16 MB
+HEIGHT, WIDTH = 512, 1024  # rows that a thread compares at once with so many others: 2 MB
 NEVER = 4.0  # above any cosine: a row covered so well gains nothing
 
 
@@ -137,13 +139,17 @@ class Covering:
     def compute(self, rows: Indices) -> None:
         """Make the bound of these rows what they add now, in float32."""
         total = self._closed_gain[rows].copy()
-        width = max(CELLS // len(rows), 1)
+        width = max(HEIGHT * WIDTH // len(rows), 1)
         own = self._vectors[rows]
-        for start in range(0, len(self._open_rows), width):
+
+        def add(start: int) -> npt.NDArray[np.float32]:
             cosines = own @ self._open_vectors[start : start + width].T
             cosines -= self._open_covered[start : start + width]
             np.maximum(cosines, 0, out=cosines)
-            total += cosines.sum(axis=1)
+            return np.asarray(cosines.sum(axis=1))
+
+        for part in in_blocks(add, len(self._open_rows), width):
+            total += part
         self.bound[rows] = total
         self.exact[rows] = True
         self.error[rows] = self._least_error(rows)
@@ -203,14 +209,21 @@ class Covering:
         if pick == self._guess and not self.covered.any():
             self.bound = self._after_guess
             return
+        if not len(rows):
+            return
         old, new = ((values / UNIT).astype(np.float32)[:, None] for values in (self.covered[rows], cosines))
-        height = max(CELLS // len(self._floor), 1)
-        for start in range(0, len(rows), height):
-            part = slice(start, start + height)
-            tile = self._vectors[rows[part]] @ self._vectors.T
-            np.clip(tile, old[part], new[part], out=tile)
-            tile -= old[part]
-            self.bound -= tile.sum(axis=0)
+
+        def subtract(left: int) -> None:
+            for start in range(0, len(rows), HEIGHT):
+                part = slice(start, start + HEIGHT)
+                tile = self._vectors[rows[part]] @ self._vectors[left : left + WIDTH].T
+                np.maximum(tile, old[part], out=tile)
+                np.minimum(tile, new[part], out=tile)
+                tile -= old[part]
+                self.bound[left : left + WIDTH] -= tile.sum(axis=0)
+
+        for _ in in_blocks(subtract, len(self._floor), WIDTH):
+            pass
         self.error += ROUNDING * len(rows)
 
     def _cover(self, rows: Indices, cosines: Indices) -> None:
@@ -243,11 +256,10 @@ class Covering:
         """Compute all similarities once, tile by tile: set the first bounds, return those above the floors, by row."""
         num_rows = len(self._vectors)
         height = max(CELLS // num_rows, 1)
-        counts = np.empty(num_rows, dtype=np.int64)
-        columns, cosines = [], []
         guess = np.full(num_rows, self._guess)
         covered = np.maximum(exact_cosines(self._vectors, np.arange(num_rows), guess), 0).astype(np.float32)[:, None]
-        for start in range(0, num_rows, height):
+
+        def look(start: int) -> tuple[Any, ...]:
             tile = self._vectors[start : start + height] @ self._vectors.T
             floor = self._floor[start : start + height]
             above = tile >= floor[:, None]
@@ -256,17 +268,22 @@ class Covering:
                 floor[row] = np.partition(tile[row], num_rows - neighbors)[num_rows - neighbors] + MARGIN
                 above[row] = tile[row] >= floor[row]
                 count[row] = above[row].sum()
-            counts[start : start + height] = count
             places = np.flatnonzero(above)  # several times as fast as in two dimensions
-            columns.append((places % num_rows).astype(np.int32))
-            cosines.append(tile.ravel()[places])
+            near = tile.ravel()[places]
             np.maximum(tile, 0, out=tile)
-            self.bound += tile.sum(axis=0)
-            if self._guess >= 0:
-                tile -= covered[start : start + height]
-                np.maximum(tile, 0, out=tile)
-                self._after_guess += tile.sum(axis=0)
-        return np.concatenate([[0], np.cumsum(counts)]), np.concatenate(columns), np.concatenate(cosines)
+            added = tile.sum(axis=0)
+            tile -= covered[start : start + height]
+            np.maximum(tile, 0, out=tile)
+            return count, (places % num_rows).astype(np.int32), near, added, tile.sum(axis=0)
+
+        counts, columns, cosines = [], [], []
+        for count, column, near, added, after in in_blocks(look, num_rows, height):
+            counts.append(count)
+            columns.append(column)
+            cosines.append(near)
+            self.bound += added
+            self._after_guess += after
+        return np.concatenate([[0], np.cumsum(np.concatenate(counts))]), np.concatenate(columns), np.concatenate(cosines)
 
 
 def _likely_first(vectors: Vectors) -> int:
@@ -287,10 +304,14 @@ def _floors(vectors: Vectors, neighbors: int) -> npt.NDArray[np.float32]:
     sample = vectors[np.random.default_rng(0).choice(num_rows, size, replace=False)]
     place = max(size - 1 - neighbors * size // num_rows, 0)
     floors = np.empty(num_rows, dtype=np.float32)
-    height = max(CELLS // size, 1)
-    for start in range(0, num_rows, height):
-        cosines = vectors[start : start + height] @ sample.T
-        floors[start : start + height] = np.partition(cosines, place, axis=1)[:, place]
+
+    def judge(start: int) -> None:
+        cosines = vectors[start : start + HEIGHT] @ sample.T
+        cosines.partition(place, axis=1)
+        floors[start : start + HEIGHT] = cosines[:, place]
+
+    for _ in in_blocks(judge, num_rows, HEIGHT):
+        pass
     return np.maximum(floors, 0) + np.float32(MARGIN)
 
 

@@ -1,17 +1,14 @@
 """Facility location nearly as good as exact greedy, for much less work: near rows count exactly, far ones by a sample."""
 
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .coverage import Pick
-from .similarity import Cosines, Indices, Vectors, copies
+from .similarity import Cosines, Indices, Vectors, copies, in_blocks
 
-T = TypeVar("T")
 Floors = npt.NDArray[np.float32]
 Table = npt.NDArray[np.int16]
 
@@ -22,7 +19,6 @@ GRID = 2048  # vectors are rounded to multiples of 1 / GRID: float32 sums of the
 LOW = 1 << 14  # cosines up to the floors are multiples of 1 / LOW, in two bytes
 HEIGHT, WIDTH = 256, 8192  # rows that a thread compares at once with so many others: 8 MB of cosines
 LINES = 64  # of the sample that are brought up to date at once
-THREADS = 16  # at most
 
 
 def fast_location(
@@ -134,7 +130,8 @@ def _floors(rounded: Vectors, drawn: Indices, neighbors: int, sample: int) -> tu
         tile.partition(place, axis=1)
         floors[top : top + HEIGHT] = tile[:, place] if len(rounded) > neighbors else 0
 
-    _in_blocks(judge, len(rounded))
+    for _ in in_blocks(judge, len(rounded), HEIGHT):
+        pass
     np.minimum(low, floors[drawn[: len(low)], None].astype(np.int16), out=low)
     return floors / np.float32(LOW), low
 
@@ -162,16 +159,8 @@ def _near(rounded: Vectors, floors: Floors) -> tuple[Indices, npt.NDArray[np.int
         rows, columns, cosines = zip(*parts, strict=True)
         return np.concatenate(rows), np.concatenate(columns), np.concatenate(cosines)
 
-    rows, columns, cosines = zip(*_in_blocks(look, num_rows), strict=True)
+    rows, columns, cosines = zip(*in_blocks(look, num_rows, HEIGHT), strict=True)
     own, lengths = np.arange(num_rows, dtype=np.int32), np.einsum("ij,ij->i", rounded, rounded)
     pairs = np.concatenate([*rows, *columns, own]), np.concatenate([*columns, *rows, own])
     table: Any = coo_array((np.concatenate([*cosines, *cosines, lengths]), pairs), shape=(num_rows, num_rows)).tocsr()
     return table.indptr.astype(np.int64), table.indices, table.data
-
-
-def _in_blocks(work: Callable[[int], T], num_rows: int) -> list[T]:
-    """Call `work` with the first row of every block of HEIGHT, a block on each core."""
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(min(os.cpu_count() or 1, THREADS)) as pool:
-        return list(pool.map(work, range(0, num_rows, HEIGHT)))

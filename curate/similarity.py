@@ -4,21 +4,26 @@ Matrix products are in float32, whose rounding depends on the shape of a block. 
 threshold or near a maximum is computed again by `exact_cosines`, and decisions come out the same for any block size.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import UserError
 
+T = TypeVar("T")
 Vectors = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 Cosines = npt.NDArray[np.float64]
 
 MARGIN = 1e-5  # far above the rounding of a float32 product of unit vectors, up to some thousand dimensions
 BLOCK = 1024
+THREADS = 16  # at most, each with a tile of its own
 TILE = 8192  # 1024 × 8192 cosines of four bytes are 32 MiB
 
 
@@ -50,6 +55,26 @@ def copies(array: npt.NDArray[Any]) -> tuple[Indices, Indices, Indices]:
     lines = np.ascontiguousarray(array).view(np.dtype((np.void, array.itemsize * array.shape[1]))).ravel()
     _, first, kind, sizes = np.unique(lines, return_index=True, return_inverse=True, return_counts=True)
     return first, kind, sizes
+
+
+def in_blocks(work: Callable[[int], T], num_rows: int, height: int) -> Iterator[T]:
+    """Yield what `work` returns for the first row of every block of `height`, in order; a block on each core.
+
+    So what is done with a product runs on all cores, too, and no core waits for another, as those of a shared product do.
+    """
+    with _linear_algebra().limit(limits=1, user_api="blas"):
+        if num_rows <= height:
+            yield from map(work, range(0, num_rows, height))
+            return
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, THREADS)) as pool:
+            yield from pool.map(work, range(0, num_rows, height))
+
+
+@cache
+def _linear_algebra() -> Any:
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 def nearest(vectors: Vectors, rows: Sequence[int] | Indices, kept: Sequence[int] | Indices) -> tuple[Indices, Cosines]:

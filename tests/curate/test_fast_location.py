@@ -84,8 +84,9 @@ def test_with_few_rows_it_is_exact_greedy_of_the_rounded_vectors(seed: int) -> N
 def test_blocks_and_threads_change_nothing(height: int, width: int, lines: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = clustered(np.random.default_rng(3), 700)
     expected = list(fast_location(vectors, neighbors=16, sample=64))
-    for name, value in (("HEIGHT", height), ("WIDTH", width), ("LINES", lines), ("THREADS", threads)):
+    for name, value in (("HEIGHT", height), ("WIDTH", width), ("LINES", lines)):
         monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr("sftkit.curate.similarity.THREADS", threads)
     assert list(fast_location(vectors, neighbors=16, sample=64)) == expected
 
 
