@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import bdtr, ndtr, ndtri, stdtrit
+from scipy.special import bdtr, bdtrik, ndtr, ndtri, stdtrit
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -76,19 +76,36 @@ def paired_difference(only_first: int, only_second: int, n: int, *, level: float
 
 
 def minimum_detectable_difference(n: int, discordant: float, *, level: float = LEVEL, power: float = 0.8) -> float | None:
-    """Return the smallest difference of two paired proportions that McNemar's test finds with this power in n pairs.
+    """Return the smallest difference of two paired proportions that the exact McNemar test finds with this power in n pairs.
 
-    `discordant` is the share of pairs in which only one of the two succeeds; `power` is at least one half. None where even
-    the largest difference that this share allows would be missed. Connor 1987, "Sample size for testing differences in
-    proportions for the paired-sample design", Biometrics 43, solved for d: sqrt(n) d = z_a sqrt(s) + z_b sqrt(s - d²).
+    `discordant` is the share of pairs in which only one of the two succeeds. None where even the largest difference that this share
+    allows would be missed. The power is the test's own, summed over how many pairs come out unequal: the usual formula (Connor 1987,
+    "Sample size for testing differences in proportions for the paired-sample design", Biometrics 43) promises more than the exact test has.
     """
-    if n <= 0 or not 0 <= discordant <= 1 or not 0.5 <= power < 1:
-        raise ValueError(f"expected n > 0, a share of discordant pairs, a power from 0.5; found {n}, {discordant}, {power}")
-    alpha, beta = float(ndtri(0.5 + level / 2)), float(ndtri(power))
-    if n + beta**2 < alpha**2:
+    if n <= 0 or not 0 <= discordant <= 1 or not 0 < power < 1:
+        raise ValueError(f"expected n > 0, a share of discordant pairs, a power below 1; found {n}, {discordant}, {power}")
+    if discordant == 0:
         return None
-    difference = math.sqrt(discordant) * (alpha * math.sqrt(n) + beta * math.sqrt(n + beta**2 - alpha**2)) / (n + beta**2)
-    return difference if 0 < difference <= discordant else None
+    middle, width = n * discordant, 8 * math.sqrt(n * discordant * (1 - discordant)) + 1
+    unequal = np.arange(max(0, math.floor(middle - width)), min(n, math.ceil(middle + width)) + 1)
+    chance = bdtr(unequal, n, discordant) - np.where(unequal > 0, bdtr(np.maximum(unequal - 1, 0), n, discordant), 0.0)
+    # the most successes of the one that has fewer at which the test still finds a difference
+    critical = np.floor(np.nan_to_num(bdtrik((1 - level) / 2, unequal, 0.5), nan=0.0))
+    critical -= bdtr(critical, unequal, 0.5) > (1 - level) / 2
+    found = critical >= 0
+
+    def power_at(difference: float) -> float:
+        better = (discordant + difference) / (2 * discordant)
+        tails = [bdtr(critical[found], unequal[found], each) for each in (better, 1 - better)]
+        return float(chance[found] @ (tails[0] + tails[1]))
+
+    if power_at(discordant) < power:
+        return None
+    low, high = 0.0, discordant
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if power_at(middle) >= power else (middle, high)
+    return high
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

@@ -43,7 +43,7 @@ class Asked:
         """Write the way for people."""
         if not self.chat or self.model.chat is None or self.own_template:
             return "chat" if self.chat else "completion"
-        return f"chat ({self.model.chat.template_source})"
+        return f"in chats by {self.model.chat.template_source}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,8 @@ def ways(models: Sequence[NamedModel], tasks: Sequence[Task], config: TasksConfi
         else:
             found.append(Asked(model.name, model, config.ask != "completion"))
         if not own and config.ask != "completion":
-            both = ": it is asked in two ways, and others are compared with both" if config.ask != "chat" else ""
-            log.info("%s has no chat template of its own%s; its chats go by %s, as in training", model.name, both, chat.told[6:-1])
+            also = " and given texts to go on from; others are compared with both" if config.ask != "chat" else ""
+            log.info("%s has no chat template of its own: it is asked %s, as training would%s", model.name, chat.told, also)
     return found
 
 

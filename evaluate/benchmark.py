@@ -121,12 +121,13 @@ def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | 
                 for place, task in enumerate(tasks):
                     if task.judged:
                         tasks[place], answers[task.name] = grade_answers(task, answers[task.name], judging)
+        tests = sum(len(compared(ways_of(each, asked))) for each in tasks) + len(handed) * len(compared(theirs))
         results, tables = [], [pl.DataFrame(schema=SCORES)]
         for task in tasks:
-            result, scores = _result(task, ways_of(task, asked), answers[task.name], new[task.name], held.get(task.name), config)
+            result, scores = _result(task, ways_of(task, asked), answers[task.name], new[task.name], held.get(task.name), config, tests)
             results.append(result)
             tables.append(scores)
-        results += [hand_over(name, theirs, folder, config) for name in handed]
+        results += [hand_over(name, theirs, folder, config, tests) for name in handed]
         outcome = TasksResult(folder=folder if out else None, tasks=adjust(results))
         with write_atomically(folder / "task_answers.parquet") as temporary:
             tables_of_answers = [_answer_table(task, answers[task.name]) for task in tasks]
@@ -159,6 +160,7 @@ def _result(
     new: Mapping[str, int],
     held: Mapping[str, str] | None,  # items that stand in the training data; None where there is none to look at
     config: TasksConfig,
+    tests: int,
 ) -> tuple[TaskResult, pl.DataFrame]:
     errors = {name: [next((one.error for one in each if one.error), None) for each in several] for name, several in answers.items()}
     unasked = _unasked(asked, errors)
@@ -186,7 +188,7 @@ def _result(
         unasked=unasked,
         metrics=metrics,
         health={way.name: None if task.likelihood else _health(items, [answers[way.name][place] for place in used]) for way in asked},
-        comparisons=compare_marks(task.name, task.metrics[0], marks, compared(asked), groups, drawn),
+        comparisons=compare_marks(task.name, task.metrics[0], marks, compared(asked), groups, drawn, tests=tests),
         generated=dict(new),
         contaminated=None if held is None else sum(item.id in held for item in items),
     )

@@ -151,7 +151,7 @@ def _told_difference(each: StopDifference, n: int) -> str:
     line = f"{each.model} − {each.baseline}: stop rate {points.replace('-', '−')}, p {each.p_adjusted:.2g}"
     if each.p_adjusted > 0.05:
         size = "any difference would" if each.detectable is None else f"a difference below {100 * each.detectable:.0f} points would"
-        line += f": none shown, and with {n:,} questions {size} mostly go unseen"
+        line += f": none shown, and with {n:,} question{'s' * (n != 1)} {size} mostly go unseen"
     return line
 
 
@@ -374,7 +374,7 @@ def _differences(stopped: Mapping[str, Sequence[bool]]) -> list[StopDifference]:
             p_value=p_value,
             p_adjusted=adjusted,
             # the share of unequal pairs is not known exactly either: one of each kind more than were seen
-            detectable=minimum_detectable_difference(n, (only_first + only_second + 2) / (n + 2)),
+            detectable=minimum_detectable_difference(n, (only_first + only_second + 2) / (n + 2), level=1 - 0.05 / len(others)),
         )
         for (name, _), (only_first, only_second), p_value, adjusted in zip(others, discordant, p_values, holm(p_values), strict=True)
     ]

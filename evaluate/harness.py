@@ -44,9 +44,10 @@ print(asked["mark"] + json.dumps(rows))
 """
 
 
-def hand_over(name: str, asked: Sequence[Asked], folder: Path, config: TasksConfig) -> TaskResult:
+def hand_over(name: str, asked: Sequence[Asked], folder: Path, config: TasksConfig, tests: int) -> TaskResult:
     """Run the task NAME of lm-eval on every model; return what came out. Results are kept by model, task and version in `folder`.
 
+    `tests` are the comparisons of all tasks.
     Raises UserError for a server, and with lm-eval's own last words where it fails.
     """
     rows: dict[str, list[list[Any]]] = {}
@@ -73,7 +74,7 @@ def hand_over(name: str, asked: Sequence[Asked], folder: Path, config: TasksConf
         unasked={},
         metrics={label: [measure(each, metric, groups, drawn) for metric in metrics] for label, each in ordered.items()},
         health=dict.fromkeys(ordered),
-        comparisons=compare_marks(PREFIX + name, metrics[0], ordered, compared(asked), groups, drawn),
+        comparisons=compare_marks(PREFIX + name, metrics[0], ordered, compared(asked), groups, drawn, tests=tests),
         generated=new,
         contaminated=None,
     )

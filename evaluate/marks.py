@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.special import ndtri
 
 from ..core.statistics import (
     Estimate,
@@ -25,8 +26,10 @@ from .health import Health
 from .results import aligned, told
 from .tasks.base import Mark
 
-ALPHA = 0.05
-DETECTABLE = 2.80 / 1.96  # half of a 95 % interval to the difference that is found four times in five
+ALPHA = 0.05  # chance that anything at all is called significant where nothing is
+POWER = 0.8
+
+WAYS = {"chat": "asked in chats", "completion": "given texts to go on from", "choices": "by the probability of the choices"}
 
 Marks = Sequence[Mapping[str, Mark]]  # of one item's answers, by metric
 
@@ -59,7 +62,7 @@ class Comparison:
     interval: Interval | None
     p_value: float  # exact McNemar for right and wrong, sign flips for scores
     p_adjusted: float  # Holm, over tasks and models
-    detectable: float | None  # the difference that so many questions find four times in five; None: they are too few for any
+    detectable: float | None  # what so many questions find four times in five, all tests counted; None: they are too few for any
 
     def told(self) -> str:
         """Write it for people."""
@@ -79,7 +82,7 @@ class TaskResult:
     name: str
     n: int
     left_out: dict[str, int]
-    asked: dict[str, str]  # how, by row: chat, completion, chat (by a template that is not the model's own), choices
+    asked: dict[str, str]  # how, by row: chat, completion, choices, or by which template that is not the model's own
     unasked: dict[str, str]  # rows that are missing, for not one question was answered, and why
     metrics: dict[str, list[Metric]]
     health: dict[str, Health | None]  # None where nothing was written
@@ -93,14 +96,16 @@ class TaskResult:
         if self.left_out:
             lines.append(f"left out for all models: {told(self.left_out)}")
         lines += [f"{name} answered no question and is left out: {reasons}" for name, reasons in self.unasked.items()]
+        ways = {way: [name for name in self.asked if self.asked[name] == way] for way in self.asked.values()}
+        lines.append("; ".join(f"{WAYS.get(way, f'asked {way}')}: {', '.join(names)}" for way, names in ways.items()))
         extra = sorted({k for each in self.metrics.values() for metric in each for k in metric.pass_at})
         clean = self.contaminated is not None
-        head = ["model", "asked", "metric", "score", "95 %", "n", "no answer found", *(f"pass@{k}" for k in extra)]
+        head = ["model", "metric", "score", "95 %", "n", "no answer found", *(f"pass@{k}" for k in extra)]
         rows: list[Sequence[str]] = [[*head, *(["maj"] if extra else []), *(["without contaminated"] if clean else [])]]
         for name, metrics in self.metrics.items():
             for each in metrics:
-                span = "one alone" if each.interval is None else f"{100 * each.interval.low:.1f} to {100 * each.interval.high:.1f} %"
-                row = [name, self.asked[name], each.name, _percent(each.mean), span, f"{each.n:,}", _percent(each.not_found)]
+                span = "one group" if each.interval is None else f"{100 * each.interval.low:.1f} to {100 * each.interval.high:.1f} %"
+                row = [name, each.name, _percent(each.mean), span, f"{each.n:,}", _percent(each.not_found)]
                 row += [_told(each.pass_at.get(k)) for k in extra] + ([_told(each.majority)] if extra else [])
                 rows.append([*row, *([f"{_told(each.clean)} of {each.clean_n:,}"] if clean else [])])
         lines += aligned(rows)
@@ -227,8 +232,13 @@ def compare_marks(
     pairs: Sequence[tuple[str, str]],
     groups: Sequence[str | None],
     drawn: Mapping[str, Any],
+    *,
+    tests: int = 1,
 ) -> list[Comparison]:
-    """Compare the marks of pairs (baseline, other), item by item. p_adjusted is p_value until `adjust` sees all tasks."""
+    """Compare the marks of pairs (baseline, other), item by item. p_adjusted is p_value until `adjust` sees all tasks.
+
+    `tests` are the comparisons of all tasks: what so many questions find, they find after the adjustment for these.
+    """
     means = {name: np.array([sum(each[metric].value for each in item) / len(item) for item in items]) for name, items in marks.items()}
     clusters = _clusters(groups)
     found = []
@@ -242,14 +252,14 @@ def compare_marks(
             only_first, only_second = int((change < 0).sum()), int((change > 0).sum())
             interval, p_value = paired_difference(only_first, only_second, n), mcnemar(only_first, only_second)
             # the share of unequal pairs is not known exactly either: one of each kind more than were seen
-            detectable = minimum_detectable_difference(n, (only_first + only_second + 2) / (n + 2))
+            detectable = minimum_detectable_difference(n, (only_first + only_second + 2) / (n + 2), level=1 - ALPHA / tests)
         else:
             interval = bootstrap_mean(change, clusters=clusters, **drawn).interval
             sums = cluster_sums([change], clusters)[:, 0]
             p_value = sign_flip(sums, **drawn)
             width = 0.0 if interval is None else interval.high - interval.low
-            enough = 2 / 2 ** len(sums) <= 0.05  # the least p-value that flipping so many signs can give
-            detectable = DETECTABLE * width / 2 if enough and width > 0 and math.isfinite(width) else None
+            least = 2 / 2 ** len(sums)  # p-value that flipping so many signs can give
+            detectable = _detectable(width / 2, tests) if least <= ALPHA / tests and width > 0 and math.isfinite(width) else None
         comparison = Comparison(
             task=task,
             metric=metric,
@@ -263,6 +273,11 @@ def compare_marks(
         )
         found.append(comparison)
     return found
+
+
+def _detectable(half: float, tests: int) -> float:
+    """Return the difference of scores that is found four times in five, from half of its 95 % interval."""
+    return half * float(ndtri(1 - ALPHA / tests / 2) + ndtri(POWER)) / float(ndtri(1 - ALPHA / 2))
 
 
 def adjust(results: Sequence[TaskResult]) -> list[TaskResult]:

@@ -1,6 +1,7 @@
 """GSM8K: word problems whose answer is a number (Cobbe et al. 2021, arXiv 2110.14168)."""
 
 from ...core.checks.numbers import canonical, extract_marked, extract_number
+from ...core.errors import UserError
 from ..config import TasksConfig
 from ..task_data import Row, read_data
 from .base import Item, Mark, Task, asked
@@ -10,7 +11,10 @@ ASKING = "\n\nReason step by step, and end with a line that says #### and the fi
 
 def load(config: TasksConfig) -> Task:
     """Return the task: `flexible` takes the number where it is meant, `strict` only after ####, `boxed` only in \\boxed{}."""
-    shots = "".join(_shown(row, str(row["answer"])) + "\n\n" for row in read_data("gsm8k_shots")[: config.shots])
+    worked = read_data("gsm8k_shots")
+    if config.shots > len(worked):
+        raise UserError(f"shots: gsm8k has {len(worked)} worked examples, found {config.shots}")
+    shots = "".join(_shown(row, str(row["answer"])) + "\n\n" for row in worked[: config.shots])
     items = [
         Item(
             f"gsm8k/{number}", asked(row["question"] + ASKING), shots + _shown(row, ""), {"answer": row["answer"], "bare": row["question"]}

@@ -1,13 +1,15 @@
 """MMLU: questions of 57 subjects with four choices each (Hendrycks et al. 2020, arXiv 2009.03300), asked in two ways."""
 
+import logging
 import re
 
 from ..config import TasksConfig
 from ..task_data import LETTERS, Row, read_data
 from .base import Item, Mark, Task, asked
 
+log = logging.getLogger(__name__)
+
 ASKING = "\n\nAnswer with the letter of the right choice alone."
-SHOTS = 5  # as many as the data has for each subject
 # the letter where an answer names it: "answer is (B)", "B.", "**B**", "(b) because"
 SAID = re.compile(
     r"\banswer\b\W{0,4}(?:is|:)?\W{0,6}\(?([A-D]\b(?!')|[a-d](?=\W*$|[).:,;*]))"  # "the answer is a matter" names none
@@ -18,20 +20,24 @@ SAID = re.compile(
 
 def load(config: TasksConfig) -> Task:
     """Return the task that compares the probabilities of the four letters; its questions are completed, never asked as a chat."""
-    return Task(name="mmlu", items=_items(), metrics=("likelihood",), score=score_choice, likelihood=True)
+    return Task(name="mmlu", items=_items(config.shots), metrics=("likelihood",), score=score_choice, likelihood=True)
 
 
 def load_generated(config: TasksConfig) -> Task:
     """Return the task that reads the letter out of a written answer."""
-    return Task(name="mmlu_generated", items=_items(), metrics=("generated",), score=score_generated, max_new_tokens=64, stops=("\n\n",))
+    items = _items(config.shots)
+    return Task(name="mmlu_generated", items=items, metrics=("generated",), score=score_generated, max_new_tokens=64, stops=("\n\n",))
 
 
-def _items() -> list[Item]:
+def _items(num_shots: int) -> list[Item]:
     rows = read_data("mmlu")
     shots: dict[str, list[Row]] = {}
     for row in rows:
         if row["split"] == "dev":
             shots.setdefault(row["subject"], []).append(row)
+    fewest = min((len(shots.get(str(row["subject"]), [])) for row in rows if row["split"] == "test"), default=0)
+    if fewest < num_shots:
+        log.warning("mmlu: some subject has %d worked examples (rows with the split dev), fewer than the %d of shots", fewest, num_shots)
     counts: dict[str, int] = {}
     items: list[tuple[int, Item]] = []
     for row in rows:
@@ -40,7 +46,7 @@ def _items() -> list[Item]:
         subject = str(row["subject"])
         counts[subject] = counts.get(subject, -1) + 1
         head = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
-        worked = "".join(f"{_shown(each)} {each['answer']}\n\n" for each in shots.get(subject, [])[:SHOTS])
+        worked = "".join(f"{_shown(each)} {each['answer']}\n\n" for each in shots.get(subject, [])[:num_shots])
         choices = tuple(f" {letter}" for letter in LETTERS)
         bare = _shown(row).removesuffix("\nAnswer:")
         target = {"answer": row["answer"], "bare": bare}

@@ -83,21 +83,23 @@ def test_the_paired_difference_covers(first: float, second: float) -> None:
     assert 0.93 <= covered <= 0.985
 
 
-def test_the_minimum_detectable_difference_solves_its_equation_and_is_found_that_often() -> None:
-    for n, points in ((1319, 2.4), (541, 3.8), (164, 6.8)):  # at a power of one half it is the half-width of the interval
-        assert 100 * (minimum_detectable_difference(n, 0.2, power=0.5) or 0) == pytest.approx(points, abs=0.05)
-    for n, share, power in ((100, 0.2, 0.8), (1319, 0.2, 0.9), (60, 1.0, 0.8)):
+@pytest.mark.parametrize(("n", "share", "level"), [(150, 0.3, 0.95), (60, 1.0, 0.95), (40, 0.5, 0.99)])
+def test_the_minimum_detectable_difference_is_found_four_times_in_five(n: int, share: float, level: float) -> None:
+    difference = minimum_detectable_difference(n, share, level=level)
+    assert difference is not None
+    found = [p for a, b, p in pairs(n, (share - difference) / 2, (share + difference) / 2) if mcnemar(a, b) <= 1 - level]
+    assert sum(found) == pytest.approx(0.8, abs=1e-6)
+
+
+def test_the_minimum_detectable_difference_is_near_the_usual_formula_and_knows_when_there_is_none() -> None:
+    for n, share, power in ((1319, 0.2, 0.9), (14_042, 0.15, 0.8)):
         found = minimum_detectable_difference(n, share, power=power)
         assert found is not None
         right = stats.norm.ppf(0.975) * math.sqrt(share) + stats.norm.ppf(power) * math.sqrt(share - found**2)
-        assert math.sqrt(n) * found == pytest.approx(right)
-    assert minimum_detectable_difference(3, 0.2) is None
-    assert minimum_detectable_difference(20, 0.2) is None
-    assert minimum_detectable_difference(100, 0.0) is None
-    difference = minimum_detectable_difference(150, 0.3)
-    assert difference is not None
-    power = sum(p for a, b, p in pairs(150, 0.15 - difference / 2, 0.15 + difference / 2) if mcnemar(a, b) <= 0.05)
-    assert power == pytest.approx(0.8, abs=0.07)  # the exact test is a little more careful than the formula
+        assert math.sqrt(n) * found == pytest.approx(right, rel=0.02)
+        assert math.sqrt(n) * found > right  # the exact test is a little more careful than the formula
+    assert [minimum_detectable_difference(*each) for each in ((1, 0.5), (3, 0.2), (5, 1.0), (20, 0.2), (100, 0.0))] == [None] * 5
+    assert minimum_detectable_difference(6, 1.0) is not None
 
 
 def test_the_bootstrap_is_the_distribution_over_all_resamples() -> None:

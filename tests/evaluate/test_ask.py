@@ -14,6 +14,7 @@ from sftkit.evaluate import task_data
 from sftkit.evaluate.benchmark import evaluate_tasks
 from sftkit.evaluate.config import TasksConfig
 from sftkit.evaluate.marks import Comparison, against_both
+from sftkit.evaluate.tasks import open_task
 
 from .conftest import QUESTIONS, Watch, mmlu_rows, write_rows
 
@@ -35,18 +36,19 @@ def test_a_base_model_is_asked_in_both_ways_and_others_are_compared_with_both(
     models = {"base": str(tiny_base_model), "sft": str(trained_model)}
     result = evaluate_tasks(models, [str(mine)], tmp_path / "run", settings())
     (task,) = result.tasks
-    assert task.asked == {"base:completion": "completion", "base:chat": "chat (sftkit:plain)", "sft": "chat"}
+    assert task.asked == {"base:completion": "completion", "base:chat": "in chats by sftkit:plain", "sft": "chat"}
     assert list(task.metrics) == list(task.generated) == list(task.asked)
     assert [(each.model, each.baseline) for each in task.comparisons] == [("sft", "base:completion"), ("sft", "base:chat")]
     assert [each.p_value for each in task.comparisons] == pytest.approx([0.125] * 2)
     assert [each.p_adjusted for each in task.comparisons] == pytest.approx([0.25] * 2)  # Holm, over both
     assert "sft against both base:completion and base:chat: no difference holds against both" in result.summary()
-    assert "base has no chat template of its own: it is asked in two ways, and others are compared with both" in caplog.text
+    assert "base has no chat template of its own: it is asked in chats by sftkit:plain, as training would and" in caplog.text
+    assert "given texts to go on from: base:completion; asked in chats by sftkit:plain: base:chat; asked in chats: sft" in result.summary()
     assert watch.events == ["open tiny-base", "close tiny-base", "open trained", "close trained"]
     keys = pl.read_parquet(tmp_path / "run" / "evaluate" / "task_answers.parquet").filter(pl.col("model") != "sft")["key"]
     assert keys.n_unique() == 8  # what is asked differs
     again = evaluate_tasks({"base": str(tiny_base_model)}, [str(mine)], tmp_path / "run", settings(ask="chat"))
-    assert (again.tasks[0].asked, again.tasks[0].generated) == ({"base": "chat (sftkit:plain)"}, {"base": 0})
+    assert (again.tasks[0].asked, again.tasks[0].generated) == ({"base": "in chats by sftkit:plain"}, {"base": 0})
 
 
 def test_its_chats_are_those_that_training_would_render(mine: Path, tmp_path: Path, tiny_base_model: Path, watch: Watch) -> None:
@@ -113,7 +115,7 @@ def test_a_way_in_which_nothing_can_be_asked_does_not_take_the_other_along(
 ) -> None:
     models = {"base": str(tiny_base_model), "sft": str(trained_model)}
     (task,) = evaluate_tasks(models, ["gsm8k"], tmp_path / "run", settings(limit=3)).tasks  # five examples are too long for it
-    assert task.asked == {"base:chat": "chat (sftkit:plain)", "sft": "chat"}
+    assert task.asked == {"base:chat": "in chats by sftkit:plain", "sft": "chat"}
     assert task.unasked == {"base:completion": "3 too_long"}
     assert (task.n, task.left_out) == (3, {})
     assert [each.baseline for each in task.comparisons] == ["base:chat"]
@@ -150,3 +152,18 @@ def test_better_is_what_is_better_than_both(differences: tuple[float, ...], p_va
     ]
     assert against_both(compared) == [told]
     assert against_both(compared[:1]) == []
+
+
+def test_worked_examples_are_as_many_as_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(task_data, "cache_dir", lambda: tmp_path / "cache")
+    task_data.fetch_data("mmlu", str(write_rows(tmp_path / "rows.jsonl", mmlu_rows())))  # two of each subject
+    for name, shots in (("gsm8k", 0), ("gsm8k", 8), ("mmlu", 0), ("mmlu", 2)):
+        item = open_task(name, settings(shots=shots)).items[0]
+        assert item.completion.count("\nAnswer:") == shots + 1
+    assert not caplog.records
+    open_task("mmlu_generated", settings(shots=3))
+    assert "mmlu: some subject has 2 worked examples (rows with the split dev), fewer than the 3 of shots" in caplog.text
+    with pytest.raises(UserError, match="shots: gsm8k has 8 worked examples, found 9"):
+        open_task("gsm8k", settings(shots=9))
