@@ -8,7 +8,7 @@ import ast
 import operator
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,10 +39,11 @@ class Condition:
     compared: tuple[pl.Expr, float] | None  # the value and the number that it is held against
 
 
-def parse_condition(text: str, kinds: Mapping[str, Kind]) -> Condition:
+def parse_condition(text: str, kinds: Mapping[str, Kind], to_be_had: Container[str] = ()) -> Condition:
     """Read a condition, with `NAME: ` before it or without, over columns of these kinds; `meta.KEY` stands for any key of meta.
 
-    Raises UserError, in one line, for what is no condition and for an unknown column, with the nearest known one.
+    Raises UserError, in one line, for what is no condition and for an unknown column, with the nearest known one, or with how it is
+    had where it is a score `to_be_had`.
     """
     named = NAMED.match(text)
     body = text[named.end() :] if named else text
@@ -52,7 +53,7 @@ def parse_condition(text: str, kinds: Mapping[str, Kind]) -> Condition:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         hint = "; equality is written ==" if re.search(r"[^=!<>]=[^=]", body) else ""
         raise UserError(f"{place}: expected {GRAMMAR}{hint}") from None
-    reader = _Reader(place, kinds)
+    reader = _Reader(place, kinds, to_be_had)
     try:
         truth, kind = reader.read(tree)
     except RecursionError:
@@ -65,8 +66,8 @@ def parse_condition(text: str, kinds: Mapping[str, Kind]) -> Condition:
 class _Reader:
     """Turns the tree of an expression into one of polars, and notes the columns that it needs."""
 
-    def __init__(self, place: str, kinds: Mapping[str, Kind]) -> None:
-        self.place, self.kinds = place, kinds
+    def __init__(self, place: str, kinds: Mapping[str, Kind], to_be_had: Container[str]) -> None:
+        self.place, self.kinds, self.to_be_had = place, kinds, to_be_had
         self.names: dict[str, None] = {}
 
     def read(self, node: ast.expr) -> tuple[pl.Expr, Kind]:
@@ -158,6 +159,8 @@ class _Reader:
         if name.startswith("meta."):
             self.names[name] = None
             return pl.col(name), "any"
+        if name not in self.kinds and name in self.to_be_had:
+            raise UserError(f"{self.place}: the rows have no score {name!r} yet; `sftkit curate score RUN --with {name}` adds it")
         if name not in self.kinds:
             raise unknown_name("column", name, [*self.kinds, "meta.KEY"], self.place)
         self.names[name] = None

@@ -25,7 +25,7 @@ from .decide_config import FilterConfig
 from .expressions import Condition, Kind, parse_condition
 from .repeats import JUDGED, TOPS, WINDOW, may_repeat
 from .rows import KEY, Outcome, decision_table, input_rows, record
-from .score import known_scores, read_score
+from .score import SCORERS, known_scores, read_score
 from .scored import READ_OFF, columns_for, score_values
 from .scorers import count_words
 
@@ -224,7 +224,8 @@ def read_conditions(run: Run, config: FilterConfig, more: Sequence[str] = ()) ->
     for name in config.presets:
         if name not in PRESETS:
             raise unknown_name("preset", name, PRESETS)
-    return [parse_condition(text, kinds) for text in (*(f"{name}: {PRESETS[name]}" for name in config.presets), *config.where)]
+    texts = (*(f"{name}: {PRESETS[name]}" for name in config.presets), *config.where)
+    return [parse_condition(text, kinds, SCORERS) for text in texts]
 
 
 PRESETS = {
