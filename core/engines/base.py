@@ -49,6 +49,8 @@ class EngineConfig:
     enforce_eager: bool = setting(False, "Start vLLM without compiling graphs: a faster start, slower tokens.")
 
     def __post_init__(self) -> None:
+        if self.base_url and self.engine not in ("auto", "openai"):
+            raise UserError(f"base_url: is the address of a server, which the engine openai asks, not {self.engine}; leave one of them out")
         count = str(self.replicas)
         if self.replicas not in (None, "auto") and not (count.isdecimal() and int(count) > 0):
             raise UserError(f"replicas: expected a whole number from 1, or auto (one for each GPU), found {count!r}")

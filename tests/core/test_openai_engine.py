@@ -450,6 +450,11 @@ def test_an_address_that_leads_nowhere(base_url: str | None, message: str) -> No
     assert "secret" not in str(caught.value)
 
 
+def test_an_address_for_an_engine_that_asks_no_server() -> None:
+    with pytest.raises(UserError, match="base_url: is the address of a server, which the engine openai asks, not vllm"):
+        EngineConfig(engine="vllm", base_url="http://localhost:8000/v1")
+
+
 def test_one_address_in_many_spellings() -> None:
     spellings = ["http://Host:80/v1/", " http://host/v1", "http://host", "http://host/", "http://host/v1/chat/completions?x=1#y"]
     assert {openai_engine.address_of(each) for each in spellings} == {"http://host/v1"}
