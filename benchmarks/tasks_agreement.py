@@ -5,12 +5,13 @@
     python benchmarks/tasks_agreement.py model MODEL --lm-eval SITE_PACKAGES --limit 500 --mmlu MMLU.jsonl.gz --mmlu-limit 1140
 
 SITE_PACKAGES is a folder in which lm-eval 0.4.13 is installed (`pip install --target FOLDER --no-deps lm-eval==0.4.13`, and what it
-imports); it is added to this Python's own packages in a process of its own. FOLDER has NLTK's `tokenizers/punkt_tab`, which IFEval's
-reference downloads otherwise. ANSWERS.parquet is `evaluate/answers.parquet` of `sftkit evaluate compare` on IFEval's prompts. SAMPLES
-has HumanEval's task_id and a list of samples in each row; programs and tests in two sandboxes are held against both in one. Of a
-model both harnesses get the same token limit, the same texts to go on from (five-shot), transformers, float32, greedy, on the same
-device. Every disagreement is listed with its reason: the texts differ (and where), the same text is read in two ways, or the choices
-are as good as equally probable. `--out FILE` gets a line of JSON for each score.
+imports); it is added to this Python's own packages in a process of its own. FOLDER has NLTK's `tokenizers/punkt_tab`, which
+IFEval's reference downloads otherwise. ANSWERS.parquet is `evaluate/answers.parquet` of `sftkit evaluate compare` on IFEval's
+prompts. SAMPLES has HumanEval's task_id and a list of samples in each row, or is HumanEval's own file with its solutions; programs
+and tests in two sandboxes are held against both in one. Of a model both harnesses get the same token limit, the same texts to go on
+from (five-shot), transformers, float32, greedy, on the same device. Every disagreement is listed with its reason: the texts differ
+(and where), the same text is read in two ways, or the choices are as good as equally probable. `--out FILE` gets a line of JSON for
+each score.
 """
 
 import argparse
@@ -140,13 +141,14 @@ def ifeval(answers: Path, site_packages: Path, nltk_data: Path) -> None:
                 print(f"  {row['key']} {instruction}: {mine} here, {other} there: {row['answer'][:80]!r}")
 
 
-def programs(samples: Path, limit: int) -> None:
+def programs(source: Path, limit: int) -> None:
     """Hold the verdicts on programs that cannot see their tests against those of one process that has both."""
     rows = {row["task_id"]: row for row in read_data("humaneval")}
     jobs = []
-    for _, given in iterate_rows(samples):
+    for _, given in iterate_rows(source):
         row = rows[given["task_id"]]
-        jobs += [(row, extract_program(each, prompt=row["prompt"], entry_point=row["entry_point"])) for each in given["samples"][:limit]]
+        samples = given["samples"][:limit] if "samples" in given else [given["prompt"] + given["canonical_solution"]]
+        jobs += [(row, extract_program(each, prompt=row["prompt"], entry_point=row["entry_point"])) for each in samples]
 
     def apart(job: tuple[dict[str, Any], str]) -> bool:
         return run_tests(job[1], job[0]["test"], entry_point=job[0]["entry_point"]).passed

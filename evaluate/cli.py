@@ -47,7 +47,7 @@ def merged(options: dict[str, Any], settings: Path | None) -> dict[str, Any]:
     return {**base, **chosen, **({"engine": {**base.get("engine", {}), **engine}} if engine else {})}
 
 
-@evaluate.command()
+@evaluate.command(short_help="Answers to the same questions side by side, and who stops.")
 @model_options("engine", "base_url", "device", "dtype")
 @click.option("--questions", help="File, folder, `-` or Hub data set of questions; three to begin with when not given.")
 @config_option(CompareConfig, "system")
@@ -73,7 +73,7 @@ def compare(models: tuple[str, ...], out: Path | None, settings: Path | None, qu
     click.echo(result.summary())
 
 
-@evaluate.command()
+@evaluate.command(short_help="Held-out loss and bits per byte, by source and turn.")
 @click.argument("heldout")
 @model_options("device", "dtype", "batch_tokens")
 @config_option(LossConfig, "text")
@@ -100,7 +100,7 @@ def loss(heldout: str, models: tuple[str, ...], out: Path | None, settings: Path
     click.echo(loss(heldout, chosen, out, config).summary())
 
 
-@evaluate.command()
+@evaluate.command(short_help="Let a model judge stored answers in pairs.")
 @click.argument("answers", nargs=-1, required=False)
 @click.option("--judge", help="The model that judges: a folder, a Hub id, a catalogue name, a server's model.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Run folder for the results; a run that is judged, when not given.")
@@ -138,7 +138,7 @@ def judge(answers: tuple[str, ...], out: Path | None, verdicts: str | None, sett
     click.echo(judge(answers, out, config).summary())
 
 
-@evaluate.command()
+@evaluate.command(short_help="GSM8K, IFEval, HumanEval, MMLU, your own: marked, compared.")
 @model_options("engine", "base_url", "device", "dtype", "replicas")
 @click.option("--tasks", "names", metavar="NAME,NAME", required=True, help=NAMES)
 @config_option(TasksConfig, "limit")
@@ -173,7 +173,7 @@ def tasks(models: tuple[str, ...], out: Path | None, settings: Path | None, name
     click.echo(result.summary())
 
 
-@evaluate.group(cls=Commands)
+@evaluate.group(cls=Commands, short_help="The questions of tasks: list them, fetch others.")
 def data() -> None:
     """The questions of tasks: which come along, and how to fetch others."""
 

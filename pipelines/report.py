@@ -64,7 +64,7 @@ def write_report(path: Path) -> Path:
 
 
 def headline(path: Path) -> list[str]:
-    """Return what came out, in sentences: the held-out loss before and after with its interval, the stop rate, the data set."""
+    """Return what came out, in sentences: the held-out loss before and after with its interval, tasks, the stop rate, the data set."""
     facts = read_ablation(path)
     found = [told(each) for each in facts["contrasts"]] if facts else []
     results = _results(path)
@@ -76,6 +76,8 @@ def headline(path: Path) -> list[str]:
             gap = next(each for each in differences if each["model"] == "teacher")
             if base > teacher and gap["shown"]:
                 found.append(f"that is {(base - sft) / (base - teacher):.0%} of the way to the teacher's own loss, {teacher:.2f}")
+    for name, task in results.get("tasks", {}).items():
+        found += [f"{name}: {each}" for each in _changes(task) if each.startswith(("sft ", "sft:"))]
     if "compare" in results:
         models = results["compare"]["models"]
         rates = [f"{name} {round(each['stop_rate'] * each['n'])} of {each['n']}" for name, each in models.items()]

@@ -172,6 +172,7 @@ def test_tasks_of_a_recipe_stand_in_the_report(recipe: Any, tmp_path: Path) -> N
     page = result.report.read_text()
     assert re.search(r"<h2>Tasks</h2><h3>[^<]*sums", page)
     assert "sft − base: " in page
+    assert any(re.match(r".*sums\.jsonl: sft − base: score [+−]", each) for each in result.findings)
     assert "without what was trained on" in page
     assert "<th class=n>repetitive" in page
     assert re.search(r"four times in five|too few questions to find any difference", page)
