@@ -111,7 +111,9 @@ def _results(results: dict[str, Any]) -> str:
 
 
 def _unit(results: dict[str, Any]) -> str:
-    return "(of a pair)" if results.get("preferred") is not None else "(nats a token of the answers)"
+    if results.get("preferred") is not None:
+        return "(of a pair)"
+    return "(nats a token of the answers" + (", each times its probability)" if results.get("loss") == "dft" else ")")
 
 
 def _curve(metrics: Path) -> str:

@@ -157,7 +157,8 @@ def sweep(data: str, model: str, out: Path, vary: tuple[str, ...], settings: Pat
 @click.argument("data", required=False)
 @click.option("--data", "named", help="The same as DATA.")
 @click.option("--model", required=True, help="The model to begin with.")
-@click.option("--gpu", help="The card to plan for: a name, as T4, A100, H100, 'RTX 3080', or its memory, as 24GB; this machine's without.")
+@click.option("--gpu", "cards", multiple=True, help="A card to plan for, or several: T4, A100, 'RTX 3080', …, or its memory, as 24GB;"
+              " this machine's without.")  # fmt: skip
 @config_option(TrainConfig, "epochs")
 @config_option(TrainConfig, "batch_size")
 @config_option(TrainConfig, "max_length")
@@ -167,7 +168,7 @@ def sweep(data: str, model: str, out: Path, vary: tuple[str, ...], settings: Pat
 @click.option("--config", "settings", type=click.Path(path_type=Path), help="YAML file with all settings; options win over it.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 def plan(
-    data: str | None, named: str | None, model: str, gpu: str | None, settings: Path | None, revision: str | None, **options: Any
+    data: str | None, named: str | None, model: str, cards: tuple[str, ...], settings: Path | None, revision: str | None, **options: Any
 ) -> None:
     """Say what training MODEL on DATA takes on a graphics card: what fits, how fast, how long. Nothing is trained.
 
@@ -176,7 +177,7 @@ def plan(
 
     \b
     sftkit train plan chats.jsonl --model smollm2-135m-instruct --gpu T4
-    sftkit train plan --data chats.jsonl --model org/name --gpu "RTX 3080"
+    sftkit train plan --data chats.jsonl --model org/name --gpu "RTX 3080" --gpu A100
     sftkit train plan runs/a --model org/name --gpu 24GB --batch-size 64
     """
     from .plan import plan as make_plan
@@ -184,7 +185,8 @@ def plan(
     if (data is None) == (named is None):
         raise click.UsageError("give the data once: as DATA or with --data")
     config = _settings(TrainConfig, settings, options)
-    click.echo(make_plan(str(data or named), model, config, gpu=gpu, revision=revision).summary())
+    plans = (make_plan(str(data or named), model, config, gpu=each, revision=revision) for each in cards or (None,))
+    click.echo("\n\n".join(each.summary() for each in plans))
 
 
 @train.command()

@@ -22,6 +22,7 @@ from ..core.models import ModelRef, context_length, load_model, load_settings, m
 from ..core.progress import duration
 from ..core.run import Run, is_done, mark_done
 from .card import write_card
+from .checkpoints import last_checkpoint
 from .config import PreferenceConfig, TrainConfig
 from .data import DataReport, TrainingData, fingerprint
 from .init import make_start
@@ -54,6 +55,7 @@ class TrainResult:
     first_loss: float
     last_loss: float
     validation: tuple[float, ...] | None  # loss on the validation rows before and after
+    loss: str = "nll"  # what first_loss and last_loss are of a token
     preferred: float | None = None  # share of the validation pairs whose better answer the model moved towards, held against the worse
     stop_check: dict[str, Any] | None = None  # how many answers of the final model ended: sampling.StopCheck, with its text
 
@@ -66,7 +68,8 @@ class TrainResult:
         """Write it for people."""
         rate = f"{self.tokens:,} tokens in {duration(self.seconds)} ({self.tokens_per_second:,.0f} tokens/s)"
         lines = [f"{self.run}: {self.rows:,} rows, {self.steps:,} steps, {rate}"]
-        lines.append(f"training loss: {self.first_loss:.3f} at the first logged step, {self.last_loss:.3f} at the last")
+        weighed = ", a token's times its p" if self.loss == "dft" else ""
+        lines.append(f"training loss{weighed}: {self.first_loss:.3f} at the first logged step, {self.last_loss:.3f} at the last")
         if self.validation:
             lines.append(f"validation loss: {self.validation[0]:.3f} before, {self.validation[1]:.3f} after")
         if self.preferred is not None:
@@ -207,7 +210,11 @@ def _train(
     gc.collect()
     stops = check_stops(final, data, config.stop_check, device)
     found = {"stop_check": {**asdict(stops), "rate": stops.rate, "text": stops.text()} if stops else None}
-    write_json(room / "results.json", {**_results(room / "metrics.jsonl", data), **found})
+    results = {**_results(room / "metrics.jsonl", data), "loss": config.loss, **found}
+    write_json(room / "results.json", results)
+    if (losses := results["validation"]) and losses[1] > losses[0]:
+        log.warning("validation loss rose from %.3f to %.3f: on rows that it did not learn from the model is worse than before; lower the"
+                    " learning rate, or train for less", *losses)  # fmt: skip
     write_card(room, ref, _told(run.config()["train"]["data"]), data.report, config)
     mark_done(room, model="final")
     for each in ("checkpoints", "processes"):  # the final model stands: what they were for is done
@@ -304,7 +311,7 @@ def run_trainer(
     """Train in this process, from the last checkpoint if there is one; return the trainer."""
     from .preference import PreferenceTrainer
     from .sampling import Sampler
-    from .trainer import Trainer, Watch, last_checkpoint, make_trainer
+    from .trainer import Trainer, Watch, make_trainer
 
     model, half = load_start(start, config, own, device)
     watch = Watch(room / "metrics.jsonl", chat, save_minutes=config.save_minutes, peak=measured_peak(device), deadline=deadline)

@@ -26,9 +26,9 @@ from ..core.chat import Chat
 from ..core.errors import Diverged
 from ..core.files import read_json_lines, write_json_lines
 from ..core.progress import Progress
-from ..core.run import is_done, mark_done
 from .adapters import fuse_adapters
 from .attention import attends_packed, use_own_attention, use_packed_attention
+from .checkpoints import mark_whole
 from .config import TrainConfig
 from .data import Row
 from .head import loss_sum
@@ -193,7 +193,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         """Mark a checkpoint as whole: only such a one is resumed from."""
         over_processes(0)  # wait for all: each has its part of it
         if state.is_world_process_zero:
-            mark_done(Path(args.output_dir) / f"checkpoint-{state.global_step}", step=state.global_step)
+            mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
         self._saved = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
@@ -272,6 +272,8 @@ def make_trainer(
         from .sharded import ShardedTrainer  # which this file's Trainer is the base of
 
         kind = type(kind.__name__, (ShardedTrainer, kind), {}) if kind is not Trainer else ShardedTrainer
+    experts = model.config.get_text_config()
+    routed = {name: getattr(experts, name) for name in ("output_router_logits", "router_aux_loss_coef") if hasattr(experts, name)}
     trainer = kind(
         model=model,
         args=arguments,
@@ -281,6 +283,9 @@ def make_trainer(
         peft_config=peft_config,
         callbacks=[watch],
     )
+    if routed:
+        vars(experts).update(routed)  # SFTTrainer has asked for the routers' logits, for good: the saved model would not generate
+        log.warning("%s: its experts are trained without a loss that balances them", type(model).__name__)
     if trainer.accelerator.ddp_handler is not None:
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # else they stand twice
     if half is torch.float16:  # TRL makes a 4-bit base's adapter bfloat16, which cards without it do not compute in
@@ -441,9 +446,3 @@ def arguments_of(
 
 def _dataset(rows: Sequence[Row]) -> Dataset:
     return Dataset.from_dict({"input_ids": [row.ids for row in rows], "labels": [row.labels for row in rows]})
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run; one that was cut off while it was written does not count."""
-    whole = [each for each in folder.glob("checkpoint-*") if is_done(each)]
-    return max(whole, key=lambda each: int(each.name.rpartition("-")[2]), default=None)

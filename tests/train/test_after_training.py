@@ -16,13 +16,15 @@ from sftkit.core.errors import UserError
 from sftkit.core.formats import read_examples
 from sftkit.core.models import load_tokenizer, resolve_model
 from sftkit.train.account import prepare
+from sftkit.train.checkpoints import last_checkpoint, mark_whole
 from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row
 from sftkit.train.packing import Packs
 from sftkit.train.parity import check_parity
 from sftkit.train.sampling import check_stops
 from sftkit.train.sft import TrainResult, _check_settings, train
-from sftkit.train.trainer import last_checkpoint
+from sftkit.train.trainer import Watch, make_trainer
+from transformers import MixtralConfig, MixtralForCausalLM
 
 
 def config(**settings: object) -> TrainConfig:
@@ -98,6 +100,25 @@ def test_samples_change_nothing_of_the_training(tmp_path: Path, tiny_model: Path
     ]
     losses = [[json.loads(line).get("loss") for line in (each.run / "train" / "metrics.jsonl").open()] for each in runs]
     assert losses[0] == losses[1]
+
+
+def test_a_rate_that_ruins_the_model_is_told_of(tmp_path: Path, tiny_model: Path, chats, said: pytest.LogCaptureFixture) -> None:
+    train(chats(16), str(tiny_model), tmp_path / "run", config(epochs=1.0, stop_check=0, learning_rate=10.0))
+    assert "learning rate 10: is far above what models bear" in said.text
+    assert "on rows that it did not learn from the model is worse than before; lower the learning rate" in said.text
+
+
+def test_experts_are_saved_as_they_were_and_go_unbalanced_aloud(tmp_path: Path, tiny_model: Path, said: pytest.LogCaptureFixture) -> None:
+    """SFTTrainer has a model of experts return its routers' logits for good; a saved one would raise when it generates."""
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=1024, num_local_experts=2, num_experts_per_tok=1, **shape))
+    chat = load_chat(resolve_model(tiny_model))
+    watch = Watch(tmp_path / "metrics.jsonl", chat, save_minutes=1.0)
+    rows = [Row((str(n), None), list(range(n, n + 9)), [False] * 4 + [True] * 5) for n in range(4)]
+    make_trainer(model, chat, rows, [], config(), checkpoints=tmp_path, device="cpu", half=None, batch_tokens=99, watch=watch)
+    assert not model.config.output_router_logits
+    assert model.config.router_aux_loss_coef == MixtralConfig().router_aux_loss_coef
+    assert "experts are trained without a loss that balances them" in said.text
 
 
 def test_the_card_tells_where_a_model_comes_from(trained: TrainResult) -> None:
@@ -212,7 +233,7 @@ def test_a_loss_that_is_no_number_names_the_rows(tmp_path: Path, tiny_model: Pat
     assert {data.train[row].source for row in rows} == set(str(error.value).partition("it learned from ")[2].split(", "))
 
 
-def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_cut_off_or_lost_a_file_is_not_gone_on_from(tmp_path: Path, caplog) -> None:
     for step, whole in ((3, True), (12, True), (20, False)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -220,6 +241,15 @@ def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(tmp_path: Path) -> No
         if whole:
             (folder / "done.json").write_text("{}")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-12"
+    for name in ("model.safetensors", "optimizer.pt"):
+        (tmp_path / "checkpoint-20" / name).write_bytes(b"numbers")
+    mark_whole(tmp_path / "checkpoint-20", 20)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
+    assert not caplog.text
+    (tmp_path / "checkpoint-20" / "model.safetensors").write_bytes(b"num")
+    (tmp_path / "checkpoint-20" / "optimizer.pt").unlink()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-12"
+    assert "is not whole any more (model.safetensors, optimizer.pt is missing or cut)" in caplog.text
 
 
 def test_where_the_last_answer_begins() -> None:

@@ -16,13 +16,13 @@ from sftkit.core.errors import UserError
 from sftkit.core.formats import read_examples
 from sftkit.core.models import load_model, load_tokenizer, resolve_model
 from sftkit.train.account import prepare
+from sftkit.train.checkpoints import last_checkpoint
 from sftkit.train.config import TrainConfig
 from sftkit.train.data import TrainingData
 from sftkit.train.final import answer_loss, check_saved
 from sftkit.train.merge import merge
 from sftkit.train.packing import Packs
 from sftkit.train.sft import TrainResult, train
-from sftkit.train.trainer import last_checkpoint
 
 SYSTEM, USER, ASSISTANT = (
     lambda text, role=role: {"role": role, "content": text} for role in ("system", "user", "assistant")

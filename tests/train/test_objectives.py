@@ -225,8 +225,10 @@ def test_the_command_trains_on_a_mixture(cli, tmp_path, tiny_model) -> None:
     code, out, err = cli("train", "sft", f"{one}:0.5", f"{two}:0.5", *arguments)
     assert code == 0, err
     assert "38 rows" in out
+    assert "training loss, a token's times its p: " in out
     settings = (tmp_path / "run" / "config.yaml").read_text()
     assert "one.jsonl:0.5" in settings
     card = (tmp_path / "run" / "train" / "final" / "README.md").read_text()
     assert "| one.jsonl | 20 |" in card
     assert "neftune: 5.0" in card
+    assert "(nats a token of the answers, each times its probability)" in card

@@ -14,12 +14,13 @@ from sftkit.core.ledger import Ledger
 from sftkit.core.models import load_model, resolve_model
 from sftkit.train.account import prepare
 from sftkit.train.attention import use_own_attention
+from sftkit.train.checkpoints import last_checkpoint
 from sftkit.train.config import PreferenceConfig
 from sftkit.train.data import Row, fingerprint
 from sftkit.train.final import answer_loss
 from sftkit.train.preference import PairPacks, PreferenceTrainer
 from sftkit.train.sft import train
-from sftkit.train.trainer import Watch, last_checkpoint, make_trainer
+from sftkit.train.trainer import Watch, make_trainer
 from trl import DPOConfig, DPOTrainer
 
 

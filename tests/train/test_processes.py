@@ -16,9 +16,9 @@ import torch
 from sftkit.core.errors import UserError
 from sftkit.core.models import load_model, resolve_model
 from sftkit.train import processes
+from sftkit.train.checkpoints import last_checkpoint
 from sftkit.train.config import PreferenceConfig, TrainConfig
 from sftkit.train.sft import train
-from sftkit.train.trainer import last_checkpoint
 
 SETTINGS: dict[str, Any] = {
     "epochs": 2.0, "validation": 0.1, "dtype": "float32", "learning_rate": 1e-3, "logging_steps": 1, "stop_check": 0, "batch_size": 8,

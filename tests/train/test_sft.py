@@ -16,9 +16,9 @@ from sftkit.core.engines.base import EngineConfig, Request, Sampling
 from sftkit.core.engines.registry import open_engine
 from sftkit.core.errors import UserError
 from sftkit.core.models import load_model, resolve_model
+from sftkit.train.checkpoints import last_checkpoint
 from sftkit.train.config import CLASSIC, TrainConfig, recipe_settings
 from sftkit.train.sft import TrainResult, train
-from sftkit.train.trainer import last_checkpoint
 
 
 def config(**settings: object) -> TrainConfig:
