@@ -4,6 +4,8 @@ How many different things a text holds is counted from below, without sorting: e
 that find it there again are different. What is lost where two of them meet only makes a text suspect.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 import polars as pl
@@ -11,7 +13,9 @@ import polars as pl
 from ..core.ngrams import Hashes, Offsets, Runs, first_letters, hash_words, mixed, rolling
 
 TEXTS_AT_A_TIME = 1000
+BYTES_AT_A_TIME = 4_000_000
 ROOM = 8  # places for each thing, so that few of them meet
+MOST_BITS = 27  # of the number of places: a text of many megabytes has fewer for each
 WINDOW = 10
 TOPS = (2, 3, 4)
 JUDGED = 50  # words that a text has at least for its most frequent run to be asked for
@@ -26,13 +30,22 @@ def may_repeat(texts: pl.Series, max_duplicate: float, max_top: float) -> pl.Ser
     """
     suspect = np.ones(len(texts), dtype=bool)
     plain = (texts.str.len_bytes() == texts.str.len_chars()).arg_true().to_numpy()
-    for start in range(0, len(plain), TEXTS_AT_A_TIME):
-        places = plain[start : start + TEXTS_AT_A_TIME]
+    for places in _blocks(plain, texts.str.len_bytes().gather(plain).to_numpy()):
         few = places[_few_words(first_letters(texts.gather(places).to_list()), max_duplicate, max_top)]
         suspect[places] = False
         if len(few):
             suspect[few] = _few_runs(hash_words(texts.gather(few)), max_duplicate, max_top)
     return pl.Series(texts.name, suspect)
+
+
+def _blocks(places: Offsets, sizes: npt.NDArray[np.uint32]) -> Iterator[Offsets]:
+    """Yield the places of texts in blocks of TEXTS_AT_A_TIME, or of fewer where these would have more bytes than BYTES_AT_A_TIME."""
+    ends, start = np.cumsum(sizes, dtype=np.int64), 0
+    while start < len(places):
+        most = np.searchsorted(ends, (ends[start - 1] if start else 0) + BYTES_AT_A_TIME, side="right")
+        end = min(max(int(most), start + 1), start + TEXTS_AT_A_TIME)
+        yield places[start:end]
+        start = end
 
 
 def _few_words(words: Runs, max_duplicate: float, max_top: float) -> Flags:
@@ -63,7 +76,7 @@ def _few_runs(hashed: Runs, max_duplicate: float, max_top: float) -> Flags:
 
 def _num_distinct(values: Hashes, owners: Offsets, count: int) -> Offsets:
     """Return how many different values each owner has, or a few less."""
-    bits = max(len(values) * ROOM, 2).bit_length()
+    bits = min(max(len(values) * ROOM, 2).bit_length(), MOST_BITS)
     slots = ((mixed(owners.astype(np.uint64)) ^ mixed(values)) >> np.uint64(64 - bits)).view(np.int64)
     own = np.arange(len(values), dtype=np.int32)
     last = np.empty(1 << bits, dtype=np.int32)
