@@ -256,6 +256,9 @@ def compare_marks(
         else:
             interval = bootstrap_mean(change, clusters=clusters, **drawn).interval
             sums = cluster_sums([change], clusters)[:, 0]
+            if interval is not None and np.ptp(change) == 0:  # all alike: resamples cannot show that others may differ
+                up, down = (round(len(sums) * max(0.0, each)) for each in (change[0], -change[0]))
+                interval = paired_difference(down, up, len(sums))
             p_value = sign_flip(sums, **drawn)
             width = 0.0 if interval is None else interval.high - interval.low
             least = 2 / 2 ** len(sums)  # p-value that flipping so many signs can give

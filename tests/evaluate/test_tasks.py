@@ -16,7 +16,7 @@ from sftkit.core.engines.base import EngineConfig
 from sftkit.core.errors import UserError
 from sftkit.core.models import load_model, resolve_model
 from sftkit.core.named_models import find_models
-from sftkit.core.statistics import Estimate, pass_at_k, wilson
+from sftkit.core.statistics import Estimate, paired_difference, pass_at_k, wilson
 from sftkit.core.values import ValueStore
 from sftkit.evaluate import benchmark, task_data
 from sftkit.evaluate.ask import Asked, choose_likeliest, loaded_when_needed, ways
@@ -389,6 +389,15 @@ def test_questions_that_share_a_subject_count_less() -> None:
     assert same.interval.low < 0.6  # of four subjects
     one = measure(marks(1.0, 0.5), "m", ["subject", "subject"], DRAWN)
     assert one.interval is None
+
+
+def test_where_all_subjects_are_alike_the_difference_is_not_certain() -> None:
+    groups = [f"subject {number // 4}" for number in range(40)]
+    for second, better in ((0.0, 0), (1.0, 10)):
+        compared = compare_marks("t", "m", {"a": marks(*[0.0] * 40), "b": marks(*[second] * 40)}, [("a", "b")], groups, DRAWN)
+        assert compared[0].interval == paired_difference(0, better, 10)  # of ten subjects
+        assert compared[0].detectable is not None
+        assert "nan" not in compared[0].told()
 
 
 def test_comparisons_are_paired_and_adjusted_over_tasks() -> None:
