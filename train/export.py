@@ -176,7 +176,10 @@ def _compare(file: Path, model: Any, chat: Any) -> float:
     try:
         again = load_unpacked(file, torch.float32)
     except RuntimeError as error:  # transformers guesses what it does not read, as Qwen3's width of a head
-        raise UserError(f"{file.name}: transformers cannot read it back, so that it is not checked: {str(error)[:120]}") from error
+        raise UserError(
+            f"{chat.name}: transformers does not read back what was written (it guesses what it does not read, as Qwen3's width of a"
+            " head), so that it cannot be checked; nothing is left of it; llama.cpp's own converter knows more"
+        ) from error
     with torch.no_grad():
         one, other = (each.eval()(input_ids=torch.tensor([ids])).logits.float() for each in (model, again))
     return float((one - other).abs().max() / one.std())

@@ -158,7 +158,7 @@ class PreferenceTrainer(Trainer):
         self.model.eval()
         for place in range(self.args.process_index, len(packs), self.args.world_size):
             batch = self._prepare_inputs(packs[place])
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():  # which a model brings along by itself once it is prepared
                 likelihoods = self.model(packed={**batch, "likelihoods": True})
             found[packs.rows()[place]] = likelihoods.view(-1, 2).cpu().numpy()
         self.model.train(training)
