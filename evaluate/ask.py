@@ -82,8 +82,8 @@ def ways(models: Sequence[NamedModel], tasks: Sequence[Task], config: TasksConfi
         else:
             found.append(Asked(model.name, model, config.ask != "completion"))
         if not own and config.ask != "completion":
-            also = " and given texts to go on from; others are compared with both" if config.ask != "chat" else ""
-            log.info("%s has no chat template of its own: it is asked %s, as training would%s", model.name, chat.told, also)
+            also = ", and given texts to go on from; others are compared with both" if config.ask != "chat" else ""
+            log.info("%s has no chat template of its own: it is asked %s, as in training%s", model.name, chat.told, also)
     return found
 
 

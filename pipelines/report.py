@@ -18,6 +18,7 @@ from ..core.statistics import Interval
 from ..core.text import visible
 from ..curate.card import funnel
 from ..evaluate.marks import Comparison, against_both
+from ..evaluate.results import told as told_reasons
 from .ablation import read_ablation, told
 
 STYLE = """
@@ -199,6 +200,8 @@ def _changes(task: dict[str, Any]) -> list[str]:
     spans = [each["interval"] and Interval(**each["interval"]) for each in task["comparisons"]]
     compared = [Comparison(**{**each, "interval": span}) for each, span in zip(task["comparisons"], spans, strict=True)]
     missing = [f"{name} answered no question and is left out: {reasons}" for name, reasons in task["unasked"].items()]
+    if task["left_out"]:
+        missing.append(f"questions left out for all models: {told_reasons(task['left_out'])}")
     return [*missing, *(each.told() for each in compared), *against_both(compared)]
 
 

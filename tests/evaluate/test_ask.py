@@ -42,7 +42,7 @@ def test_a_base_model_is_asked_in_both_ways_and_others_are_compared_with_both(
     assert [each.p_value for each in task.comparisons] == pytest.approx([0.125] * 2)
     assert [each.p_adjusted for each in task.comparisons] == pytest.approx([0.25] * 2)  # Holm, over both
     assert "sft against both base:completion and base:chat: no difference holds against both" in result.summary()
-    assert "base has no chat template of its own: it is asked in chats by sftkit:plain, as training would and" in caplog.text
+    assert "base has no chat template of its own: it is asked in chats by sftkit:plain, as in training, and given" in caplog.text
     assert "given texts to go on from: base:completion; asked in chats by sftkit:plain: base:chat; asked in chats: sft" in result.summary()
     assert watch.events == ["open tiny-base", "close tiny-base", "open trained", "close trained"]
     keys = pl.read_parquet(tmp_path / "run" / "evaluate" / "task_answers.parquet").filter(pl.col("model") != "sft")["key"]

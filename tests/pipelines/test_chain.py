@@ -163,15 +163,16 @@ def test_the_losses_of_turns_and_sources_stand_in_the_report(tmp_path: Path, tin
 
 
 def test_tasks_of_a_recipe_stand_in_the_report(recipe: Any, tmp_path: Path) -> None:
-    (tmp_path / "sums.jsonl").write_text(
-        "".join(json.dumps({"question": f"Calculate {n}+{n}.", "answer": str(2 * n), "scoring": "numeric"}) + "\n" for n in range(8))
-    )
+    questions = [*(f"Calculate {n}+{n}." for n in range(8)), "Calculate " + "1+" * 2000 + "1."]
+    lines = [json.dumps({"question": each, "answer": "1", "scoring": "numeric"}) for each in questions]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines))
     tasks = {"names": [str(tmp_path / "sums.jsonl")], "max_new_tokens": 12, "resamples": 1000, "ask": "chat"}
     evaluate = {"tasks": tasks, "compare": {"max_new_tokens": 5}}
     result = run_chain(load_recipe(recipe(evaluate=evaluate)), tmp_path / "run")
     page = result.report.read_text()
     assert re.search(r"<h2>Tasks</h2><h3>[^<]*sums", page)
     assert "sft − base: " in page
+    assert "questions left out for all models: 1 too_long" in page
     assert any(re.match(r".*sums\.jsonl: sft − base: score [+−]", each) for each in result.findings)
     assert "without what was trained on" in page
     assert "<th class=n>repetitive" in page
