@@ -11,7 +11,7 @@ from ..core.chat import Chat
 from ..core.errors import UserError
 from ..core.example import Decision, Example, Message
 from ..core.ledger import Ledger
-from .config import TrainConfig
+from .config import PreferenceConfig, TrainConfig
 from .data import DataReport, Outcome, Row, TrainingData, key_of, outcomes
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def prepare(
         split=num_split,
         sources=_sources(kept),
         licences=dict(Counter(str(each.meta["license"]) for each in kept if each.meta.get("license")).most_common()),
-        warnings=tuple(_warnings(left_out, cures, kept, train, validation, chat)),
+        warnings=(*_warnings(left_out, cures, kept, train, validation, chat), *_half_used(kept, config)),
     )
     say(report)
     return TrainingData(train, validation, report)
@@ -138,6 +138,8 @@ def _longer(config: TrainConfig, limit: int, context: int | None) -> str:
         alone = "one question and its answer alone are longer: shorten them"
         return f"{alone}, or give a model with more context than {limit:,}" if limit == context else f"{alone}, or raise max_length"
     cure = CURES["over_max_length"]
+    if isinstance(config, PreferenceConfig):
+        cure = cure.partition(",")[0]  # pairs are not split
     return cure if limit != context else cure.replace("raise max_length", f"give a model with more context than {limit:,} tokens")
 
 
@@ -161,6 +163,14 @@ def _warnings(
             " take them out of the text, or the rows out of the data"
         )
     return told
+
+
+def _half_used(kept: Sequence[Example], config: TrainConfig) -> list[str]:
+    """Say what of pairs is not looked at where single answers are learned."""
+    pairs = [] if isinstance(config, PreferenceConfig) else [each.source for each in kept if "rejected" in each.meta]
+    if not pairs:
+        return []
+    return [f"{_rows(pairs)} with a rejected answer, too, which is not learned from ({_named(pairs)}): sftkit train preference does that"]
 
 
 def _rows(places: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from sftkit.core.models import load_model, resolve_model
 from sftkit.train.account import prepare
 from sftkit.train.attention import use_own_attention
 from sftkit.train.checkpoints import last_checkpoint
-from sftkit.train.config import PreferenceConfig
+from sftkit.train.config import PreferenceConfig, TrainConfig
 from sftkit.train.data import Row, fingerprint
 from sftkit.train.final import answer_loss
 from sftkit.train.preference import PairPacks, PreferenceTrainer
@@ -67,6 +67,10 @@ def test_pairs_are_rendered_as_rows_are_and_those_without_a_lesson_are_left_out(
     made = prepare(read_examples(data), chat, config(validation=0.0), context=512, ledger=tmp_path / "ledger.parquet")
     assert made.report.rejected == {"same_answers": 1, "empty_answer": 1, "no_pair": 1, "over_max_length": 1}
     assert "nothing can be learned from a pair of like answers" in caplog.text
+    assert "give a model with more context than 512 tokens" in caplog.text
+    assert "overlong: split" not in caplog.text
+    single = prepare(read_examples(data), chat, TrainConfig(validation=0.0), context=512)
+    assert single.report.warnings[-1].startswith("22 rows with a rejected answer, too, which is not learned from")
     for row in made.train:
         assert isinstance(row.rejected, Row)
         assert row.prompt() == row.rejected.prompt()
