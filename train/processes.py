@@ -54,8 +54,6 @@ def train_on_processes(job: Job) -> Any:
 
     Raises what a process raised: UserError, OutOfMemoryError, or KeyboardInterrupt where it was stopped with a checkpoint.
     """
-    import torch
-
     folder = job.room / "processes"
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "sftkit.train.processes", "start", str(job.config.gpus), str(folder)]
@@ -77,6 +75,14 @@ def train_on_processes(job: Job) -> Any:
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
+    return outcome(job, code)
+
+
+def outcome(job: Job, code: int) -> Any:
+    """Return the model that a job's processes trained, given torchrun's exit code, or raise what a process raised."""
+    import torch
+
+    folder = job.room / "processes"
     status = read_json(folder / STATUS) if (folder / STATUS).exists() else {"ended": f"with exit code {code}"}
     if status["ended"] in ("error", "diverged"):
         raise (Diverged if status["ended"] == "diverged" else UserError)(status["said"])

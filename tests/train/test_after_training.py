@@ -224,6 +224,8 @@ def test_a_loss_that_is_no_number_names_the_rows(tmp_path: Path, tiny_model: Pat
     path = chats(16)
     with pytest.raises(UserError, match=r"is not a finite number .* it learned from .*chats\.jsonl:\d+") as error:
         train(path, str(tiny_model), tmp_path / "run", wild)
+    assert "lower the learning rate" in str(error.value)
+    assert not (tmp_path / "run" / "train" / "done.json").exists()
     step = int(str(error.value).split(":")[0].removeprefix("step "))
     data = prepare(read_examples(path), load_chat(resolve_model(tiny_model)), wild, context=512)
     packs = Packs(data.train, batch_size=4, batch_tokens=4096, seed=0, pad=0, epochs=2)
