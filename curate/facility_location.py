@@ -255,7 +255,7 @@ class Covering:
     def _look_at_all(self, neighbors: int) -> tuple[Indices, npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Compute all similarities once, tile by tile: set the first bounds, return those above the floors, by row."""
         num_rows = len(self._vectors)
-        height = max(CELLS // num_rows, 1)
+        height = max(CELLS // 4 // num_rows, 1)
         guess = np.full(num_rows, self._guess)
         covered = np.maximum(exact_cosines(self._vectors, np.arange(num_rows), guess), 0).astype(np.float32)[:, None]
 
