@@ -332,7 +332,7 @@ def shape_name(model: Path) -> str:
 
 
 def newest_checkpoint(run: Path) -> int:
-    from sftkit.train.trainer import last_checkpoint
+    from sftkit.train.checkpoints import last_checkpoint
 
     found = last_checkpoint(run / "train" / "checkpoints")
     return int(found.name.rpartition("-")[2]) if found else -1
