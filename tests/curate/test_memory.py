@@ -20,8 +20,9 @@ def config(method: str, memory_gb: float | None) -> SelectConfig:
 
 @pytest.mark.parametrize("method", ["k-center", "facility-location", "qdit", "deita", "cluster-balanced"])
 def test_memory_is_linear_in_the_rows(method: str) -> None:
-    small, large = (select_bytes(method, rows, 384, 100) for rows in (50_000, 200_000))
-    assert small < large < 4 * small
+    for fast in (False, True):
+        small, large = (select_bytes(method, rows, 384, 100, fast=fast) for rows in (50_000, 200_000))
+        assert small < large < 4 * small
 
 
 def test_facility_location_remembers_what_fits() -> None:
@@ -57,6 +58,10 @@ def test_the_limit_decides_memory_and_not_the_rows(toy_run: Callable[..., Run], 
     assert held.kept["example_id"].to_list() == free.kept["example_id"].to_list()
     few = select(run, SelectConfig(method="facility-location", budget=8, embed=embed, epsilon=0.05))
     assert len(few.kept) == 8
+    fast = select(run, SelectConfig(method="facility-location", budget=8, embed=embed, fast=True))
+    assert fast.kept["example_id"].to_list() == free.kept["example_id"].to_list()
+    with pytest.raises(UserError, match=r"select facility-location: takes about 0\.1 GB for 40 rows, memory_gb allows 0\.001"):
+        select(run, SelectConfig(method="facility-location", budget=8, embed=embed, fast=True, memory_gb=0.001))
     with pytest.raises(UserError, match=r"memory_gb allows 0\.001"):
         select(run, SelectConfig(method="k-center", budget=8, embed=embed, memory_gb=0.001))
     with pytest.raises(
