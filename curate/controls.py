@@ -23,7 +23,7 @@ def random_order(rows: pl.DataFrame, seed: int) -> list[int]:
 
 def length_bucket(length: float, per_doubling: int = 1) -> int:
     """Return the bucket of a length: in each rise of so many buckets lengths double."""
-    return math.floor(per_doubling * math.log2(length + 1))
+    return math.floor(per_doubling * math.log2(max(length, 0) + 1))
 
 
 def length_buckets(lengths: Sequence[float], per_doubling: int = 1) -> list[int]:
@@ -34,16 +34,13 @@ def length_buckets(lengths: Sequence[float], per_doubling: int = 1) -> list[int]
 
 def length_matched(order: Sequence[int], lengths: Sequence[float], taken: Sequence[int]) -> list[int]:
     """Return rows, first come first taken in `order`, so that each bucket of lengths has as many as the `taken` rows have."""
-    buckets = length_buckets(lengths, BUCKETS_PER_DOUBLING)
-    wanted: dict[int, int] = {}
-    for row in taken:
-        wanted[buckets[row]] = wanted.get(buckets[row], 0) + 1
-    matched = []
-    for row in order:
-        if wanted.get(buckets[row], 0):
-            wanted[buckets[row]] -= 1
-            matched.append(row)
-    return matched
+    buckets, visited = np.array(length_buckets(lengths, BUCKETS_PER_DOUBLING)), np.asarray(order, dtype=np.int64)
+    wanted = np.bincount(buckets[np.asarray(taken, dtype=np.int64)], minlength=int(buckets.max(initial=0)) + 1)
+    by_bucket = np.argsort(buckets[visited], kind="stable")
+    sizes = np.bincount(buckets[visited], minlength=len(wanted))
+    place = np.empty(len(visited), dtype=np.int64)  # of each row among those of its bucket
+    place[by_bucket] = np.arange(len(visited)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return visited[place < wanted[buckets[visited]]].tolist()
 
 
 def clear_controls(run: Run, prefix: str = "") -> None:
@@ -57,14 +54,14 @@ def write_controls(
 ) -> list[str]:
     """Write curate/controls/NAME.jsonl for each of CONTROLS; return a line about each, beside the selection."""
     told = []
-    of_selection = np.mean([lengths[row] for row in taken])
+    sizes, is_taken = np.asarray(lengths, dtype=np.float64), np.zeros(len(rows), dtype=bool)
+    is_taken[taken] = True
     for name, chosen in zip(CONTROLS, drawn, strict=True):
         path = _path(run, prefix + name)
         export_rows(rows[sorted(chosen)], path)
-        shared = len(set(chosen) & set(taken))
         told.append(
-            f"control {prefix}{name}: {len(chosen):,} rows, {shared:,} of them selected too; mean length "
-            f"{np.mean([lengths[row] for row in chosen]):,.1f}, of the selection {of_selection:,.1f}: {path}"
+            f"control {prefix}{name}: {len(chosen):,} rows, {is_taken[chosen].sum():,} of them selected too; mean length "
+            f"{sizes[chosen].mean():,.1f}, of the selection {sizes[is_taken].mean():,.1f}: {path}"
         )
     return told
 
@@ -80,8 +77,8 @@ def write_controls_of(
     taken = (decisions["action"] == "kept").arg_true().to_list()
     if not taken:
         return []
-    in_pool = pool.to_list()
-    order = [row for row in random_order(rows, seed) if in_pool[row]]
+    in_order = np.array(random_order(rows, seed))
+    order = in_order[pool.to_numpy()[in_order]].tolist()
     drawn = order[: len(taken)]
     if within_prompts:
         left: defaultdict[str, int] = defaultdict(int)

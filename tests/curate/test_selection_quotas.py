@@ -138,3 +138,8 @@ def test_a_length_matched_control_has_the_same_histogram(seed: int) -> None:
     assert Counter(length_bucket(lengths[row], 4) for row in matched) == Counter(length_bucket(lengths[row], 4) for row in taken)
     assert matched == [row for row in order if row in set(matched)]
     assert matched == length_matched(order, lengths, taken[::-1])
+
+
+def test_a_length_below_zero_is_in_the_first_bucket() -> None:
+    assert length_bucket(-5.0) == length_bucket(0.0) == 0
+    assert length_matched([2, 0, 1], [-5.0, 0.0, 90.0], [1]) == [0]
