@@ -22,11 +22,12 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import UserError
-from .example import Message
+from .example import Message, Tool
 from .files import read_json
 from .models import ModelRef, load_tokenizer
 from .templates import BUILT_IN, PAD_CANDIDATES
@@ -43,6 +44,14 @@ FIXED_CLOCK = (  # put before a template that asks for the time: the same moment
     )
     + " -}}{%- endmacro -%}"
 )
+
+
+class How(NamedTuple):
+    """How a conversation is written: up to where an answer begins, with thinking on, with the functions that can be called."""
+
+    generation_prompt: bool = False
+    thinking: bool = False
+    tools: tuple[Tool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,27 +85,30 @@ class Chat:
         tokenizer.pad_token_id = self.pad_id
         tokenizer.padding_side = "left"
         asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-        prompt = self._text([asked], True, False)
-        if not self._text([asked, answered], False, False).startswith(prompt):
+        prompt = self._text([asked], How(generation_prompt=True))
+        if not self._text([asked, answered], How()).startswith(prompt):
             log.warning(
                 "%s: its prompts end with %r, and rows without a thought do not: train it on rows that have one", name, prompt[-24:]
             )
 
     def render(
-        self, messages: Sequence[Message], *, generation_prompt: bool = False, thinking: bool = False, train_on: str = "all"
-    ) -> Rendered:
+        self, messages: Sequence[Message], *, generation_prompt: bool = False, thinking: bool = False, tools: Sequence[Tool] = (),
+        train_on: str = "all",
+    ) -> Rendered:  # fmt: skip
         """Return the token ids of a conversation and the mask of the assistant's tokens.
 
         A turn is masked from where the generation prompt ends to its end-of-turn token: what the model has to write by itself.
+        `tools` are the functions that can be called, which the template writes where it knows any (`writes_tools`).
         `train_on` "all" masks every assistant turn, "last" only the final one. With `generation_prompt` the ids end where
         an answer begins, and they are the same ids that a training row with that answer begins with. The mask does not
         depend on `{% generation %}` marks: each turn is found by rendering again with a sentinel in its place. Raises
         UserError for a conversation that the template refuses.
         """
         messages = _with_arguments([{**each, "content": "" if each.get("content") is None else each["content"]} for each in messages], dict)
-        text = self._text(messages, generation_prompt, thinking)
+        how = How(generation_prompt, thinking, tuple(tools))
+        text = self._text(messages, how)
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = {turn: self._span(messages, turn, text, generation_prompt, thinking) for turn in turns}
+        spans = {turn: self._span(messages, turn, text, how) for turn in turns}
         ids, offsets = self._encode(text, [span for span in spans.values() if span])
         mask = [False] * len(ids)
         for turn, span in spans.items():
@@ -107,9 +119,17 @@ class Chat:
                 mask[first:last] = [True] * (last - first)
         return Rendered(ids, mask)
 
-    def prompt(self, messages: Sequence[Message], *, thinking: bool = False) -> list[int]:
+    def prompt(self, messages: Sequence[Message], *, thinking: bool = False, tools: Sequence[Tool] = ()) -> list[int]:
         """Return the ids to generate from: the conversation, up to where the assistant's answer begins."""
-        return self.render(messages, generation_prompt=True, thinking=thinking).ids
+        return self.render(messages, generation_prompt=True, thinking=thinking, tools=tools).ids
+
+    @cached_property
+    def writes_tools(self) -> bool:
+        """Say whether the template writes which functions can be called."""
+        asked = [{"role": "user", "content": "a"}]
+        name = SENTINEL.strip("\ue000\ue001")
+        tool = {"type": "function", "function": {"name": name, "description": "", "parameters": {"type": "object", "properties": {}}}}
+        return name in (self._try_text(asked, How(tools=(tool,))) or "")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens and otherwise as it is."""
@@ -168,7 +188,7 @@ class Chat:
         for parts in (False, True):
             self._in_parts = parts
             try:
-                _, found, following = self._raw_text(conversation, False, False).rpartition(SENTINEL)
+                _, found, following = self._raw_text(conversation, How()).rpartition(SENTINEL)
             except UserError as error:
                 refusal = refusal or error
                 continue
@@ -188,7 +208,7 @@ class Chat:
 
     def _choose_closing(self, eos: Sequence[int]) -> str:
         conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}, {"role": "user", "content": "b"}]
-        following = (self._try_text(conversation, False, False) or "").rpartition(SENTINEL)[2]
+        following = (self._try_text(conversation, How()) or "").rpartition(SENTINEL)[2]
         begins_next = self._special_at(following.lstrip())[:1]
         if begins_next and self.tokenizer.convert_tokens_to_ids(begins_next[0]) in eos:
             return begins_next[0]
@@ -216,19 +236,19 @@ class Chat:
         )
         return last
 
-    def _text(self, messages: Sequence[Message], generation_prompt: bool, thinking: bool) -> str:
+    def _text(self, messages: Sequence[Message], how: How) -> str:
         """Return a conversation as text, closed where the template does not close a last answer."""
-        text = self._raw_text(messages, generation_prompt, thinking)
+        text = self._raw_text(messages, how)
         answered = messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")  # what ends a call is not known
-        return text + self._closing if answered and not generation_prompt else text
+        return text + self._closing if answered and not how.generation_prompt else text
 
-    def _try_text(self, messages: Sequence[Message], generation_prompt: bool, thinking: bool) -> str | None:
+    def _try_text(self, messages: Sequence[Message], how: How) -> str | None:
         try:
-            return self._text(messages, generation_prompt, thinking)
+            return self._text(messages, how)
         except UserError:
             return None
 
-    def _raw_text(self, messages: Sequence[Message], generation_prompt: bool, thinking: bool) -> str:
+    def _raw_text(self, messages: Sequence[Message], how: How) -> str:
         import jinja2
 
         if not messages:
@@ -239,35 +259,37 @@ class Chat:
             return str(
                 self.tokenizer.apply_chat_template(
                     said,
+                    tools=list(how.tools) or None,
                     chat_template=FIXED_CLOCK + template if "strftime_now" in template else template,
                     tokenize=False,
-                    add_generation_prompt=generation_prompt,
-                    enable_thinking=thinking,
-                    thinking=thinking,
+                    add_generation_prompt=how.generation_prompt,
+                    enable_thinking=how.thinking,
+                    thinking=how.thinking,
                     date_string=DATE,
                 )
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             with_texts = _with_arguments(messages, str)
             if isinstance(error, TypeError) and with_texts != messages:  # DeepSeek-V3's joins them to a text; all others write an object
-                return self._raw_text(with_texts, generation_prompt, thinking)
+                return self._raw_text(with_texts, how)
             roles = ", ".join(str(each.get("role")) for each in messages[:8])
             raise UserError(f"{self.name}: its chat template refuses a conversation of {roles}: {' '.join(str(error).split())}") from error
 
-    def _span(self, messages: Sequence[Message], turn: int, text: str, generation_prompt: bool, thinking: bool) -> tuple[int, int] | None:
+    def _span(self, messages: Sequence[Message], turn: int, text: str, how: How) -> tuple[int, int] | None:
         """Return where in `text` an assistant turn begins and ends, as trained: from the prompt's end to its end-of-turn token.
 
         None where the template leaves the turn out, or moves it about so that it has no one place.
         """
-        around = self._around(messages, turn, generation_prompt, thinking)
+        around = self._around(messages, turn, how)
         said = messages[turn]["content"]
         if messages[turn].get("tool_calls") and not (around and text in (said.join(around), said.strip().join(around))):
-            end, closed = self._end_of_calls(messages, turn, text, around, generation_prompt, thinking)
+            end, closed = self._end_of_calls(messages, turn, text, around, how)
         else:
             end, closed = len(text) - _common_suffix(around[1], text) if around else None, False
         # where the answer begins at inference: some templates write a space or an empty thought between the two; one with a
         # thought in it stands as if thinking were on
-        prompts = [self._try_text(messages[:turn], True, each) for each in (thinking, not thinking)] if turn else []
+        asked = [how._replace(generation_prompt=True, thinking=each) for each in (how.thinking, not how.thinking)]
+        prompts = [self._try_text(messages[:turn], each) for each in asked] if turn else []
         start = next((len(each) for each in prompts if each and text.startswith(each)), None)
         if start is None and around:
             start = _common_prefix(around[0], text)
@@ -279,29 +301,29 @@ class Chat:
         return (start, end) if closed or not written else (start, end + blank + len(written))
 
     def _end_of_calls(
-        self, messages: Sequence[Message], turn: int, text: str, around: tuple[str, str] | None, generation_prompt: bool, thinking: bool
+        self, messages: Sequence[Message], turn: int, text: str, around: tuple[str, str] | None, how: How
     ) -> tuple[int | None, bool]:
         """Return where a turn that calls tools ends, and whether its end of turn stands before that place.
 
         The calls stand beside the answer's text or in its place: the turn ends where the conversation up to it ends.
         """
-        alone = (self._try_text(messages[: turn + 1], False, thinking) or "").rstrip()
+        alone = (self._try_text(messages[: turn + 1], how._replace(generation_prompt=False)) or "").rstrip()
         if alone and text.startswith(alone):
             return len(alone), alone.endswith(self._endings)
         if around is None:
             return None, False
         end = len(text) - _common_suffix(around[1], text)
-        told = self._around(messages, turn + 1, generation_prompt, thinking) if turn + 1 < len(messages) else None
+        told = self._around(messages, turn + 1, how) if turn + 1 < len(messages) else None
         if told and _common_prefix(told[0], text) < end:
             return None, False  # the tool's answer is written into the turn of the assistant, who did not say it
         return end, False
 
-    def _around(self, messages: Sequence[Message], turn: int, generation_prompt: bool, thinking: bool) -> tuple[str, str] | None:
+    def _around(self, messages: Sequence[Message], turn: int, how: How) -> tuple[str, str] | None:
         """Return the texts before and after the content of a turn, as if it called no tool; None where the template shows none."""
         others = {key: value for key, value in messages[turn].items() if key != "tool_calls"}
         for message in (others, {"role": others["role"]}):  # with what else the turn has (a thought, a name), else without
             marked = [*messages[:turn], {**message, "content": SENTINEL}, *messages[turn + 1 :]]
-            before, found, after = (self._try_text(marked, generation_prompt, thinking) or "").partition(SENTINEL)
+            before, found, after = (self._try_text(marked, how) or "").partition(SENTINEL)
             if found:
                 return before, after
         return None

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Tool = dict[str, Any]  # {"type": "function", "function": {"name": ..., "parameters": ...}}: one that can be called
 Message = dict[str, Any]  # {"role": ..., "content": ...}, and what a format adds (tool_calls, name, ...)
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -70,3 +71,20 @@ def content_id(messages: Sequence[Message]) -> str:
 def row_id(example_id: str, sample_index: int | None) -> str:
     """Return how a row is written for people and in `witness_id`: `ID`, or `ID/INDEX` for a sample of a teacher."""
     return example_id if sample_index is None else f"{example_id}/{sample_index}"
+
+
+def tools_of(meta: Mapping[str, Any]) -> tuple[Tool, ...]:
+    """Return the functions of a row that can be called: its column `tools`, a list or its JSON text; none where that is something else.
+
+    Each is {"type": "function", "function": …}, as chat templates expect it, where it was given bare, too.
+    """
+    tools = meta.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            return ()
+    found = tools if isinstance(tools, list) else []
+    if not all(isinstance(each, dict) and ("function" in each or "name" in each) for each in found):
+        return ()
+    return tuple(each if "function" in each else {"type": "function", "function": each} for each in found)

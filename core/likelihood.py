@@ -9,7 +9,7 @@ import numpy as np
 
 from .engines.base import ScoreRequest
 from .errors import UserError
-from .example import Example, Message, content_id
+from .example import Example, Message, Tool, content_id, tools_of
 from .formats import split_prompt
 from .named_models import NamedModel
 from .progress import Progress
@@ -97,7 +97,7 @@ def likelihoods(model: NamedModel, rows: Sequence[HeldOut], store: ValueStore) -
 
 def _read(model: NamedModel, row: HeldOut) -> Reading:
     if row.text is None:
-        return read_conversation(model, row.example.messages, where=row.example.source)
+        return read_conversation(model, row.example.messages, where=row.example.source, tools=tools_of(row.example.meta))
     return read_text(model, row.text)
 
 
@@ -119,7 +119,9 @@ def read_text(model: NamedModel, text: str) -> Reading:
     return Reading(key, ids, mask, (False,) * (len(ids) - 1))
 
 
-def read_conversation(model: NamedModel, messages: Sequence[Message], *, where: str, train_on: str = "all") -> Reading:
+def read_conversation(
+    model: NamedModel, messages: Sequence[Message], *, where: str, train_on: str = "all", tools: Sequence[Tool] = ()
+) -> Reading:
     """Render a conversation for a model, its answers masked; with `train_on` "last" only the final one.
 
     Rules: `refused_by_template`, `turn_left_out`, `no_end_of_turn`, `too_long`.
@@ -127,7 +129,7 @@ def read_conversation(model: NamedModel, messages: Sequence[Message], *, where: 
     chat = model.chat
     assert chat is not None  # only servers render for themselves, and they tell no probabilities
     try:
-        rendered = chat.render(messages, train_on=train_on)
+        rendered = chat.render(messages, tools=tools, train_on=train_on)
     except UserError as error:
         log.warning("%s: %s", where, error)
         return Reading(error="refused_by_template")

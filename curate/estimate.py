@@ -16,6 +16,7 @@ from ..core.engines.registry import choose
 from ..core.engines.servers import key_of_servers
 from ..core.engines.tuning import Trial, tune
 from ..core.errors import UserError
+from ..core.example import tools_of
 from ..core.formats import iterate_examples, split_prompt
 from ..core.progress import duration
 from .config import DistillConfig
@@ -165,7 +166,7 @@ def tune_teacher(source: str | Path, config: DistillConfig, *, seconds: float, t
         for number, example in enumerate(examples):
             messages, _ = split_prompt(example)
             system = [{"role": "system", "content": config.system}] if config.system is not None else []
-            ids = tuple(teacher.chat.prompt([*system, *messages], thinking=config.thinking))
+            ids = tuple(teacher.chat.prompt([*system, *messages], thinking=config.thinking, tools=tools_of(example.meta)))
             if teacher.context is None or len(ids) + config.max_new_tokens <= teacher.context:
                 requests.append(Request(key=str(number), prompt_ids=ids, messages=messages, sampling=config.sampling, seed=number))
     if not requests:

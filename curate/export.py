@@ -14,7 +14,7 @@ from typing import IO, Any
 import polars as pl
 
 from ..core.errors import UserError
-from ..core.example import Message
+from ..core.example import Message, tools_of
 from ..core.files import clear_temporaries, write_atomically, write_json, write_text
 from ..core.formats import calls_of
 from ..core.run import Run
@@ -179,7 +179,7 @@ def _conversations(run: Run, writer: Callable[[list[Message], Mapping[str, str]]
 def _with_tools(writer: Callable[[list[Message], Mapping[str, str]], Row], messages: list[Message], row: Mapping[str, str]) -> Row:
     """Write a row; which functions can be called stands in the column `tools`, as TRL and OpenAI have it, or LLaMA-Factory."""
     meta = json.loads(row["meta"])
-    tools = _tools(meta)
+    tools = tools_of(meta)
     if not tools:
         return writer(messages, row)
     if writer is _alpaca:
@@ -188,24 +188,7 @@ def _with_tools(writer: Callable[[list[Message], Mapping[str, str]], Row], messa
     written = writer(messages, {**row, "meta": json.dumps(rest, ensure_ascii=False)})
     if writer in (_sharegpt, _llama_factory):
         return {**written, "tools": json.dumps([each["function"] for each in tools], ensure_ascii=False)}
-    return {**written, "tools": tools}
-
-
-def _tools(meta: Mapping[str, Any]) -> list[Row]:
-    """Return the functions of a row that can be called, from a list or its JSON text; none where `tools` is something else.
-
-    Each is {"type": "function", "function": …}, as chat templates expect it, where it was given bare, too.
-    """
-    tools = meta.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            return []
-    found = tools if isinstance(tools, list) else []
-    if not all(isinstance(each, dict) and ("function" in each or "name" in each) for each in found):
-        return []
-    return [each if "function" in each else {"type": "function", "function": each} for each in found]
+    return {**written, "tools": list(tools)}
 
 
 # Each writer gets a conversation, and id, source and meta (JSON text) of its row.
@@ -389,7 +372,7 @@ def _pair(name: str, row: Row, candidates: Sequence[tuple[float, Row]], config: 
         "prompt": prompt,
         "chosen": answer,
         "rejected": json.loads(pick[1]["messages"])[-1:],
-        **({"tools": tools} if (tools := _tools(json.loads(row["meta"] or "{}"))) else {}),
+        **({"tools": list(tools)} if (tools := tools_of(json.loads(row["meta"] or "{}"))) else {}),
         "chosen_score": abs(row["score"]) if row["score"] == 0 else row["score"],
         "rejected_score": pick[0],
         "id": row["example_id"],
@@ -413,8 +396,8 @@ def _given_pairs(rows: pl.DataFrame) -> Iterator[Written]:
             (n for n, each in enumerate(reversed(conversation)) if each["role"] != "assistant"), len(conversation)
         )
         prompt, chosen = conversation[:split], conversation[split:]
-        tools = _tools(json.loads(meta or "{}"))
-        pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected, **({"tools": tools} if tools else {})}
+        tools = tools_of(json.loads(meta or "{}"))
+        pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected, **({"tools": list(tools)} if tools else {})}
         yield name, pair if prompt and chosen else "no_answer"
 
 

@@ -23,6 +23,7 @@ from ..core.config import load_config
 from ..core.engines.base import Engine, EngineConfig, ScoreRequest
 from ..core.engines.registry import choose
 from ..core.errors import UserError
+from ..core.example import tools_of
 from ..core.likelihood import Reading, read_conversation
 from ..core.named_models import NamedModel, find_models
 from ..core.progress import Progress
@@ -162,7 +163,7 @@ def reward(*, model: str, device: str | None = None, dtype: str = "auto", batch_
 def read_reward(model: NamedModel, row: Candidate) -> Reading:
     """Render a whole conversation for a reward model, as its template has it."""
     assert model.chat is not None
-    ids = model.chat.render(json.loads(row.messages)).ids
+    ids = model.chat.render(json.loads(row.messages), tools=tools_of(row.meta)).ids
     if model.context is not None and len(ids) > model.context:
         return Reading(error="too_long")
     return Reading(value_key("reward", model.identity, model.engine.dtype, ids), tuple(ids))
@@ -292,7 +293,7 @@ def _stored_sums(store: ValueStore, key: str) -> Sums:
 
 def read_answer(model: NamedModel, row: Candidate) -> Reading:
     """Render a row with its last answer masked."""
-    return read_conversation(model, json.loads(row.messages), where="a row", train_on="last")
+    return read_conversation(model, json.loads(row.messages), where="a row", train_on="last", tools=tools_of(row.meta))
 
 
 def read_alone(model: NamedModel, answer: Reading) -> Reading:

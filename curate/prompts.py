@@ -11,7 +11,7 @@ import polars as pl
 
 from ..core.chat import Chat
 from ..core.errors import UserError
-from ..core.example import Decision, Example, Message, content_id
+from ..core.example import Decision, Example, Message, content_id, tools_of
 from ..core.files import write_atomically
 from ..core.formats import split_prompt
 from ..core.run import Run
@@ -58,6 +58,10 @@ def choose_prompts(run: Run, examples: Sequence[Example], chat: Chat | None, con
     """
     kept_before = set(run.ledger.read().filter((pl.col("stage") == STAGE) & (pl.col("action") == "kept"))["example_id"])
     prompts = [_prompt(each, config.system) for each in examples]
+    offered = sum(bool(tools_of(each.meta)) for each in examples)
+    if offered and not (chat and chat.writes_tools):
+        why = f"{chat.name}'s template does not write them" if chat else "a served model is not told of them"
+        log.warning("%s of %s prompts say which functions can be called (tools): %s", f"{offered:,}", f"{len(examples):,}", why)
     first: dict[object, str] = {}
     decisions: dict[int, Decision] = {}
     for place in sorted(range(len(prompts)), key=lambda place: prompts[place].example.id not in kept_before):
@@ -102,7 +106,7 @@ def _decide(
         return prompt, rejected("no_user_turn")
     if chat is not None:
         try:
-            ids = tuple(chat.prompt(prompt.messages, thinking=config.thinking))
+            ids = tuple(chat.prompt(prompt.messages, thinking=config.thinking, tools=tools_of(prompt.example.meta)))
         except UserError as error:
             return prompt, rejected(f"refused_by_template: {' '.join(str(error).split())}")
         if context is not None and len(ids) + config.max_new_tokens > context:

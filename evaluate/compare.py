@@ -15,7 +15,7 @@ from ..core.config import to_mapping
 from ..core.engines.base import Engine, Request, Sampling
 from ..core.engines.registry import choose
 from ..core.errors import UserError
-from ..core.example import Example, Message, Sample, content_id
+from ..core.example import Example, Message, Sample, Tool, content_id, tools_of
 from ..core.files import write_atomically
 from ..core.formats import iterate_examples, split_prompt
 from ..core.named_models import NamedModel, find_models
@@ -54,6 +54,7 @@ class Question:
     messages: list[Message]
     source: str
     error: str | None = None
+    tools: tuple[Tool, ...] = ()  # the functions that can be called
 
     @property
     def text(self) -> str:
@@ -207,7 +208,7 @@ def read_questions(source: str | Path | None, config: CompareConfig) -> list[Que
         messages, _ = split_prompt(example)
         if config.system is not None and not any(each["role"] == "system" for each in messages):
             messages = [{"role": "system", "content": config.system}, *messages]
-        questions.append(Question(example.id, messages, example.source))
+        questions.append(Question(example.id, messages, example.source, tools=tools_of(example.meta)))
     return questions
 
 
@@ -232,7 +233,7 @@ def _prepare(model: NamedModel, question: Question, identity: str, config: Compa
     ids: tuple[int, ...] = ()
     if model.chat is not None:
         try:
-            ids = tuple(model.chat.prompt(question.messages))
+            ids = tuple(model.chat.prompt(question.messages, tools=question.tools))
         except UserError as error:
             log.warning("%s: %s", question.source, error)
             return _Wanted(question, error="refused_by_template")

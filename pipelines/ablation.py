@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..core.chat import load_chat
 from ..core.config import to_mapping
 from ..core.errors import UserError
+from ..core.example import tools_of
 from ..core.files import read_json, write_json
 from ..core.formats import iterate_examples
 from ..core.models import resolve_model
@@ -179,7 +180,7 @@ def _arms(source: Path) -> dict[str, Path]:
 
 def _size(path: Path, chat: Any) -> tuple[int, int]:
     """Return the rows of a data set and their tokens."""
-    lengths = [len(chat.render(each.messages).ids) for each in iterate_examples(path)]
+    lengths = [len(chat.render(each.messages, tools=tools_of(each.meta)).ids) for each in iterate_examples(path)]
     return len(lengths), sum(lengths)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..core.chat import Chat
 from ..core.errors import UserError
-from ..core.example import Decision, Example, Message
+from ..core.example import Decision, Example, Message, tools_of
 from ..core.ledger import Ledger
 from .config import PreferenceConfig, TrainConfig
 from .data import DataReport, Outcome, Row, TrainingData, key_of, outcomes
@@ -154,6 +154,12 @@ def _warnings(
         told.append(
             f"{_rows(again)} to validate on ask what a training row asks ({_named(again)}), so eval_loss will be too good:"
             " take repeated prompts out first (sftkit curate dedup)"
+        )
+    offered = [] if chat.writes_tools else [each.source for each in kept if tools_of(each.meta)]
+    if offered:
+        told.append(
+            f"{_rows(offered)} with functions that can be called (tools), which the template of {chat.name} does not write"
+            f" ({_named(offered)}): it learns to call them without being told of them; give a model whose template does"
         )
     pattern = _special_tokens(chat)
     marked = [each.source for each in kept if any(pattern.search(str(message.get("content") or "")) for message in each.messages)]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ..core.chat import Chat, Rendered
 from ..core.config import part
 from ..core.errors import UserError
-from ..core.example import Example, Message
+from ..core.example import Example, Message, Tool, tools_of
 from ..core.ledger import RowKey
 from .config import PreferenceConfig, TrainConfig
 from .rendering import Pieces, in_chunks, render_many
@@ -24,12 +24,13 @@ Mask = npt.NDArray[np.bool_]
 class Row:
     """One row, rendered. `source` is where it stands, as file:row; `tokens` and `trained` are its ids and mask as arrays."""
 
-    __slots__ = ("key", "messages", "rejected", "score", "source", "tokens", "trained", "weight")
+    __slots__ = ("key", "messages", "rejected", "score", "source", "tokens", "tools", "trained", "weight")
 
     def __init__(
         self, key: RowKey, ids: Sequence[int] | Ids, mask: Sequence[bool] | Mask, source: str = "", messages: Sequence[Message] = ()
     ) -> None:
         self.key, self.source, self.messages = key, source, messages
+        self.tools: Sequence[Tool] = ()  # the functions that can be called in it
         self.rejected: Row | None = None  # of a pair, the row with the worse answer to the same prompt
         self.weight, self.score = 1.0, 0.0  # in the loss, and by which rows come in order
         self.tokens: Ids = np.asarray(ids, dtype=np.int32)
@@ -162,7 +163,7 @@ def outcomes(examples: Sequence[Example], chat: Chat, config: TrainConfig, limit
     found = in_chunks(len(examples), work, enough)
     for example, outcome in zip(examples, found, strict=False):
         for row in outcome.rows:
-            row.messages = row.messages or example.messages  # whole rows come without
+            row.messages, row.tools = row.messages or example.messages, tools_of(example.meta)  # whole rows come without
             row.weight = _number(example, config.weight_by) if config.weight_by else 1.0
             if config.curriculum:
                 name = config.curriculum.removeprefix("-")
@@ -184,7 +185,9 @@ def _number(example: Example, column: str) -> float:
 def _render(examples: Sequence[Example], chat: Chat, config: TrainConfig, limit: int, pieces: Pieces) -> list[Outcome]:
     found = [_unfit(each, config) for each in examples]
     asked = [place for place, each in enumerate(found) if each is None]
-    rendered = render_many([examples[place].messages for place in asked], chat, pieces, config.train_on)
+    chosen = [examples[place] for place in asked]
+    tools = [tools_of(each.meta) for each in chosen]
+    rendered = render_many([each.messages for each in chosen], chat, pieces, config.train_on, tools)
     for place, each in zip(asked, rendered, strict=True):
         found[place] = _outcome(examples[place], each, chat, config, limit)
     return [each for each in found if each is not None]
@@ -260,7 +263,7 @@ def _outcome(example: Example, rendered: Rendered | UserError, chat: Chat, confi
 
 
 def _row(messages: Sequence[Message], example: Example, key: RowKey, chat: Chat, config: TrainConfig) -> Row:
-    rendered = chat.render(messages, train_on=config.train_on)
+    rendered = chat.render(messages, tools=tools_of(example.meta), train_on=config.train_on)
     return Row(key, rendered.ids, rendered.mask, example.source, messages)
 
 

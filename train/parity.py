@@ -28,7 +28,7 @@ def check_parity(rows: Sequence[Row], chat: Chat) -> dict[str, Any]:
         if not turn:  # it begins with its answer
             continue
         trained = row.ids[: row.answer_start]
-        asked = [chat.prompt(row.messages[:turn], thinking=thinking) for thinking in (False, True)]  # with a thought: on
+        asked = [chat.prompt(row.messages[:turn], thinking=thinking, tools=row.tools) for thinking in (False, True)]  # with a thought: on
         if trained not in asked:
             place = next((each for each, pair in enumerate(zip(trained, asked[0], strict=False)) if pair[0] != pair[1]), None)
             place = min(len(trained), len(asked[0])) if place is None else place

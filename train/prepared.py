@@ -29,7 +29,7 @@ from .parity import checked
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 2  # counts up when the same rows would be rendered otherwise, or stored otherwise
+SCHEMA = 3  # counts up when the same rows would be rendered otherwise, or stored otherwise
 LEAST_ROWS = 5_000  # fewer are rendered in seconds
 KEPT = 8  # preparations
 ABANDONED = 24 * 3600.0  # seconds after which what was half written will not be finished
@@ -184,10 +184,11 @@ def _save(folder: Path, made: TrainingData) -> None:
             "weight": [row.weight for row in rows],
             "score": [row.score for row in rows],
             "messages": [json.dumps(list(row.messages)) if id(row) in asked else None for row in rows],
+            "tools": [json.dumps(list(row.tools)) if id(row) in asked else None for row in rows],
         },
         schema={
             **{"example_id": pl.String, "sample_index": pl.Int64, "source": pl.String, "length": pl.Int64},
-            **{"weight": pl.Float64, "score": pl.Float64, "messages": pl.String},
+            **{"weight": pl.Float64, "score": pl.Float64, "messages": pl.String, "tools": pl.String},
         },
     )
     table.write_parquet(folder / "rows.parquet")
@@ -204,8 +205,8 @@ def _load(folder: Path) -> TrainingData:
     facts.pop("trained_share")
     report = DataReport(**{**facts, "warnings": tuple(facts["warnings"])})
     rows = []
-    for (name, index, source, length, weight, score, messages), end in zip(table.iter_rows(), ends, strict=True):
+    for (name, index, source, length, weight, score, messages, tools), end in zip(table.iter_rows(), ends, strict=True):
         row = Row((name, index), tokens[end - length : end], trained[end - length : end], source, json.loads(messages) if messages else ())
-        row.weight, row.score = weight, score
+        row.weight, row.score, row.tools = weight, score, json.loads(tools) if tools else ()
         rows.append(row)
     return TrainingData(rows[: report.train_rows], rows[report.train_rows :], report)

@@ -18,9 +18,9 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
 from typing import Any
 
-from ..core.chat import Chat, Rendered
+from ..core.chat import Chat, How, Rendered
 from ..core.errors import UserError
-from ..core.example import Message
+from ..core.example import Message, Tool
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Pieces:
         marks = [f"\ue000{place}\ue001" for place in range(len(roles))]
         messages: list[Message] = [{"role": ROLES[role], "content": mark} for role, mark in zip(roles, marks, strict=True)]
         for asked in (False, True) if roles[-1] == "u" else (False,):
-            text = self.chat._try_text(messages, asked, False)
+            text = self.chat._try_text(messages, How(generation_prompt=asked))
             if text is None:
                 if roles[0] == "s":
                     continue  # it takes no system message
@@ -91,7 +91,7 @@ class Pieces:
         for message, piece in zip(messages, pieces[1:], strict=True):
             parts += [message["content"], piece]
         text = "".join(parts)
-        if text != self.chat._try_text(messages, False, False):
+        if text != self.chat._try_text(messages, How()):
             return None
         found, place, before = [], len(pieces[0]), 0
         for number, message in enumerate(messages):
@@ -144,11 +144,18 @@ class Pieces:
         return mask
 
 
-def render_many(conversations: Sequence[Sequence[Message]], chat: Chat, pieces: Pieces, train_on: str) -> list[Rendered | UserError]:
-    """Render conversations as `chat.render` does, one by one or all at once; in the place of one that is refused stands the error."""
+def render_many(
+    conversations: Sequence[Sequence[Message]], chat: Chat, pieces: Pieces, train_on: str, tools: Sequence[Sequence[Tool]] = ()
+) -> list[Rendered | UserError]:
+    """Render conversations as `chat.render` does, one by one or all at once; in the place of one that is refused stands the error.
+
+    `tools` has for each conversation the functions that can be called in it; left out, there are none.
+    """
+    tools = tools or [()] * len(conversations)
     found: list[Rendered | UserError | None] = [None] * len(conversations)
     if pieces.usable:
-        told = [(place, whole) for place, each in enumerate(conversations) if (whole := pieces.spans(each)) is not None]
+        plain = ((place, each) for place, each in enumerate(conversations) if not tools[place])
+        told = [(place, whole) for place, each in plain if (whole := pieces.spans(each)) is not None]
         if told:
             texts = [text for _, (text, _) in told]
             coded = chat.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
@@ -157,16 +164,17 @@ def render_many(conversations: Sequence[Sequence[Message]], chat: Chat, pieces: 
                 found[place] = None if mask is None else Rendered(ids, mask)
         for place in range(0, len(conversations), AUDITED):
             quick = found[place]
-            if quick is not None and quick != _render(conversations[place], chat, train_on):
+            if quick is not None and quick != _render(conversations[place], (), chat, train_on):
                 log.warning("%s: its template is more than pieces around what was said; its rows are rendered one by one", chat.name)
                 pieces.usable = False
-                return render_many(conversations, chat, pieces, train_on)
-    return [_render(messages, chat, train_on) if each is None else each for messages, each in zip(conversations, found, strict=True)]
+                return render_many(conversations, chat, pieces, train_on, tools)
+    asked = zip(conversations, tools, found, strict=True)
+    return [_render(messages, callable_, chat, train_on) if each is None else each for messages, callable_, each in asked]
 
 
-def _render(messages: Sequence[Message], chat: Chat, train_on: str) -> Rendered | UserError:
+def _render(messages: Sequence[Message], tools: Sequence[Tool], chat: Chat, train_on: str) -> Rendered | UserError:
     try:
-        return chat.render(messages, train_on=train_on)
+        return chat.render(messages, tools=tools, train_on=train_on)
     except UserError as error:
         return error
 

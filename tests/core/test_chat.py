@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import trl
-from sftkit.core.chat import FIXED_CLOCK, Chat, load_chat
+from sftkit.core.chat import FIXED_CLOCK, Chat, How, load_chat
 from sftkit.core.errors import UserError
 from sftkit.core.models import resolve_model
 from sftkit.core.templates import BUILT_IN
@@ -291,7 +291,7 @@ def test_merges_across_the_edge_of_an_answer_are_cut_there(name: str) -> None:
     crossed = 0
     for messages in conversations(seed=7, count=60):
         check_properties(chat, messages, strips=strips, end=end)
-        whole = tokenizer(chat._text(messages, False, False), add_special_tokens=False)["input_ids"]
+        whole = tokenizer(chat._text(messages, How()), add_special_tokens=False)["input_ids"]
         crossed += whole != chat.render(messages).ids
     assert strips or crossed > 0, "no text of this test had a token across an edge"
 
@@ -323,7 +323,7 @@ def test_tokens_that_swallow_white_space() -> None:
     for number in (1, 3):
         prompt = chat.prompt(messages[:number])
         assert rendered.ids[: len(prompt)] == prompt
-        assert prompt == tokenizer(chat._text(messages[:number], True, False), add_special_tokens=False)["input_ids"]
+        assert prompt == tokenizer(chat._text(messages[:number], How(generation_prompt=True)), add_special_tokens=False)["input_ids"]
 
 
 def make_metaspace(template: str) -> Any:
@@ -724,6 +724,28 @@ def test_tool_conversations_render_wherever_the_template_knows_tools() -> None:
             assert "Rome" in said, name
             assert '"sunny"' not in said, name
             assert "\nsunny" not in said, name
+
+
+def test_functions_that_can_be_called_are_written_in_rows_and_prompts_alike() -> None:
+    tool = {"type": "function", "function": {"name": "forecast_of", "description": "d", "parameters": {"type": "object", "properties": {}}}}
+    knowing = []
+    for name in MARKED:
+        tokenizer = make_tokenizer(shipped(name))
+        chat = Chat(tokenizer, eos_ids=tokenizer.convert_tokens_to_ids(LISTED.get(name, [])), name=name)
+        messages = [user("weather?"), assistant("It is sunny.")]
+        if chat.render(messages).ids[: len(asked := chat.prompt(messages[:1]))] != asked:
+            continue  # its prompts open a thought
+        row, prompt = chat.render(messages, tools=[tool]), chat.prompt(messages[:1], tools=[tool])
+        assert row.ids[: len(prompt)] == prompt, name
+        assert not any(row.mask[: len(prompt)]), name
+        assert chat.writes_tools == ("forecast_of" in tokenizer.decode(prompt)), name
+        if chat.writes_tools:
+            knowing.append(name)
+            assert "forecast_of" not in "".join(re.findall("⟦([^⟧]*)⟧", show(tokenizer, *parts(row)))), name
+        else:
+            assert row == chat.render(messages), name
+    assert len(knowing) > 10
+    assert len(knowing) < len(MARKED) - 1
 
 
 QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -1,5 +1,6 @@
 """What is trained on: the answers and their ends; every row left out has its reason."""
 
+import json
 from pathlib import Path
 
 import polars as pl
@@ -7,10 +8,13 @@ import pytest
 from sftkit.core.chat import Chat, load_chat
 from sftkit.core.errors import UserError
 from sftkit.core.formats import read_examples
-from sftkit.core.models import resolve_model
+from sftkit.core.models import load_tokenizer, resolve_model
+from sftkit.core.templates import BUILT_IN
 from sftkit.train.account import prepare, split
 from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row, key_of
+from sftkit.train.parity import check_parity
+from sftkit.train.prepared import load_rows
 
 USER, ASSISTANT = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})
 
@@ -103,3 +107,24 @@ def test_calls_that_the_template_leaves_out_are_no_empty_answers_to_learn(chat: 
     data = prepare(read_examples(chats(2, [USER("add"), call])), chat, config(), context=512)
     assert data.report.rejected == {"calls_left_out": 1}
     assert any("the chat template writes no tool calls" in each for each in data.report.warnings) or len(data.train) == 2
+
+
+def test_functions_that_can_be_called_stand_before_the_question_or_it_is_said_that_they_do_not(
+    chat: Chat, tiny_model: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("sftkit.train.prepared.LEAST_ROWS", 1)
+    tools = [{"type": "function", "function": {"name": "add_up", "parameters": {"type": "object", "properties": {}}}}]
+    path = tmp_path / "calls.jsonl"
+    rows = [{"messages": [USER(f"{n}+1?"), ASSISTANT(f"{n + 1}")], **({"tools": tools} if n % 2 else {})} for n in range(6)]
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    untold = prepare(read_examples(path), chat, config(), context=512)
+    assert any("3 rows with functions that can be called (tools), which the template" in each for each in untold.report.warnings)
+
+    tokenizer = load_tokenizer(resolve_model(tiny_model))
+    tokenizer.chat_template = "{% if tools %}<|im_start|>tool\n{{ tools | tojson }}<|im_end|>\n{% endif %}" + BUILT_IN["sftkit:chatml"][1]
+    knowing = Chat(tokenizer, name="knowing")
+    first, again = (load_rows(path, knowing, config(), context=512, cache=tmp_path / "cache") for _ in range(2))
+    assert first.report.warnings == ()
+    told = {row.source: "add_up" in tokenizer.decode(row.ids[: row.answer_start]) for row in first.train}
+    assert [told[f"{path}:{n + 1}"] for n in range(6)] == [False, True] * 3
+    assert check_parity(first.train, knowing) == check_parity(again.train, knowing)  # the second time from the cache
