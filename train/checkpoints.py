@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from pathlib import Path
 
 from ..core.run import is_done, mark_done, read_done
@@ -24,7 +25,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
     One that was whole and lost a file or a part of one is told of: without its optimizer's state a run would go on otherwise, silently.
     """
-    whole = sorted((each for each in folder.glob("checkpoint-*") if is_done(each)), key=lambda each: -int(each.name.rpartition("-")[2]))
+    whole = sorted((each for each in folder.glob("checkpoint-*") if is_done(each)), key=lambda each: -_step(each))
     for each in whole:
         sizes = read_done(each).get("files", {})
         wrong = [name for name, size in sizes.items() if not (each / name).exists() or (each / name).stat().st_size != size]
@@ -32,3 +33,17 @@ def last_checkpoint(folder: Path) -> Path | None:
             return each
         log.warning("%s: is not whole any more (%s is missing or cut): the checkpoint before it is gone on from", each, ", ".join(wrong))
     return None
+
+
+def clear_after(folder: Path, kept: Path | None) -> None:
+    """Take away what was written of checkpoints after `kept`, the newest whole one; None: of all.
+
+    transformers keeps two checkpoints by their steps and times. Counted among these, what was cut off would have whole ones deleted.
+    """
+    for each in folder.glob("checkpoint-*"):
+        if kept is None or _step(each) > _step(kept):
+            shutil.rmtree(each)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

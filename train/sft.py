@@ -22,7 +22,7 @@ from ..core.models import ModelRef, context_length, load_model, load_settings, m
 from ..core.progress import duration
 from ..core.run import Run, is_done, mark_done
 from .card import write_card
-from .checkpoints import last_checkpoint
+from .checkpoints import clear_after, last_checkpoint
 from .config import PreferenceConfig, TrainConfig
 from .data import DataReport, TrainingData, fingerprint
 from .init import make_start
@@ -310,6 +310,7 @@ def run_trainer(
 ) -> Any:  # fmt: skip
     """Train in this process, from the last checkpoint if there is one; return the trainer."""
     from .preference import PreferenceTrainer
+    from .processes import over_processes
     from .sampling import Sampler
     from .trainer import Trainer, Watch, make_trainer
 
@@ -330,6 +331,9 @@ def run_trainer(
     checkpoint = last_checkpoint(room / "checkpoints")
     if checkpoint:
         log.info("going on from step %s", checkpoint.name.rpartition("-")[2])
+    over_processes(0)  # all have looked
+    if trainer.args.process_index == 0:
+        clear_after(room / "checkpoints", checkpoint)
     try:
         with _room_on_disk(room / "checkpoints"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -261,6 +261,12 @@ def test_18_a_run_that_goes_on_has_the_order_of_one_in_one_piece(tmp_path: Path,
     saved = last_checkpoint(run / "train" / "checkpoints")
     assert saved is not None
     assert saved.name == "checkpoint-3"
+    for step in (8, 9):  # cut off while they were written: no whole one is deleted in their favour
+        shutil.copytree(saved, saved.with_name(f"checkpoint-{step}"))
+        (saved.with_name(f"checkpoint-{step}") / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(KeyboardInterrupt, match="hours of max_hours are over at step 4"):
+        train(path, str(tiny_model), run, config(logging_steps=1, epochs=2.0, max_hours=1e-9))
+    assert sorted(each.name for each in saved.parent.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     train(path, str(tiny_model), run, config(logging_steps=1, epochs=2.0))
     assert losses(run) == pytest.approx(losses(whole.run), abs=1e-5)
     assert len(losses(run)) == 10
