@@ -19,6 +19,7 @@ MOST_BITS = 27  # of the number of places: a text of many megabytes has fewer fo
 WINDOW = 10
 TOPS = (2, 3, 4)
 JUDGED = 50  # words that a text has at least for its most frequent run to be asked for
+ROUNDING = 1e-6  # of a share at its bound: the rule calls 1 - 7 / 10 more than 0.3
 
 Flags = npt.NDArray[np.bool_]
 
@@ -55,7 +56,8 @@ def _few_words(words: Runs, max_duplicate: float, max_top: float) -> Flags:
     of 4 words at most does not cover has all the other words.
     """
     total, distinct = words.sizes, _num_distinct(words.values, words.owners, len(words))
-    return (distinct < WINDOW - 1 + (1 - max_duplicate) * (total - WINDOW + 1)) | (distinct < TOPS[-1] + (1 - max_top) * total)
+    enough = distinct - ROUNDING
+    return (enough < WINDOW - 1 + (1 - max_duplicate) * (total - WINDOW + 1)) | (enough < TOPS[-1] + (1 - max_top) * total)
 
 
 def _few_runs(hashed: Runs, max_duplicate: float, max_top: float) -> Flags:
@@ -68,9 +70,9 @@ def _few_runs(hashed: Runs, max_duplicate: float, max_top: float) -> Flags:
         windows = np.maximum(total - size + 1, 0)
         again = windows - _num_distinct(values[inside], own[inside], len(hashed))
         if size == WINDOW:
-            found |= again > max_duplicate * windows
+            found |= (again > 0) & (again > max_duplicate * windows - ROUNDING)
         else:
-            found |= (total >= JUDGED) & (again > max_top * total / size - 1 - 1e-6)
+            found |= (total >= JUDGED) & (again > max_top * total / size - 1 - ROUNDING)
     return found
 
 

@@ -3,6 +3,7 @@
 import random
 
 import polars as pl
+import pytest
 from sftkit.curate.filters import duplicate_ngrams, top_ngram
 from sftkit.curate.repeats import may_repeat
 
@@ -30,6 +31,15 @@ def test_every_text_at_fault_is_suspected() -> None:
                 at_fault += 1
                 assert suspect, text
         assert at_fault > 500 or max_top == 1
+
+
+@pytest.mark.parametrize("windows", range(1, 100))
+def test_a_share_at_its_bound_is_left_to_the_rule(windows: int) -> None:
+    """A share is 1 - different / windows there, which may be a little more than the bound that it is."""
+    for different in range(1, windows + 1):
+        words = [f"w{place % different}" for place in range(windows + 9)]
+        share, bound = duplicate_ngrams(words, 10), (windows - different) / windows
+        assert share <= bound or may_repeat(pl.Series([" ".join(words)]), bound, 1.0)[0]
 
 
 def test_what_people_write_is_cleared_however_long_it_is() -> None:
