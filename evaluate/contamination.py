@@ -19,14 +19,19 @@ def contaminated(items: Iterable[Item], train_data: str) -> dict[str, str]:
     data once; an item is found in the first row that holds it.
     """
     questions = [(item.id, str(item.target.get("bare") or item.question)) for item in items]
-    matcher = Matcher([build_index("", questions)], GRAM, MIN_COVERAGE, most=len(questions))
+    index = build_index("", questions)
+    matcher = Matcher([index], GRAM, MIN_COVERAGE, most=len(questions))
+    same: dict[int, list[str]] = {}  # of equal short questions the search tells one
+    for (name, _), words in zip(questions, index.whole.tolist(), strict=True):
+        same.setdefault(words, []).append(name)
     found: dict[str, str] = {}
     rest = iter(iterate_examples(train_data))
     while examples := list(islice(rest, ROWS_AT_A_TIME)):
         turns = [(example.source, message) for example in examples for message in example.messages]
         texts = [_text(message.get("content")) for _, message in turns]
         for match in sorted(matcher.find(texts, [message["role"] != "assistant" for _, message in turns]), key=lambda each: each.text):
-            found.setdefault(questions[match.entry][0], turns[match.text][0])
+            for name in same[int(index.whole[match.entry])]:
+                found.setdefault(name, turns[match.text][0])
     return found
 
 

@@ -480,6 +480,14 @@ def test_contamination_is_found_and_scored_apart(tmp_path: Path, tiny_model: Pat
     assert "2 of 3 questions stand in the training data" in result.summary()
 
 
+def test_every_one_of_equal_questions_stands_in_the_training_data(tmp_path: Path) -> None:
+    """Short ones, of which the search tells one."""
+    asks = ["Who is it?", "who is it", "What is the capital of France?", "What is the capital of France", "What is the capital of Spain?"]
+    items = [Item(str(number), asked(text), text, {}, None) for number, text in enumerate(asks)]
+    train = write_rows(tmp_path / "train.jsonl", [{"prompt": "Who is it?"}, {"prompt": "Say: what is the capital of France?"}])
+    assert contaminated(items, str(train)) == {"0": f"{train}:1", "1": f"{train}:1", "2": f"{train}:2", "3": f"{train}:2"}
+
+
 def test_what_stands_in_training_data_is_found_in_every_script_and_however_much_one_row_holds(tmp_path: Path) -> None:
     questions = {
         "chinese": "一个农夫有十二头牛，星期一他卖掉了三头，请问他现在还剩下几头牛？",
