@@ -20,8 +20,10 @@ class Pattern:
         self.text = pattern
         try:
             self._compiled: Any = regex.compile(pattern, flags)
-        except regex.error as error:
+        except (regex.error, ValueError, OverflowError) as error:  # flags that exclude each other are a ValueError
             raise UserError(f"{where}{pattern!r} is not a regular expression: {error}") from None
+        except RecursionError:
+            raise UserError(f"{where}a pattern of {len(pattern):,} characters is nested too deeply") from None
         self.groups: int = self._compiled.groups
 
     def search(self, text: str) -> Any:

@@ -31,7 +31,8 @@ def check_schema(answer: str, schema: dict[str, Any]) -> str | None:
     except (ValueError, RecursionError) as error:
         return f"not JSON: {_short(str(error))}"
     try:
-        limited = jsonschema.validators.extend(kind, {"pattern": _pattern})
+        patterns = {"pattern": _pattern, "patternProperties": _pattern_properties, "additionalProperties": _additional_properties}
+        limited = jsonschema.validators.extend(kind, patterns)
         first = jsonschema.exceptions.best_match(limited(schema, registry=Registry()).iter_errors(value))
     except Unresolvable as error:
         raise UserError(f"json schema: refers to {_short(str(error))}, which is not in it; put it under $defs") from None
@@ -50,6 +51,31 @@ def _pattern(validator: Any, wanted: str, value: Any, _schema: Any) -> Iterator[
 
     if validator.is_type(value, "string") and not Pattern("json schema: pattern ", wanted).search(value):
         yield ValidationError(f"{value!r} does not match {wanted!r}")
+
+
+def _pattern_properties(validator: Any, wanted: dict[str, Any], value: Any, _schema: Any) -> Iterator[Any]:
+    """Hold the properties whose names a pattern finds against its schema, likewise."""
+    for text, inner in wanted.items() if validator.is_type(value, "object") else ():
+        pattern = Pattern("json schema: pattern ", text)
+        for name in value:
+            if pattern.search(name):
+                yield from validator.descend(value[name], inner, path=name, schema_path=text)
+
+
+def _additional_properties(validator: Any, wanted: Any, value: Any, schema: dict[str, Any]) -> Iterator[Any]:
+    """Hold the properties that neither a name nor a pattern of the schema tells against `wanted`, likewise."""
+    from jsonschema import ValidationError
+
+    if not validator.is_type(value, "object"):
+        return
+    patterns = [Pattern("json schema: pattern ", text) for text in schema.get("patternProperties", {})]
+    told = schema.get("properties", {})
+    more = [name for name in value if name not in told and not any(pattern.search(name) for pattern in patterns)]
+    if validator.is_type(wanted, "object"):
+        for name in more:
+            yield from validator.descend(value[name], wanted, path=name)
+    elif wanted is False and more:
+        yield ValidationError(f"Additional properties are not allowed: {', '.join(map(repr, more))}")
 
 
 def _no_constant(name: str) -> None:

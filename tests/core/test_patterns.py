@@ -46,3 +46,23 @@ def test_a_pattern_of_a_schema_ends_too(monkeypatch: pytest.MonkeyPatch) -> None
     assert "$: cannot be checked against the pattern '^(x+x+)+y$': took longer" in str(check_schema(f'{{"a": "{"x" * 3000}"}}', schema))
     with pytest.raises(UserError, match=r"json schema: is not valid at \$\.properties\.a\.pattern: '\(' is not a 'regex'"):
         check_schema('{"a": "y"}', {"properties": {"a": {"pattern": "("}}})
+
+
+def test_patterns_of_the_names_of_a_schema_end_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 0.1)
+    long = f'{{"{"x" * 3000}": 1}}'
+    for schema in ({"patternProperties": {ENDLESS: {}}}, {"additionalProperties": False, "patternProperties": {ENDLESS: {}}}):
+        assert "took longer" in str(check_schema(long, schema))
+    schema = {"properties": {"a": {}}, "patternProperties": {"^n_": {"type": "number"}}, "additionalProperties": {"type": "string"}}
+    assert check_schema('{"a": [], "n_b": 1, "c": "d"}', schema) is None
+    assert check_schema('{"n_b": "1"}', schema) == "$.n_b: '1' is not of type 'number'"
+    assert check_schema('{"c": 1}', schema) == "$.c: 1 is not of type 'string'"
+    assert check_schema('{"a": 1, "c": 1}', {**schema, "additionalProperties": False}) == "$: Additional properties are not allowed: 'c'"
+    assert check_schema("[1]", {**schema, "additionalProperties": False}) is None
+
+
+def test_flags_that_exclude_each_other_and_what_is_nested_without_end_are_one_line() -> None:
+    with pytest.raises(UserError, match=r"^here: '\(\?au\)x' is not a regular expression: ASCII"):
+        Pattern("here: ", "(?au)x")
+    with pytest.raises(UserError, match=r"^here: a pattern of 20,001 characters is nested too deeply"):
+        Pattern("here: ", "(" * 10_000 + "a" + ")" * 10_000)
