@@ -287,9 +287,10 @@ class Chat:
         else:
             end, closed = len(text) - _common_suffix(around[1], text) if around else None, False
         # where the answer begins at inference: some templates write a space or an empty thought between the two; one with a
-        # thought in it stands as if thinking were on
-        asked = [how._replace(generation_prompt=True, thinking=each) for each in (how.thinking, not how.thinking)]
-        prompts = [self._try_text(messages[:turn], each) for each in asked] if turn else []
+        # thought in it stands as if thinking were on, and one before the last question as if no functions could be called (Mistral's)
+        offered = (how.tools, ()) if how.tools else ((),)
+        asked = [How(True, thinking, tools) for tools in offered for thinking in (how.thinking, not how.thinking)]
+        prompts = (self._try_text(messages[:turn], each) for each in asked if turn)
         start = next((len(each) for each in prompts if each and text.startswith(each)), None)
         if start is None and around:
             start = _common_prefix(around[0], text)

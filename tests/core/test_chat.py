@@ -748,6 +748,17 @@ def test_functions_that_can_be_called_are_written_in_rows_and_prompts_alike() ->
     assert len(knowing) < len(MARKED) - 1
 
 
+def test_answers_before_the_last_question_are_trained_as_ever_where_functions_are_written_beside_that_one_alone() -> None:
+    """As Mistral's templates do: a prompt that ends earlier has them where the whole conversation does not."""
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{% if m.role == 'user' %}{% if tools and loop.index0 >= messages | length - 2 %}{{ tools | tojson }}"
+        "{% endif %}{{ '[INST] ' + m.content + '[/INST]' }}{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    chat = Chat(tokenizer, name="mistral")
+    rendered = chat.render([user("a"), assistant("b"), user("c"), assistant("d")], tools=[{"type": "function", "function": {"name": "f"}}])
+    assert re.findall("⟦([^⟧]*)⟧", show(tokenizer, *parts(rendered))) == [" b</eos>", " d</eos>"]
+
+
 QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
