@@ -58,18 +58,19 @@ def merge(adapter: str | Path, out: Path, *, base: str | None = None, dtype: str
     own = torch.bfloat16 if ref.path is not None and ref.path.is_file() else load_settings(ref).dtype or torch.float32
     wanted = getattr(torch, dtype) if dtype else own
     probes = [chat.prompt([{"role": "user", "content": text}]) for text in PROBES]
-    whole, kl = merge_adapter(model, probes, wanted)
+    whole, kl, learned = merge_adapter(model, probes, wanted)
     name = str(wanted).removeprefix("torch.")
     if not kl <= MOST_KL:
         mend = "give --dtype float32" if wanted != torch.float32 else "the adapter changes a weight that stands in two places (a tied head)"
         raise UserError(
-            f"{folder}: merged in {name} it says something else (KL(adapter ‖ merged) {kl:.2g} nats a token, allowed {MOST_KL:g}); {mend}"
+            f"{folder}: merged in {name} it says something else (KL(adapter ‖ merged) {kl:.2g} nats a token, allowed {MOST_KL:g}; the"
+            f" adapter is {learned:.2g} from its base); {mend}"
         )
     facts = {
         "base": ref.name,
         "identity": model_identity(ref),
         "template": chat.fingerprint(),
-        "merged": {"adapter": str(folder), "kl": kl},
+        "merged": {"adapter": str(folder), "kl": kl, "learned": learned},
     }
     save_model(whole, chat, out, facts)
     return MergeResult(model=out, kl=kl, prompts=len(probes), dtype=name)
@@ -154,18 +155,24 @@ def load_adapter(base: Any, folder: Path) -> Any:
     return model.eval()
 
 
-def merge_adapter(model: Any, prompts: Sequence[Sequence[int]], dtype: torch.dtype) -> tuple[Any, float]:
-    """Merge an adapter into the model it is in, and round to `dtype`; return the model and KL(adapter ‖ merged) in nats a token.
+def merge_adapter(model: Any, prompts: Sequence[Sequence[int]], dtype: torch.dtype) -> tuple[Any, float, float]:
+    """Merge an adapter into the model it is in, and round to `dtype`; return the model and two divergences, in nats a token.
 
+    They are KL(adapter ‖ merged), what rounding changed, and KL(adapter ‖ base), what the adapter had learned.
     The sum is made in float32: a product of small matrices loses most of itself in 16 bits.
     """
     asked = [list(each[:PROMPT_TOKENS]) for each in prompts[:PROMPTS] if each]
     model = model.float().eval()
     apart = _last_logprobs(model, asked)
+    with model.disable_adapter():
+        learned = _divergence(apart, _last_logprobs(model, asked))
     whole = model.merge_and_unload().to(dtype).float()
-    together = _last_logprobs(whole, asked)
-    kl = float((apart.exp() * (apart - together)).sum(-1).mean())
-    return whole.to(dtype), kl
+    return whole.to(dtype), _divergence(apart, _last_logprobs(whole, asked)), learned
+
+
+def _divergence(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the mean of KL(one ‖ other) over positions, of log-probabilities [N, V]."""
+    return float((one.exp() * (one - other)).sum(-1).mean())
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ def test_the_merged_model_is_base_and_adapter_in_one(adapter: Path, tiny_model: 
     torch.testing.assert_close(merged, apart, rtol=1e-4, atol=1e-4)
     assert float((merged - base).abs().max()) > 0.1
     assert 0 <= abs(final_facts(ref)["merged"]["kl"]) < 1e-6
+    assert final_facts(ref)["merged"]["learned"] > 1e-3
     with pytest.raises(UserError, match="is there already; give a new folder"):
         merge(adapter, tmp_path / "merged")
     rounded = merge(adapter, tmp_path / "half", dtype="bfloat16")
@@ -58,7 +59,9 @@ def test_rounding_that_changes_what_it_says_is_refused_with_the_figure(
     adapter: Path, tiny_model: Path, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr("sftkit.train.merge.MOST_KL", 1e-9)
-    with pytest.raises(UserError, match=r"merged in bfloat16 it says something else \(KL.*allowed 1e-09\); give --dtype float32"):
+    with pytest.raises(
+        UserError, match=r"merged in bfloat16 .*allowed 1e-09; the adapter is [0-9.e-]+ from its base\); give --dtype float32"
+    ):
         merge(adapter, tmp_path / "merged", dtype="bfloat16")
     assert not (tmp_path / "merged").exists()
 
