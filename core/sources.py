@@ -314,13 +314,16 @@ def _parquet(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
 
 
 def plain(value: Any) -> Any:
-    """Return a cell as JSON has it: NaN is None, a date its ISO text, bytes base64."""
+    """Return a cell as JSON has it: NaN is None, a date its ISO text, bytes base64.
+
+    Objects of a column have all names that any of them has there; what one of them has as null, it does not have.
+    """
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
         return value if abs(value) < float("inf") else None
     if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
+        return {key: told for key, each in value.items() if (told := plain(each)) is not None}
     if isinstance(value, (list, tuple)):
         return [plain(each) for each in value]
     if isinstance(value, bytes):

@@ -252,11 +252,18 @@ def test_cells_of_parquet_become_what_json_has(tmp_path: Path) -> None:
         "day": "2024-01-02",
         "nan": None,
         "bytes": "AAE=",
-        "nested": [{"x": 1.5, "none": None}],
+        "nested": [{"x": 1.5}],
         "flag": True,
     }
     json.dumps(found, allow_nan=False)
     assert plain(float("-inf")) is None
+
+
+def test_objects_of_a_column_have_no_names_of_each_other(tmp_path: Path) -> None:
+    """A column of Parquet has one kind of object: one function's parameters, and what it is called with, would be all functions'."""
+    rows = [{"calls": [{"name": "forecast", "arguments": {"city": "Bern"}}]}, {"calls": [{"name": "add", "arguments": {"a": 1, "b": 2}}]}]
+    (tmp_path / "a.parquet").write_bytes(parquet(rows))
+    assert [row for _, row in iterate_rows(tmp_path / "a.parquet")] == rows
 
 
 def test_kinds_go_by_the_name() -> None:
