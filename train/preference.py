@@ -64,7 +64,8 @@ class PairPacks(Packs):
 def _joined(pair: Row) -> Row:
     """Return both rows of a pair as one: the first token of neither is learned."""
     better, worse = pair.sides()
-    return Row(pair.key, np.concatenate([better.tokens, worse.tokens]), np.concatenate([better.trained, worse.trained]), pair.source)
+    trained = np.concatenate([better.trained, [False], worse.trained[1:]])
+    return Row(pair.key, np.concatenate([better.tokens, worse.tokens]), trained, pair.source)
 
 
 def pair_losses(model: Any, batch: dict[str, Any]) -> torch.Tensor:

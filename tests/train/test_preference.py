@@ -163,6 +163,14 @@ def test_pairs_in_one_shape_and_each_alone_have_the_same_loss(pairs, tiny_model,
     assert float(trainer.evaluate()["eval_loss"]) == pytest.approx(packed, abs=1e-5)
 
 
+def test_an_answer_without_a_prompt_does_not_end_with_the_first_token_of_the_other() -> None:
+    better, worse = Row(("a", None), [5, 6, 7], [True] * 3), Row(("a", None), [8, 9], [True] * 2)
+    better.rejected = worse
+    pack = PairPacks([better], batch_size=1, batch_tokens=9, seed=0, pad=0)[0]
+    assert pack["targets"].tolist() == [6, 7, 9]
+    assert pack["row_of"].tolist() == [0, 0, 1]
+
+
 def test_it_learns_the_better_answer_and_the_saved_model_is_the_trained_one(pairs, tiny_model, cli, tmp_path) -> None:
     settings = tmp_path / "settings.yaml"
     settings.write_text("{validation: 0.1, stop_check: 4, learning_rate: 1e-3, epochs: 3}")  # in 16 bits, where the processor can
