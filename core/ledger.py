@@ -120,7 +120,7 @@ def check_conservation(stage: str, rows: pl.DataFrame | Sequence[RowKey], decisi
     action, rule = pl.col("action"), pl.col("rule")
     for fault, told in (
         (pl.col("stage").ne_missing(stage), "{row}: a decision carries the stage {stage!r}"),
-        (~action.is_in(ACTIONS), "{row} was {action!r}, which is none of kept, rejected and failed"),
+        (~action.is_in(ACTIONS).fill_null(value=False), "{row} was {action!r}, which is none of kept, rejected and failed"),
         ((action != "kept") & (rule.is_null() | (rule == "")), "{row} was {action} without a rule"),
     ):
         first = decided.lazy().filter(fault).head(1).collect()

@@ -54,6 +54,8 @@ def fit_neighbors(config: SelectConfig, num_rows: int, dimensions: int, size: in
         neighbors = max(min(NEIGHBORS, int(rest / (REMEMBERED * num_rows))), FEWEST)
     what = f"select {config.method}"
     cure = "another method: cluster-balanced and stratified take little more than the vectors"
+    if config.fast and limit is not None and select_bytes(config.method, num_rows, dimensions, size, FEWEST) <= limit:
+        cure = f"leave fast out, or {cure}"
     needed = select_bytes(config.method, num_rows, dimensions, size, neighbors, fast=config.fast)
     hold_to(limit, needed, num_rows, what, cure, tell=tell)
     return neighbors

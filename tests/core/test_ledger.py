@@ -56,6 +56,7 @@ def test_what_is_recorded_reads_back(ledger: Ledger) -> None:
         (kept("s", [ROWS[0], ROWS[2], ("a1", None)]), "'lost': ['a1/1'], 'invented': ['a1']"),
         ([*kept("s", ROWS[:2]), Decision("b2", None, "s", "rejected")], "b2 was rejected without a rule"),
         ([*kept("s", ROWS[:2]), Decision("b2", None, "other", "kept")], "carries the stage 'other'"),
+        ([*kept("s", ROWS[:2]), Decision("b2", None, "s", None)], "b2 was None, which is none of kept"),  # type: ignore[arg-type]
     ],
 )
 def test_a_row_that_goes_missing_is_named(decisions: list[Decision], told: str, ledger: Ledger) -> None:

@@ -36,6 +36,9 @@ def test_facility_location_remembers_what_fits() -> None:
 def test_too_little_is_refused_before_it_begins() -> None:
     with pytest.raises(UserError, match=r"select facility-location: takes about 0\.\d GB for 100,000 rows, memory_gb allows 0\.3"):
         fit_neighbors(config("facility-location", 0.3), 100_000, 384, 10)
+    fast = SelectConfig(method="facility-location", budget=10, fast=True, memory_gb=0.6)  # more than exact takes at least
+    with pytest.raises(UserError, match=r"memory_gb allows 0\.6: give more, fewer rows, or leave fast out, or another method"):
+        fit_neighbors(fast, 100_000, 384, 10)
     with pytest.raises(UserError, match=r"select dpp: takes about \d\.\d GB for 100,000 rows, memory_gb allows 1: give more, fewer rows"):
         fit_neighbors(SelectConfig(method="dpp", budget=9000, memory_gb=1), 100_000, 384, 9000)
     with pytest.raises(UserError, match="dedup by meaning: takes about"):
