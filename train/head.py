@@ -170,8 +170,9 @@ def log_likelihoods(scored: torch.Tensor, found: tuple[Any, float, float] | None
         return -torch.nn.functional.cross_entropy(scored.float(), targets, ignore_index=-100, reduction="none")
     head, softcap, scale = found
     matrix, parts = head.weight.to(scored.dtype), []
+    size = max(1, ELEMENTS // 4 // len(matrix))  # float32 copies stand here that compiled code has none of: no more memory than a step
     with torch.autocast(scored.device.type, enabled=False):
-        for part, wanted in zip(*(each.split(max(1, ELEMENTS // len(matrix))) for each in (scored, targets)), strict=True):
+        for part, wanted in zip(scored.split(size), targets.split(size), strict=True):
             logits = part @ matrix.T
             logits = (logits if head.bias is None else logits + head.bias.to(logits.dtype)).float() * scale
             logits = torch.tanh(logits / softcap) * softcap if softcap else logits

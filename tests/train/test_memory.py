@@ -8,12 +8,13 @@ import pytest
 import torch
 from sftkit.core.errors import UserError
 from sftkit.core.models import load_settings, resolve_model
-from sftkit.train import memory, plan, trainer
+from sftkit.train import head, memory, plan, trainer
 from sftkit.train.config import TrainConfig
 from sftkit.train.data import DataReport
 from sftkit.train.head import loss_sum
 from sftkit.train.memory import Load, bare_model, decoder_layers, predict, saved_by
 from sftkit.train.plan import Card, choose, find_card
+from sftkit.train.preference import pair_losses
 from sftkit.train.sft import train
 from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -236,3 +237,18 @@ def test_a_model_that_cannot_be_replayed_is_trained_all_the_same(tmp_path, tiny_
         "gradient_checkpointing": False,
         "parallel": "ddp",
     }
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_pairs_take_what_is_planned_for_rows(compiled, monkeypatch) -> None:
+    """Their log-probabilities are made once more, beside a frozen head whose plan has little room."""
+    settings = LlamaConfig(**{**LLAMA.to_dict(), "vocab_size": 128_000})
+    asked = load(tokens=2048, scored=1024, adapter=True, compiled=compiled, dtype=HALF)
+    facts = {"row_of": torch.zeros(1024, dtype=torch.long), "lengths": torch.ones(16), "reference": torch.zeros(16), "num_pairs": 8}
+    rows = predict(settings, asked).peak
+
+    def of_pairs(model, batch):
+        return pair_losses(model, {**batch, **facts, "objective": "sigmoid", "beta": 0.1})[0]
+
+    monkeypatch.setattr(head, "loss_sum", of_pairs)
+    assert predict(settings, asked).peak < plan.SLACK * rows + 8e7
