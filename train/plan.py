@@ -34,6 +34,7 @@ SHARES = {
     "plain": ((576, 0.26), (896, 0.46), (1536, 0.58)),
 }
 ADAPTER_SHARE = 0.37 / 0.55  # of a full step's share; measured at a width of 1024
+SHORT_PASS = 0.1  # seconds; the passes behind the shares took more, and in shorter ones a card waits for its host
 MATRIX_SHARE = 0.8  # of its data sheet's figure a card reaches in a large matrix product: 795 of 989 TFLOP/s on that H200
 
 
@@ -84,6 +85,11 @@ class Option:
         """Say whether it fits, with what the allocator needs on top."""
         return self.memory.peak * SLACK <= self.room
 
+    @property
+    def waits(self) -> bool:
+        """Say whether a forward pass is so short that the card waits for its host: the speed is then lower than foretold."""
+        return self.batch_tokens < SHORT_PASS * self.tokens_per_second
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
@@ -103,11 +109,14 @@ class MemoryPlan:
         for each in self.options:
             known = not math.isnan(each.tokens_per_second)
             rate, time = (f"{each.tokens_per_second:,.0f}", duration(each.hours * 3600)) if known else ("?", "?")
+            if each.waits:
+                rate, time = f"< {rate}", f"> {time}"
             lines.append(
                 f"{each.method:12}{each.dtype:10}{'yes' if each.checkpointing else 'no':15}{each.batch_tokens:14,}"
                 f"{each.memory.peak / 1e9:7.1f} GB{'yes' if each.fits else 'no':>6}{rate:>12}{time:>14}"
             )
-        return "\n".join([*lines, "", self.basis])
+        waits = ["", f"<: passes under {SHORT_PASS:g} s, in which the card waits for its host; a larger batch_size fills them"]
+        return "\n".join([*lines, *(waits if any(each.waits for each in self.options) else []), "", self.basis])
 
 
 def find_card(text: str) -> Card:
