@@ -74,17 +74,22 @@ def row_id(example_id: str, sample_index: int | None) -> str:
 
 
 def tools_of(meta: Mapping[str, Any]) -> tuple[Tool, ...]:
-    """Return the functions of a row that can be called: its column `tools`, a list or its JSON text; none where that is something else.
+    """Return the functions that a row says can be called, in its column `tools`: a list or JSON text, also of each; else none.
 
     Each is {"type": "function", "function": …}, as chat templates expect it, where it was given bare, too.
     """
-    tools = meta.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            return ()
-    found = tools if isinstance(tools, list) else []
+    found = _parsed(meta.get("tools"))
+    found = [_parsed(each) for each in found] if isinstance(found, list) else []
     if not all(isinstance(each, dict) and ("function" in each or "name" in each) for each in found):
         return ()
     return tuple(each if "function" in each else {"type": "function", "function": each} for each in found)
+
+
+def _parsed(value: Any) -> Any:
+    """Return what a JSON text holds, None for another text; what is no text as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return None

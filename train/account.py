@@ -161,6 +161,12 @@ def _warnings(
             f"{_rows(offered)} with functions that can be called (tools), which the template of {chat.name} does not write"
             f" ({_named(offered)}): it learns to call them without being told of them; give a model whose template does"
         )
+    unread = [each.source for each in kept if each.meta.get("tools") not in (None, "", "null", "[]", []) and not tools_of(each.meta)]
+    if unread:
+        told.append(
+            f"{_rows(unread)} whose column tools is no list of functions ({_named(unread)}), which is not written: each is"
+            ' {"type": "function", "function": {"name": ..., "parameters": ...}}'
+        )
     pattern = _special_tokens(chat)
     marked = [each.source for each in kept if any(pattern.search(str(message.get("content") or "")) for message in each.messages)]
     if marked:

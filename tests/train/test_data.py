@@ -1,12 +1,14 @@
 """What is trained on: the answers and their ends; every row left out has its reason."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 import pytest
 from sftkit.core.chat import Chat, load_chat
 from sftkit.core.errors import UserError
+from sftkit.core.example import tools_of
 from sftkit.core.formats import read_examples
 from sftkit.core.models import load_tokenizer, resolve_model
 from sftkit.core.templates import BUILT_IN
@@ -119,6 +121,10 @@ def test_functions_that_can_be_called_stand_before_the_question_or_it_is_said_th
     path.write_text("".join(json.dumps(each) + "\n" for each in rows))
     untold = prepare(read_examples(path), chat, config(), context=512)
     assert any("3 rows with functions that can be called (tools), which the template" in each for each in untold.report.warnings)
+
+    assert tools_of({"tools": json.dumps(tools)}) == tools_of({"tools": [json.dumps(tools[0]["function"])]}) == tuple(tools)
+    odd = prepare([replace(each, meta={"tools": "[web"}) for each in read_examples(path)], chat, config(), context=512)
+    assert any("6 rows whose column tools is no list of functions" in each for each in odd.report.warnings)
 
     tokenizer = load_tokenizer(resolve_model(tiny_model))
     tokenizer.chat_template = "{% if tools %}<|im_start|>tool\n{{ tools | tojson }}<|im_end|>\n{% endif %}" + BUILT_IN["sftkit:chatml"][1]
