@@ -25,6 +25,7 @@ from .scored import best_first, columns_for, score_values, sort_columns
 from .similarity import Cosines, Indices, Vectors, nearest
 
 ONLY_SCORED = ("top", "deita", "qdit", "mmr", "dpp")  # these never take a row without the score
+FEW = 0.01  # of the rows: with fewer picks the fast way of facility location gives up more than a hundredth of the value
 WEIGHED = ("qdit", "mmr", "dpp")  # these weigh the score against how different a row is
 
 
@@ -202,6 +203,10 @@ def _budget_notes(num_rows: int, num_eligible: int, num_taken: int, size: int, s
         notes.append(f"the budget holds all {num_rows:,} rows: every one is kept")
     elif config.method == "deita" and num_taken < size and (config.budget_tokens is None or spent <= config.budget_tokens):
         notes.append(f"only {num_taken:,} rows are less similar than {config.max_cosine} to each other: the budget is not used up")
+    if config.fast and num_taken < FEW * num_eligible:
+        notes.append(
+            f"fewer than {FEW:.0%} of the rows are taken, where fast judges most by a sample: leave it out (exact), or compare k-center"
+        )
     return notes
 
 

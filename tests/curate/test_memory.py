@@ -53,7 +53,7 @@ def test_what_takes_much_says_so(caplog: pytest.LogCaptureFixture) -> None:
     assert "select facility-location: about 2.0 GB of memory at its peak" in caplog.text
 
 
-def test_the_limit_decides_memory_and_not_the_rows(toy_run: Callable[..., Run], minilm: object) -> None:
+def test_the_limit_decides_memory_and_not_the_rows(toy_run: Callable[..., Run], minilm: object, monkeypatch: pytest.MonkeyPatch) -> None:
     run = toy_run([{"prompt": f"Tell me about the number {n * n}.", "response": f"It is {n} times {n}."} for n in range(40)])
     embed = EmbedConfig()
     free = select(run, SelectConfig(method="facility-location", budget=8, embed=embed))
@@ -63,6 +63,10 @@ def test_the_limit_decides_memory_and_not_the_rows(toy_run: Callable[..., Run], 
     assert len(few.kept) == 8
     fast = select(run, SelectConfig(method="facility-location", budget=8, embed=embed, fast=True))
     assert fast.kept["example_id"].to_list() == free.kept["example_id"].to_list()
+    assert not any("fewer than 1% of the rows" in each for each in fast.notes)
+    monkeypatch.setattr("sftkit.curate.selection.FEW", 0.5)
+    fast = select(run, SelectConfig(method="facility-location", budget=8, embed=embed, fast=True))
+    assert any("fewer than 50% of the rows are taken, where fast" in each for each in fast.notes)
     with pytest.raises(UserError, match=r"select facility-location: takes about 0\.1 GB for 40 rows, memory_gb allows 0\.001"):
         select(run, SelectConfig(method="facility-location", budget=8, embed=embed, fast=True, memory_gb=0.001))
     with pytest.raises(UserError, match=r"memory_gb allows 0\.001"):
