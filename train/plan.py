@@ -104,7 +104,7 @@ class MemoryPlan:
         """Write it for people."""
         tokens = f"{self.report.train_rows:,} rows, {self.report.tokens:,} tokens an epoch, the longest row has {self.report.longest:,}"
         lines = [f"{self.card.name}: {self.card.memory / 1e9:.1f} GB; {tokens}", ""]
-        head = f"{'method':12}{'weights':10}{'checkpointing':15}{'tokens a pass':>14}{'peak':>10}{'fits':>6}{'tokens/s':>12}{'time':>14}"
+        head = f"{'method':12}{'weights':10}{'checkpointing':15}{'tokens a pass':>14}{'peak':>10}{'fits':>6}{'tokens/s':>15}{'time':>14}"
         lines.append(head)
         for each in self.options:
             known = not math.isnan(each.tokens_per_second)
@@ -113,7 +113,7 @@ class MemoryPlan:
                 rate, time = f"< {rate}", f"> {time}"
             lines.append(
                 f"{each.method:12}{each.dtype:10}{'yes' if each.checkpointing else 'no':15}{each.batch_tokens:14,}"
-                f"{each.memory.peak / 1e9:7.1f} GB{'yes' if each.fits else 'no':>6}{rate:>12}{time:>14}"
+                f"{each.memory.peak / 1e9:7.1f} GB{'yes' if each.fits else 'no':>6}{rate:>15}{time:>14}"
             )
         waits = ["", f"<: passes under {SHORT_PASS:g} s, in which the card waits for its host; a larger batch_size fills them"]
         return "\n".join([*lines, *(waits if any(each.waits for each in self.options) else []), "", self.basis])

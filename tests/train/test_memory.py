@@ -182,6 +182,7 @@ def test_the_command_prints_what_fits(cli, tiny_model, chats) -> None:
     assert {line[0] for line in lines if line} >= {"full", "LoRA", "QLoRA"}
     assert all("yes" in line for line in lines if line and line[0] == "LoRA")
     assert "not measured on this card" in out
+    assert "<: passes under 0.1 s, in which the card waits for its host" in out  # a tiny model's, on any card
     several = cli("train", "plan", chats(40), "--model", tiny_model, "--gpu", "24GB", "--gpu", "T4")[1]
     assert several.count("?") > 2
     assert [line.split(":")[0] for line in several.splitlines() if "tokens an epoch" in line] == ["a card of 24 GB", "T4"]
