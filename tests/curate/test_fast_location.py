@@ -9,6 +9,8 @@ from sftkit.curate.facility_location import facility_location
 from sftkit.curate.fast_location import GRID, LOW, fast_location
 from sftkit.curate.similarity import Vectors, unit_vectors
 
+from .vectors import scattered
+
 UNIT = GRID * GRID  # products of rounded vectors are whole numbers of 1 / UNIT
 
 
@@ -39,16 +41,6 @@ def oracle(vectors: Vectors, quality: np.ndarray | None, weight: float, neighbor
         witness[high[:, pick] > high_covered] = pick
         high_covered, low_covered = np.maximum(high_covered, high[:, pick]), np.maximum(low_covered, low[:, pick])
     return picks
-
-
-def scattered(random: np.random.Generator, size: int) -> Vectors:
-    """Random rows, some of them copies or nearly, at times one of zeros."""
-    dimensions = int(random.integers(2, 20))
-    base = random.normal(size=(max(size // 2, 1), dimensions))
-    vectors = base[random.integers(len(base), size=size)] + random.choice([0, 1e-6, 0.1]) * random.normal(size=(size, dimensions))
-    if random.random() < 0.2:
-        vectors[0] = 0
-    return unit_vectors(vectors)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -8,6 +8,8 @@ from sftkit.curate.coverage import k_center, nearest_to_mean
 from sftkit.curate.facility_location import UNIT, Covering, facility_location
 from sftkit.curate.similarity import MARGIN, Vectors, unit_vectors
 
+from .vectors import scattered
+
 
 def cosine_table(vectors: Vectors) -> np.ndarray:
     wide = vectors.astype(np.float64)
@@ -98,16 +100,6 @@ def location_oracle(
         picks.append((left[place], gains[place]))
         covered = np.maximum(covered, table[left.pop(place)])
     return picks
-
-
-def scattered(random: np.random.Generator, size: int) -> Vectors:
-    """Random rows, some of them copies or nearly, at times one of zeros."""
-    dimensions = int(random.integers(2, 20))
-    base = random.normal(size=(max(size // 2, 1), dimensions))
-    vectors = base[random.integers(len(base), size=size)] + random.choice([0, 1e-6, 0.1]) * random.normal(size=(size, dimensions))
-    if random.random() < 0.2:
-        vectors[0] = 0
-    return unit_vectors(vectors)
 
 
 @pytest.mark.parametrize("seed", range(20))
