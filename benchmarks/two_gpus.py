@@ -257,13 +257,13 @@ def speed(given: argparse.Namespace, report: Report) -> None:
 
 
 def kill(given: argparse.Namespace, report: Report) -> None:
-    """Kill runs, and go on with them on two GPUs and on one. The three kinds of runs go beside each other."""
+    """Kill runs, and go on with them on two GPUs and on one. The kinds of runs go beside each other."""
     shape = "135m" if GPU else "tiny"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = random_model(shape, given.tokenizer, folder / "model")
         # many processes on one machine: a run that dies takes only itself
-        kinds = [("full", "fsdp"), ("lora", "fsdp"), ("lora", "ddp")]
+        kinds = [tuple(each.split("-")) for each in given.kinds.split(",")]
         threads = [threading.Thread(target=guarded, args=(report, "kill", killed, given, report, folder, model, *kind)) for kind in kinds]
         for each in threads:
             each.start()
@@ -499,6 +499,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--questions", type=int, default=400)
     parser.add_argument("--mmlu", help="file with MMLU's questions, which do not come along")
+    parser.add_argument("--kinds", default="full-fsdp,full-ddp,lora-fsdp,lora-ddp", help="of runs that are killed")
     parser.add_argument("--out", default="two_gpus.jsonl")
     given = parser.parse_args()
     given.chats, given.tokenizer = str(Path(given.chats).resolve()), str(Path(given.tokenizer).resolve())
