@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
-from sftkit.train.adapters import FusedLinear, fuse_adapters, part_adapters
+from sftkit.train.adapters import FusedLinear, fuse_adapters, part_adapters, products, products_backward
 from torch._dynamo.testing import CompileCounter
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -120,3 +120,15 @@ def test_compiled_layers_share_their_code() -> None:
     assert counter.frame_count == 2  # the first layer, whose input needs no gradient, and all others
     for one, other in zip(wanted, found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+
+
+def test_what_compiled_code_is_told_of_the_products_is_so() -> None:
+    """Shapes, formats and strides without data, and that nothing given is written to."""
+    torch.manual_seed(0)
+    x, down = torch.randn(64, 32), torch.randn(8, 32)
+    weights, biases, ups = [torch.randn(48, 32), torch.randn(16, 32)], [None, torch.randn(16)], [torch.randn(48, 4), torch.randn(16, 4)]
+    given = x, weights, biases, down, ups, 2.0
+    torch.library.opcheck(products, given)
+    narrow, *outs = products(*given)
+    for of_input in (True, False):
+        torch.library.opcheck(products_backward, ([torch.randn_like(each) for each in outs], x, narrow, weights, down, ups, 2.0, of_input))
