@@ -13,7 +13,8 @@ The models have the shapes of SmolLM2-135M, Qwen2.5-0.5B and 1.5B, and Qwen3-0.6
 not depend on what the weights say. Every variant runs on the same rows in this process, one after another, each with code compiled
 for it anew; the first steps (kernels are compiled, memory is taken) are not counted, then --seconds are. A line of JSON per variant
 goes to FILE as soon as it is measured. --profile writes what two more steps spent their time on beside FILE. Among the variants, "fp32
-stream" goes without what train/stream.py does, and "small pieces" computes the loss in 2^27 logits at a time, as it is done uncompiled.
+stream" goes without what train/stream.py does, "small pieces" computes the loss in 2^27 logits at a time, as it is done uncompiled, and
+"launched" records no pass (train/recorded.py).
 """
 
 import argparse
@@ -150,11 +151,12 @@ def ours(
     wide: bool = False,
     small: bool = False,
     flex: bool = False,
+    launched: bool = False,
 ) -> Any:
     """Train with the trainer of `sftkit train sft`.
 
     `wide`: what goes from layer to layer is float32 under float32 weights. `small`: the loss in small pieces. `flex`: attention by
-    PyTorch's flex_attention. `peft`: LoRA's layers as PEFT computes them.
+    PyTorch's flex_attention. `peft`: LoRA's layers as PEFT computes them. `launched`: the host launches every kernel of every pass.
     """
     mean = sum(len(row.ids) for row in rows) / len(rows)
     size = max(1, round(step_tokens / mean))
@@ -179,6 +181,8 @@ def ours(
         trainer.add_callback(clock)
         if peft:
             part_adapters(trainer.model)
+        if launched or flex or peft:
+            trainer.records = False
         if flex:
             attend_by_blocks(trainer.model.get_base_model() if lora else trainer.model)
         parts = trainer.packs.parts
@@ -347,7 +351,7 @@ def variants_of(shape: str, *, step_tokens: int, large: bool) -> list[tuple[str,
         "batch_tokens": tokens if large else min(tokens, 16_384),
         "compiled": DEVICE == "cuda",
     }
-    small = {"0.5b": (16_384, 32_768), "1.5b": (4_096, 8_192), "lora-0.6b": (16_384, 16_384)}.get(shape)
+    small = {"0.5b": (24_576, 32_768), "1.5b": (6_144, 10_240), "lora-0.6b": (24_576, 24_576)}.get(shape)
     found: list[tuple[str, Any]] = []
     if shape != "1.5b":
         found += [(name, partial(theirs, name=name)) for name in ("notebook recipe", "TRL defaults", "TRL packing")]
@@ -365,6 +369,8 @@ def variants_of(shape: str, *, step_tokens: int, large: bool) -> list[tuple[str,
             less = {**told, "batch_tokens": sizes[dtype]}
             name = f"sftkit {'bf16' if dtype == 'bfloat16' else 'fp32'} weights within 40 GB"
             found.append((name, partial(ours, **less, dtype=dtype)))
+            found.append((f"{name}, launched", partial(ours, **less, dtype=dtype, launched=True)))
+    found.append(("sftkit fp32 weights, launched", partial(ours, **told, launched=True)))
     if large and shape in ("0.5b", "lora-0.6b"):
         found.append(("sftkit fp32 weights, one pass", partial(ours, **{**told, "batch_tokens": 65_536})))
     found.append(("sftkit fp32 weights, flex", partial(ours, **told, flex=True)))
@@ -373,7 +379,7 @@ def variants_of(shape: str, *, step_tokens: int, large: bool) -> list[tuple[str,
     return found
 
 
-EXTRA = ("40 GB", "stream", "pieces", "as it is", "flex", "rows to", "PEFT", "one pass")  # measured where --variants names them
+EXTRA = ("40 GB", "launched", "stream", "pieces", "as it is", "flex", "rows to", "PEFT", "one pass")  # measured where --variants names them
 
 
 def main() -> None:

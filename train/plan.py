@@ -21,7 +21,7 @@ from .prepared import load_rows
 
 log = logging.getLogger(__name__)
 
-TOKENS = (32_768, 16_384, 8_192, 4_096, 2_048, 1_024, 512, 256)  # in one forward pass: what is tried, the largest first
+TOKENS = (32_768, 24_576, 16_384, 12_288, 8_192, 6_144, 4_096, 3_072, 2_048, 1_536, 1_024, 768, 512, 256)  # of a pass: what is tried
 FEW_TOKENS = 4_096  # a pass with fewer leaves a card idle: before that, activations are computed twice
 SLACK = 1.05  # what the allocator holds beyond the bytes in use
 CONTEXT = 0.6e9  # bytes that CUDA itself takes
@@ -197,8 +197,9 @@ def load_of(report: DataReport, config: TrainConfig, tokens: int, *, dtype: Any,
     """Return what a step is made of, by the settings of a run. `dtype`: of the weights, `half`: what is computed in."""
     compiled = _steps(report, config) >= COMPILED_STEPS if config.compile is None else config.compile
     update = config.batch_size * report.tokens / report.train_rows
+    stays = compiled and config.gpus == 1  # recorded passes add to gradients that stand, an update's only pass too
     return Load(
-        tokens=tokens, scored=max(1, round(tokens * report.trained_share)), accumulates=update > tokens, adapter=config.adapter,
+        tokens=tokens, scored=max(1, round(tokens * report.trained_share)), accumulates=update > tokens or stays, adapter=config.adapter,
         quantised=config.qlora, rank=config.lora_rank, checkpointing=bool(config.gradient_checkpointing), compiled=compiled, dtype=dtype,
         half=half,
     )  # fmt: skip

@@ -169,12 +169,15 @@ class PreferenceTrainer(Trainer):
         (count,) = over_processes(sum(batch["num_pairs"] for batch in batch_samples))
         return torch.full((), count, device=device)
 
+    def count(self, inputs: dict[str, Any]) -> None:
+        """Count pairs, too."""
+        super().count(inputs)
+        self._num_pairs += inputs["num_pairs"]
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Return this pack's part of the update's loss."""
-        self.num_tokens += inputs["num_tokens"]
-        self._num_pairs += inputs["num_pairs"]
         found: torch.Tensor = model(packed={**inputs, **self.learning})
         self._rewards += found[1:].detach()
         return found[0] / num_items_in_batch * self.args.world_size  # gradients are averaged over the processes

@@ -35,6 +35,7 @@ from .head import loss_sum
 from .memory import decoder_layers
 from .packing import Packs
 from .processes import over_processes
+from .recorded import Recorded
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     validation: Packs | None
     learning: dict[str, Any]  # how a token's loss is made in training: dft, neftune
     num_tokens = 0  # that went through the model in this process, pads not counted
+    records = False  # each pass is the same sequence of kernels, which can be recorded
+    recorded: Recorded | None = None
 
     def learn(self, config: TrainConfig) -> None:
         """Take from the settings how a token's loss is made."""
@@ -73,11 +76,29 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         (count,) = over_processes(sum(batch.get("weight", batch["num_targets"]) for batch in batch_samples))
         return torch.full((), count, device=device)
 
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Make a pass forward and back, from a recording where there can be one."""
+        self.count(inputs)
+        plain = super().training_step
+        if not self.records:
+            return plain(model, inputs, num_items_in_batch)
+        if self.recorded is None:
+            self.recorded = Recorded(lambda given, count: plain(model, given, count), model.parameters())
+        return self.recorded(self._prepare_inputs(inputs), num_items_in_batch)
+
+    def count(self, inputs: dict[str, Any]) -> None:
+        """Count what goes through the model in training."""
+        self.num_tokens += inputs["num_tokens"]
+
+    def drop_recording(self) -> None:
+        """Give back the memory that recorded passes keep: something else computes next."""
+        if self.recorded is not None:
+            self.recorded.drop()
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Return this pack's part of the update's loss."""
-        self.num_tokens += inputs["num_tokens"]
         least = 1e-6 if "weight" in inputs else 1
         loss: torch.Tensor = model(packed={**inputs, **self.learning}) / num_items_in_batch.clamp(min=least)
         return loss * self.args.world_size  # gradients are averaged over the processes
@@ -90,6 +111,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Return -log P(answer | prompt) per token over all validation rows, and how many tokens that were."""
         assert self.validation is not None
+        self.drop_recording()
         training = self.model.training
         self.model.eval()
         total, count = torch.zeros((), device=self.args.device), 0.0
@@ -311,6 +333,10 @@ def make_trainer(
     learn_from_packs(base, kind.losses)
     if compiled:
         compile_layers(base)
+    # not where the host has a say: activations computed twice ask for random numbers' state, float16 looks at gradients, processes meet,
+    # and pairs have no shape of their own
+    plain = half is not torch.float16 and not config.gradient_checkpointing and kind is Trainer
+    trainer.records = compiled and device != "cpu" and workers == 1 and plain
     quieten(trainer)
     return trainer
 
@@ -381,6 +407,7 @@ def compile_layers(model: Any) -> None:
 
 def unwrapped(trainer: Trainer) -> Any:
     """Return the trained model as it was loaded: its own forward and attention again."""
+    trainer.drop_recording()
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     undress(model.get_base_model() if hasattr(model, "get_base_model") else model)
     return model

@@ -1,0 +1,141 @@
+"""Recorded passes, on a stand-in for CUDA's graphs: what is recorded reads the next inputs, adds to the same gradients, and is dropped."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sftkit.core.chat import load_chat
+from sftkit.core.files import read_json_lines
+from sftkit.core.models import load_model, resolve_model
+from sftkit.train.config import TrainConfig
+from sftkit.train.recorded import Recorded
+from sftkit.train.trainer import Watch, make_trainer, unwrapped
+
+from .test_trainer import row
+
+
+class Graphs:
+    """Stands in for torch.cuda: what is computed while it records leaves nothing but the places it computes in, and is computed at a replay."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.recordings = self.replays = 0
+        self.error: BaseException | None = None  # while recording
+        self.recorded: Any = None
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name, stand_in in {
+            "Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda _: nullcontext(), "empty_cache": lambda: None,
+            "CUDAGraph": lambda: SimpleNamespace(replay=self.replay), "graph": self.record,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    @contextmanager
+    def record(self, _graph: Any, **_: Any) -> Iterator[None]:
+        places = [(each, each.grad, each.grad.clone()) for each in self.recorded._parameters if each.grad is not None]
+        yield
+        self.recordings += 1
+        for parameter, place, value in places:
+            assert parameter.grad is place, "a gradient has moved"
+            place.copy_(value)
+        if self.error:
+            at_the_end = RuntimeError("the capture is not valid")
+            at_the_end.__context__ = self.error
+            raise at_the_end
+        self.recorded._loss.fill_(float("nan"))
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.recorded._loss.copy_(self.recorded._step(self.recorded._inputs, self.recorded._count))
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
+    return Graphs(monkeypatch)
+
+
+def recorded(graphs: Graphs, weight: torch.nn.Parameter) -> Recorded:
+    def step(inputs: dict[str, Any], count: torch.Tensor) -> torch.Tensor:
+        loss = (weight * inputs["x"]).sum() / count
+        loss.backward()
+        return loss.detach()
+
+    graphs.recorded = Recorded(step, [weight, torch.nn.Parameter(torch.zeros(1))])  # the second one is not used
+    return graphs.recorded
+
+
+def test_gradients_are_those_of_the_inputs_of_each_call(graphs: Graphs) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    passes = recorded(graphs, weight)
+    for update in range(3):
+        wanted = torch.zeros(3)
+        for part in range(2):
+            x, count = torch.randn(3), torch.tensor(2.0 + update)
+            wanted += x / count
+            loss = passes({"x": x, "num_tokens": part}, count)
+            torch.testing.assert_close(loss, x.sum() / count)
+        torch.testing.assert_close(weight.grad, wanted)
+        weight.grad = None  # as zero_grad does
+    assert (graphs.recordings, graphs.replays) == (1, 5)
+    passes.drop()
+    for _ in range(3):
+        passes({"x": torch.ones(3)}, torch.tensor(1.0))
+    torch.testing.assert_close(weight.grad, torch.full((3,), 3.0))
+    assert (graphs.recordings, graphs.replays) == (2, 7)
+
+
+def test_what_cannot_be_recorded_goes_on_as_it_is(graphs: Graphs, caplog: pytest.LogCaptureFixture) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    passes, graphs.error = recorded(graphs, weight), ValueError("it waits for the device")
+    for _ in range(4):
+        passes({"x": torch.ones(3)}, torch.tensor(1.0))
+    torch.testing.assert_close(weight.grad, torch.full((3,), 4.0))
+    assert graphs.recordings == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_memory_that_runs_out_while_recording_is_told_as_anywhere(graphs: Graphs) -> None:
+    passes, graphs.error = recorded(graphs, torch.nn.Parameter(torch.ones(3))), torch.OutOfMemoryError("no room")
+    passes({"x": torch.ones(3)}, torch.tensor(1.0))
+    with pytest.raises(torch.OutOfMemoryError):
+        passes({"x": torch.ones(3)}, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_run_from_recordings_learns_what_a_run_learns(
+    tiny_model: Path, tmp_path: Path, graphs: Graphs, lora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sftkit.train.sft import adapter_config
+
+    rows, ref = [row(20 + place % 30, place) for place in range(96)], resolve_model(str(tiny_model))
+    config = TrainConfig(batch_size=16, batch_tokens=256, eval_steps=3, logging_steps=1, warmup=0.0, lora=lora, learning_rate=1e-2)
+
+    def kept(*told: Any) -> Recorded:
+        graphs.recorded = Recorded(*told)
+        return graphs.recorded
+
+    monkeypatch.setattr("sftkit.train.trainer.Recorded", kept)
+    found = []
+    for records in (False, True):
+        torch.manual_seed(0)
+        chat, place = load_chat(ref), tmp_path / str(records)
+        watch = Watch(place / "metrics.jsonl", chat, save_minutes=1e9)
+        trainer = make_trainer(
+            load_model(ref, dtype="float32"), chat, rows[:80], rows[80:], config, checkpoints=place, device="cpu", half=None,
+            batch_tokens=256, watch=watch, peft_config=adapter_config(config) if lora else None,
+        )  # fmt: skip
+        assert trainer.records is False  # on a CPU
+        shape = tuple(map(max, zip(trainer.packs.largest_shape(), trainer.validation.largest_shape(), strict=True)))
+        trainer.packs.pad_to(shape)  # type: ignore[arg-type]  # as packs that code is compiled for
+        trainer.records = records
+        trainer.train()
+        watch.close()
+        lines = read_json_lines(place / "metrics.jsonl")
+        told = ("step", "loss", "grad_norm", "eval_loss", "num_tokens")
+        found.append([{name: line[name] for name in told if name in line} for line in lines])
+        unwrapped(trainer)
+    assert found[0] == found[1]
+    assert trainer.packs.parts > 1
+    assert graphs.replays > graphs.recordings == 2  # before and after the evaluation on the way
