@@ -231,15 +231,16 @@ def equal(given: argparse.Namespace, report: Report) -> None:
 
 def speed(given: argparse.Namespace, report: Report) -> None:
     """Measure tokens a second."""
+    methods = [each == "lora" for each in given.methods.split(",")]
     for compiled in (False, True) if given.compile else (False,):
         for shape in given.shapes.split(","):
             tasks = [
                 task_of(given, way, shape=shape, lora=lora, compile=compiled, batch_tokens=MICRO.get(shape, 1024))
-                for lora in (False, True)
+                for lora in methods
                 for way in WAYS
             ]
             found = both_counts(given, tasks)
-            for lora in (False, True):
+            for lora in methods:
                 those = {each["way"]: each for each in found if each["lora"] == lora}
                 for way in WAYS:
                     name = f"{shape} {'lora' if lora else 'full'} {way}{', compiled' if compiled else ''}"
@@ -499,6 +500,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--questions", type=int, default=400)
     parser.add_argument("--mmlu", help="file with MMLU's questions, which do not come along")
+    parser.add_argument("--methods", default="full,lora", help="whose speed is measured")
     parser.add_argument("--kinds", default="full-fsdp,full-ddp,lora-fsdp,lora-ddp", help="of runs that are killed")
     parser.add_argument("--out", default="two_gpus.jsonl")
     given = parser.parse_args()
