@@ -390,7 +390,7 @@ def main() -> None:
     parser.add_argument("--out", default="train_speed.jsonl")
     parser.add_argument("--step-tokens", type=int, default=65_536)
     parser.add_argument("--seconds", type=float, default=8.0, help="that are counted of a variant")
-    parser.add_argument("--variants", default="", help="words between semicolons: of these a variant's shape, name and a full stop must hold one")
+    parser.add_argument("--variants", default="", help="words between semicolons, of which shape, name and a full stop hold one")
     parser.add_argument("--profile", action="store_true", help="write what two more steps spent their time on")
     parser.add_argument("--losses", action="store_true", help="compare the losses with TRL's plain path instead")
     parser.add_argument("--tiny", action="store_true", help="few tokens a step, for a CPU")
