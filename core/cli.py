@@ -4,9 +4,12 @@ import dataclasses
 import errno
 import logging
 import os
+import signal
 import sys
+import threading
 import types
 import typing
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +67,7 @@ def run_command_line(command: click.Command) -> None:
     A reader of its output that goes away (`| head`) ends it quietly; click sees to that.
     """
     start_talking()
+    stopping_like_ctrl_c()
     try:
         code = command(standalone_mode=False, prog_name="sftkit")
         if code:  # what a command ends itself with; none of ours returns anything
@@ -86,9 +90,24 @@ def run_command_line(command: click.Command) -> None:
         sys.exit(1)
 
 
+def stopping_like_ctrl_c() -> None:
+    """Take SIGTERM, by which schedulers and notebooks end a process, as Ctrl-C: what runs is ended in order, and how to go on is said."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    here = os.getpid()
+
+    def stop(_number: int, _frame: Any) -> None:
+        if os.getpid() != here:  # a copy of this process, made by fork
+            os._exit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+
+
 def start_talking() -> None:
     """Send sftkit's own log lines to stderr, as plain sentences; of transformers only errors are heard, unless the user says otherwise."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # what its own callers are to change
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars: anywhere but on a terminal they are one endless line
     handler = logging.StreamHandler(sys.stderr)

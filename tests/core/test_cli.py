@@ -135,3 +135,30 @@ def test_a_list_of_commands_cuts_no_sentence_off() -> None:
     room.command("import", help=help)(lambda: None)
     told = " ".join(CliRunner().invoke(room, ["--help"]).output.split())
     assert f"Commands: import {help.partition('. ')[0]}." in told
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(tmp_path) -> None:
+    code = (
+        "import os, signal, time, click; from sftkit.core.cli import run_command_line\n"
+        "def command():\n"
+        "    if os.fork() == 0:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)\n"
+        "    click.echo(os.waitstatus_to_exitcode(os.wait()[1]))\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)\n"
+        "run_command_line(click.command()(command))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (130, "143\n")  # a process that was forked off it ends without a word
+    assert result.stderr.strip() == "stopped. Everything that finished is kept: the same command goes on from here."
+
+
+def test_what_libraries_tell_each_other_is_not_heard(tmp_path) -> None:
+    code = (
+        "import warnings, click; from sftkit.core.cli import run_command_line\n"
+        "def command():\n"
+        "    for module in ('transformers.modeling_utils', 'mine'):\n"
+        "        warnings.warn_explicit('renamed', FutureWarning, 'x.py', 1, module=module)\n"
+        "run_command_line(click.command()(command))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.stderr.count("renamed") == 1
