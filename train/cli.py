@@ -35,6 +35,7 @@ def train() -> None:
 @config_option(TrainConfig, "batch_tokens")
 @config_option(TrainConfig, "max_length")
 @config_option(TrainConfig, "limit")
+@config_option(TrainConfig, "train_on")
 @config_option(TrainConfig, "init")
 @config_option(TrainConfig, "loss")
 @config_option(TrainConfig, "neftune")

@@ -25,6 +25,19 @@ def parse_init(text: str) -> set[int]:
     return layers
 
 
+def check_init(text: str | None, settings: Any) -> None:
+    """Raise UserError for an `init` that cannot be followed with a model of these settings (transformers' config)."""
+    if text is not None:
+        _check_layers(parse_init(text), settings.get_text_config().num_hidden_layers)
+
+
+def _check_layers(layers: set[int], count: int) -> None:
+    if wrong := sorted(layers - set(range(count))):
+        raise UserError(f"init: there is no layer {wrong[0]}: the model has layers 0 to {count - 1}")
+    if len(layers) == count:
+        raise UserError(f"init: all {count} layers would be taken out; leave some")
+
+
 def prune_layers(model: Any, layers: set[int]) -> None:
     """Take decoder layers out of a model, in place; its config then says so.
 
@@ -34,10 +47,7 @@ def prune_layers(model: Any, layers: set[int]) -> None:
 
     config = model.config.get_text_config()
     count = config.num_hidden_layers
-    if wrong := sorted(layers - set(range(count))):
-        raise UserError(f"init: there is no layer {wrong[0]}: the model has layers 0 to {count - 1}")
-    if len(layers) == count:
-        raise UserError(f"init: all {count} layers would be taken out; leave some")
+    _check_layers(layers, count)
     stacks = [(name, each) for name, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each) == count]
     if len(stacks) != 1:
         raise UserError(f"init: cannot find the decoder layers of {type(model).__name__}; prune works for models with one list of layers")

@@ -6,9 +6,11 @@ import logging
 import math
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 from ..core.chat import Chat, load_chat
 from ..core.config import to_mapping
 from ..core.errors import UserError, missing_package
-from ..core.files import read_json, read_json_lines, write_json
+from ..core.files import read_json, read_json_lines, write_atomically, write_json
 from ..core.hardware import half_precision, measured_peak, pick_device
 from ..core.models import ModelRef, context_length, load_model, load_settings, model_identity, resolve_model
 from ..core.progress import duration
@@ -25,7 +27,7 @@ from .card import write_card
 from .checkpoints import clear_after, last_checkpoint
 from .config import PreferenceConfig, TrainConfig
 from .data import DataReport, TrainingData, fingerprint
-from .init import make_start
+from .init import check_init, make_start
 from .parity import check_parity
 from .plan import Choice, choose, pass_tokens, this_card, ways
 from .prepared import Preparation
@@ -39,6 +41,7 @@ FREE = (  # settings that do not decide what the model becomes
 PREVIEW_ROWS = 20
 CPU_TOKENS, GPU_TOKENS = 2048, 32_768  # in one forward pass, to begin with
 HIGH_RATE = 0.01
+SAVED = "saved.json"  # the final model stands and was held against the trained one; gone when all is done
 FULL_DISK = ("No space left", "File too large", "Disk quota exceeded", "PytorchStreamWriter failed", "inline_container.cc")
 
 
@@ -89,6 +92,7 @@ def train(data: str | Path | Sequence[str], model: str, out: Path, config: Train
     holds another run.
     """
     from .merge import refuse_quantised
+    from .processes import wait_for_last
 
     began = time.monotonic()
     ref = resolve_model(model, revision=revision)
@@ -96,28 +100,35 @@ def train(data: str | Path | Sequence[str], model: str, out: Path, config: Train
     _check_settings(config, device, half_precision(device))
     settings = load_settings(ref)
     refuse_quantised(ref)
+    check_init(config.init, settings)
     _cap_memory(config, device)
     chat = load_chat(ref)
     size = getattr(settings.get_text_config(), "vocab_size", None)
     preparation = Preparation(data, chat, config, context=context_length(settings), vocabulary=size)
     with Run.create(out) as run:
         room = run.room("train")
-        prepared = preparation.rows(room / "ledger.parquet")
-        parity = check_parity(prepared.train + prepared.validation, chat)
-        marks = {"identity": model_identity(ref), "template": chat.fingerprint(), "rows": fingerprint(prepared.train + prepared.validation)}
-        before = run.config().get("train", {})
-        free = FREE if before.get("identity") == marks["identity"] else tuple(each for each in FREE if each != "model")
-        run.configure(
-            "train",
-            {
+        wait_for_last(room)
+        begun = is_done(room) or (room / SAVED).exists() or last_checkpoint(room / "checkpoints") is not None
+        own = room / "ledger.parquet"
+        with write_atomically(own) if begun else nullcontext(own) as ledger:  # what stands here keeps its own, if this is another run
+            prepared = preparation.rows(ledger)
+            parity = check_parity(prepared.train + prepared.validation, chat)
+            rows = fingerprint(prepared.train + prepared.validation)
+            marks = {"identity": model_identity(ref), "template": chat.fingerprint(), "rows": rows}
+            before = run.config().get("train", {})
+            free = FREE if before.get("identity") == marks["identity"] else tuple(each for each in FREE if each != "model")
+            told = {
                 "data": str(data) if isinstance(data, (str, Path)) else list(data),
                 "model": model,
                 "revision": revision,
                 **to_mapping(config),
                 **marks,
-            },
-            free=free,
-        )
+            }
+            changed = run.configure("train", told, free=free if begun else ("*",))
+        if others := [each for each in changed if each not in free]:
+            log.info("%s: nothing was trained here yet, it begins anew with other settings (%s)", out, ", ".join(others))
+            for each in ("start", "checkpoints"):
+                shutil.rmtree(room / each, ignore_errors=True)
         if is_done(room):
             log.info("%s: is trained already", out)
             return _result(run)
@@ -174,12 +185,38 @@ def _write_plan(room: Path, data: TrainingData, chat: Chat, config: TrainConfig,
 def _train(
     run: Run, ref: ModelRef, chat: Chat, data: TrainingData, config: TrainConfig, device: str, marks: dict[str, Any], deadline: float | None
 ) -> TrainResult:
-    import torch
-
-    from .final import save_final
     from .sampling import check_stops
 
     room = run.path / "train"
+    final = room / "final"
+    if not ((room / SAVED).exists() and final.exists()):
+        _make_final(room, ref, chat, data, config, device, marks, deadline)
+    found = _results(room / "metrics.jsonl", data)
+    losses = found["validation"]
+    rose = losses is not None and losses[1] > losses[0]
+    stops = check_stops(final, data, config.stop_check, device, worse=rose)
+    told = {"stop_check": {**asdict(stops), "rate": stops.rate, "text": stops.text()} if stops else None}
+    write_json(room / "results.json", {**found, "loss": config.loss, **told})
+    if rose:
+        log.warning("validation loss rose from %.3f to %.3f: on rows that it did not learn from the model is worse than before; lower the"
+                    " learning rate, or train for less", *losses)  # fmt: skip
+    write_card(room, ref, _told(run.config()["train"]["data"]), data.report, config)
+    mark_done(room, model="final")
+    for each in ("checkpoints", "processes"):  # the final model stands: what they were for is done
+        shutil.rmtree(room / each, ignore_errors=True)
+    (room / SAVED).unlink(missing_ok=True)
+    return _result(run)
+
+
+def _make_final(
+    room: Path, ref: ModelRef, chat: Chat, data: TrainingData, config: TrainConfig, device: str, marks: dict[str, Any],
+    deadline: float | None,
+) -> None:  # fmt: skip
+    """Train, and save the final model: asked to stop while it is saved, it is saved first, for the last steps are in no checkpoint."""
+    import torch
+
+    from .final import save_final
+
     start = _start(ref, chat, config, room / "start") if config.init is not None else ref
     own = torch.bfloat16 if start.path is not None and start.path.is_file() else load_settings(start).dtype or torch.float32
     choice = _choose(load_settings(start), data.report, config, device, own)
@@ -200,26 +237,39 @@ def _train(
         gc.collect()  # the model that did not fit
         torch.cuda.empty_cache()
         log.info("out of memory: going on with at most %s tokens in a forward pass; the steps stay the same", f"{tokens:,}")
-    facts = {"base": ref.name, **marks, "settings": to_mapping(config)}
-    with _room_on_disk(room / "final"):
-        save_final(trained, start, chat, data.validation or data.train, room, dtype=own, facts=facts)
     final = room / "final"
-    if check_parity(data.train + data.validation, load_chat(resolve_model(final))) != marks["parity"]:
-        raise UserError(f"{final}: the saved tokenizer renders the training prompts otherwise than in training; it was not saved whole")
+    facts = {"base": ref.name, **marks, "settings": to_mapping(config)}
+    with _undisturbed():
+        with _room_on_disk(final):
+            save_final(trained, start, chat, data.validation or data.train, room, dtype=own, facts=facts)
+        if check_parity(data.train + data.validation, load_chat(resolve_model(final))) != marks["parity"]:
+            raise UserError(f"{final}: the saved tokenizer renders the training prompts otherwise than in training; it was not saved whole")
+        write_json(room / SAVED, {})
     del trained
     gc.collect()
-    stops = check_stops(final, data, config.stop_check, device)
-    found = {"stop_check": {**asdict(stops), "rate": stops.rate, "text": stops.text()} if stops else None}
-    results = {**_results(room / "metrics.jsonl", data), "loss": config.loss, **found}
-    write_json(room / "results.json", results)
-    if (losses := results["validation"]) and losses[1] > losses[0]:
-        log.warning("validation loss rose from %.3f to %.3f: on rows that it did not learn from the model is worse than before; lower the"
-                    " learning rate, or train for less", *losses)  # fmt: skip
-    write_card(room, ref, _told(run.config()["train"]["data"]), data.report, config)
-    mark_done(room, model="final")
-    for each in ("checkpoints", "processes"):  # the final model stands: what they were for is done
-        shutil.rmtree(room / each, ignore_errors=True)
-    return _result(run)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let a block end before Ctrl-C or SIGTERM stops this process; asked a second time, it stops at once."""
+    asked = False
+
+    def ask(_number: int, _frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        log.info("stopping when the model is saved; once more stops at once")
+
+    here = threading.current_thread() is threading.main_thread()
+    former = {each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)} if here else {}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def _choose(settings: Any, report: DataReport, config: TrainConfig, device: str, own: Any) -> Choice:
@@ -287,11 +337,10 @@ def _trained(
     deadline: float | None,
 ) -> Any:  # fmt: skip
     """Train, here or on several processes; return the trained model as it was loaded."""
-    from .processes import Job, train_on_processes, wait_for_last
+    from .processes import Job, train_on_processes
     from .trainer import unwrapped
 
     if config.gpus == 1:
-        wait_for_last(room)
         return unwrapped(run_trainer(room, start, chat, data, config, device, own, tokens, deadline))
     return train_on_processes(
         Job(room=room, start=start, data=data, config=config, device=device, own=own, tokens=tokens, deadline=deadline)
@@ -344,7 +393,10 @@ def run_trainer(
             f"The {config.max_hours:g} hours of max_hours are over at step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; a"
             " checkpoint is saved: the same command goes on from here."
         )
-    if watch.stopped:
+    last = last_checkpoint(room / "checkpoints")
+    stands = last is not None and last.name == f"checkpoint-{trainer.state.global_step}"
+    stopped, stands = map(bool, over_processes(watch.stopped, stands))
+    if stopped and stands:  # else it was asked to after the last step, which is in no checkpoint: the model is saved
         raise KeyboardInterrupt
     return trainer
 

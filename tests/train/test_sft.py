@@ -189,6 +189,70 @@ def test_asked_to_stop_it_saves_first(tmp_path: Path, tiny_model: Path, chats) -
     assert int(saved.name.split("-")[1]) == metrics(run)[-1]["step"]
 
 
+def test_asked_to_stop_after_the_last_step_the_model_is_saved_and_nothing_is_trained_again(
+    tmp_path: Path, tiny_model: Path, chats, monkeypatch, caplog
+) -> None:
+    from sftkit.train import final, sampling, sft, trainer
+
+    def asked(number: int, calls: list[str], name: str, real):
+        def call(*arguments: object, **named: object):
+            calls.append(name)
+            if calls.count(name) == number:
+                os.kill(os.getpid(), signal.SIGINT)
+            return real(*arguments, **named)
+
+        return call
+
+    caplog.set_level("INFO", logger="sftkit")
+    data, calls = chats(40), []
+    places = {"evaluate": (trainer.Trainer, 2), "save_model": (final, 1), "check_stops": (sampling, 1)}  # 2: after the last step
+    for name, (place, number) in places.items():
+        caplog.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, asked(number, calls, name, getattr(place, name)))
+            if name == "evaluate":  # asked after the last step, of which there is no checkpoint: it ends as if it was not
+                assert train(data, str(tiny_model), tmp_path / name, config(epochs=1.0)).steps == 5
+                continue
+            with pytest.raises(KeyboardInterrupt):
+                train(data, str(tiny_model), tmp_path / name, config(epochs=1.0))
+        assert (tmp_path / name / "train" / "saved.json").exists()
+        with monkeypatch.context() as patch:
+            patch.setattr(sft, "_trained", lambda *_: pytest.fail("trained again"))
+            result = train(data, str(tiny_model), tmp_path / name, config(epochs=1.0))
+        assert (result.steps, result.stop_check is not None) == (5, True)
+        assert not (tmp_path / name / "train" / "saved.json").exists()
+
+
+def test_a_folder_in_which_nothing_was_trained_takes_other_settings(tmp_path: Path, tiny_model: Path, chats, monkeypatch, caplog) -> None:
+    from sftkit.train import sft
+
+    caplog.set_level("INFO", logger="sftkit")
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "run_trainer", lambda *_: pytest.fail("this way", pytrace=False))
+        with pytest.raises(pytest.fail.Exception):
+            train(chats(40), str(tiny_model), tmp_path / "run", config(init="prune:0"))
+    result = train(chats(30), str(tiny_model), tmp_path / "run", config(init="prune:1", epochs=1.0))
+    assert "nothing was trained here yet, it begins anew with other settings (epochs, init, rows)" in caplog.text
+    kept, pruned = (load_model(resolve_model(each)).state_dict() for each in (tiny_model, result.run / "train" / "start"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(kept[name], pruned[name])
+
+
+def test_a_run_that_is_refused_leaves_the_ledger_of_the_one_that_stands_there(tmp_path: Path, tiny_model: Path, chats) -> None:
+    train(chats(12), str(tiny_model), tmp_path / "run", config(epochs=1.0))
+    before = (tmp_path / "run" / "train" / "ledger.parquet").read_bytes()
+    with pytest.raises(UserError, match="holds another run"):
+        train(chats(30), str(tiny_model), tmp_path / "run", config(epochs=1.0))
+    assert (tmp_path / "run" / "train" / "ledger.parquet").read_bytes() == before
+    assert not list((tmp_path / "run" / "train").glob(".*"))
+
+
+def test_a_model_that_became_worse_is_not_said_to_need_more(tmp_path: Path, tiny_model: Path, chats, caplog) -> None:
+    train(chats(40), str(tiny_model), tmp_path / "run", config(learning_rate=10.0, epochs=1.0))
+    assert "validation loss rose from" in caplog.text
+    assert "train longer" not in caplog.text
+
+
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path, tiny_model: Path, chats) -> None:
     for settings, message in (
         ({"init": "prune:0-1"}, "all 2 layers would be taken out"),
@@ -196,7 +260,8 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path, tiny_model: Pat
         ({"init": "shrink"}, "expected prune:FIRST-LAST"),
     ):
         with pytest.raises(UserError, match=message):
-            train(chats(20), str(tiny_model), tmp_path / f"run-{settings['init']}".replace(":", ""), config(**settings))
+            train(chats(20), str(tiny_model), tmp_path / "run", config(**settings))
+        assert not (tmp_path / "run").exists()
     for settings in ({"epochs": 0.0}, {"learning_rate": -1.0}, {"validation": 1.0}, {"batch_size": 0}):
         with pytest.raises(UserError, match=next(iter(settings))):
             config(**settings)
