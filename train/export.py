@@ -43,6 +43,8 @@ def export_gguf(model: str | Path, file: Path, *, format: str = "f16", revision:
     Raises UserError for an architecture or a tokenizer that is not known here, for a file that is there, and where the file, loaded
     again by transformers, gives other tokens or other logits.
     """
+    if file.suffix != ".gguf":
+        raise UserError(f"{file}: give a name that ends with .gguf, by which such files are known")
     if file.exists():
         raise UserError(f"{file}: is there already; give a new name")
     ref = resolve_model(model, revision=revision)

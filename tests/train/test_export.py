@@ -26,6 +26,8 @@ def test_the_file_computes_what_the_model_does(format: str, tmp_path, tiny_model
     assert [each.name for each in tmp_path.glob("*.gguf")] == ["tiny.gguf"]
     with pytest.raises(UserError, match="is there already"):
         export_gguf(tiny_model, tmp_path / "tiny.gguf")
+    with pytest.raises(UserError, match=r"ends with \.gguf"):  # no other is read as one
+        export_gguf(tiny_model, tmp_path / "tiny")
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
