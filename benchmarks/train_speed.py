@@ -14,7 +14,7 @@ not depend on what the weights say. Every variant runs on the same rows in this 
 for it anew; the first steps (kernels are compiled, memory is taken) are not counted, then --seconds are. A line of JSON per variant
 goes to FILE as soon as it is measured. --profile writes what two more steps spent their time on beside FILE. Among the variants, "fp32
 stream" goes without what train/stream.py does, "small pieces" computes the loss in 2^27 logits at a time, as it is done uncompiled, and
-"launched" records no pass (train/recorded.py).
+"launched" records no pass (train/recorded.py), "varlen" attends by PyTorch's kernels alone (train/row_attention.py).
 """
 
 import argparse
@@ -37,7 +37,7 @@ from sftkit.core.chat import Chat, load_chat
 from sftkit.core.formats import read_examples
 from sftkit.core.hardware import measured_peak
 from sftkit.core.models import resolve_model
-from sftkit.train import head, stream
+from sftkit.train import attention, head, stream
 from sftkit.train.account import prepare
 from sftkit.train.adapters import part_adapters
 from sftkit.train.attention import packed_attention
@@ -152,11 +152,13 @@ def ours(
     small: bool = False,
     flex: bool = False,
     launched: bool = False,
+    varlen: bool = False,
 ) -> Any:
     """Train with the trainer of `sftkit train sft`.
 
     `wide`: what goes from layer to layer is float32 under float32 weights. `small`: the loss in small pieces. `flex`: attention by
     PyTorch's flex_attention. `peft`: LoRA's layers as PEFT computes them. `launched`: the host launches every kernel of every pass.
+    `varlen`: attention by PyTorch's kernels for variable lengths.
     """
     mean = sum(len(row.ids) for row in rows) / len(rows)
     size = max(1, round(step_tokens / mean))
@@ -171,6 +173,8 @@ def ours(
     with ExitStack() as until, tempfile.TemporaryDirectory() as folder:
         if wide:
             until.enter_context(wide_stream())
+        if varlen:
+            until.enter_context(mock.patch.object(attention, "SHORT", 0))
         if small:
             until.enter_context(mock.patch.object(head, "piece_rows", lambda vocabulary, *_: max(1, head.ELEMENTS // vocabulary)))
         watch = Watch(Path(folder) / "metrics.jsonl", chat, save_minutes=1e9)
@@ -371,6 +375,7 @@ def variants_of(shape: str, *, step_tokens: int, large: bool) -> list[tuple[str,
             found.append((name, partial(ours, **less, dtype=dtype)))
             found.append((f"{name}, launched", partial(ours, **less, dtype=dtype, launched=True)))
     found.append(("sftkit fp32 weights, launched", partial(ours, **told, launched=True)))
+    found.append(("sftkit fp32 weights, varlen", partial(ours, **told, varlen=True)))
     if large and shape in ("0.5b", "lora-0.6b"):
         found.append(("sftkit fp32 weights, one pass", partial(ours, **{**told, "batch_tokens": 65_536})))
     found.append(("sftkit fp32 weights, flex", partial(ours, **told, flex=True)))
@@ -379,7 +384,7 @@ def variants_of(shape: str, *, step_tokens: int, large: bool) -> list[tuple[str,
     return found
 
 
-EXTRA = ("40 GB", "launched", "stream", "pieces", "as it is", "flex", "rows to", "PEFT", "one pass")  # measured where --variants names them
+EXTRA = ("40 GB", "launched", "varlen", "stream", "pieces", "as it is", "flex", "rows to", "PEFT", "one pass")  # where they are named
 
 
 def main() -> None:
