@@ -1,10 +1,11 @@
-"""Attention over rows put end to end, each seeing itself alone: PyTorch's kernel for variable lengths, without further wheels.
+"""Attention over rows put end to end, each seeing itself alone, without further wheels: our kernels for short rows, PyTorch's for long.
 
 transformers offers this through packages and kernels that have to be fetched; PyTorch has had `torch.nn.attention.varlen` since
-2.10, and nothing but this function stands between the two. This file can go when transformers registers it itself.
+2.10, and nothing but this function stands between the two. Where rows are short, most of what that does is waste: `row_attention`.
 """
 
 import inspect
+import logging
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -12,7 +13,16 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+try:
+    from . import row_attention
+except ImportError:  # no Triton: PyTorch without CUDA, or not on Linux
+    row_attention = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+
 NAME = "sftkit_packed"
+SHORT = 2048  # tokens: the longest row up to which tiles are cut from the pack; longer rows fill the tiles that PyTorch gives each
+CLOSE = 0.02  # of a tensor's length: how far sound kernels may be from float32; 16-bit rounding alone takes them 0.005 away
 
 
 def use_packed_attention(model: Any) -> None:
@@ -47,9 +57,13 @@ def packed_attention(
     """
     total = query.shape[2]
     if cu_seq_lens_q is not None and softcap is None and _has_kernel(query, value):
-        q, k, v = (each[0].transpose(0, 1) for each in (query.to(value.dtype), key.to(value.dtype), value))
-        out = _varlen(q, k, v, cu_seq_lens_q, max_length_q or total, scaling, sliding_window)
-        return out[None], None
+        query, key, longest = query.to(value.dtype), key.to(value.dtype), max_length_q or total
+        window = sliding_window if sliding_window is not None and sliding_window < longest else None
+        if longest <= SHORT and _takes_tiles(query, key, value, window):
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            return row_attention.attend_rows(query, key, value, cu_seq_lens_q, scale, window or 0), None
+        q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+        return _varlen(q, k, v, cu_seq_lens_q, longest, scaling, window)[None], None
     bounds = [0, total] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     rows = [
         _one_row(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, sliding_window, softcap) for a, b in pairwise(bounds) if b > a
@@ -60,6 +74,47 @@ def packed_attention(
 def _has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
     card = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
     return card and query.shape[-1] <= 256 and value.dtype in (torch.bfloat16, torch.float16)
+
+
+def _takes_tiles(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> bool:
+    if row_attention is None or not row_attention.fits(query, key, value):
+        return False
+    return tiles_are_sound(value.dtype, value.device, query.shape[1], key.shape[1], query.shape[-1], window is not None)
+
+
+@torch.compiler.assume_constant_result
+def tiles_are_sound(dtype: torch.dtype, device: torch.device, heads: int, groups: int, size: int, windowed: bool) -> bool:
+    """Say whether our kernels compute on this card, with this Triton, what plain attention does, forward and back: by trying, once."""
+    return _tried(dtype, device, heads, groups, size, windowed)
+
+
+@cache
+def _tried(dtype: torch.dtype, device: torch.device, heads: int, groups: int, size: int, windowed: bool) -> bool:
+    places, window, scale = [0, 1, 131, 134, 234, 320, 320], 50 if windowed else 0, size**-0.5
+    bounds = torch.tensor(places, dtype=torch.int32, device=device)
+    rng = torch.Generator(device).manual_seed(0)
+    made = [torch.randn(1, 320, each, size, generator=rng, device=device, dtype=dtype) for each in (heads, groups, groups, heads)]
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        query, key, value = (each.transpose(1, 2).requires_grad_() for each in made[:3])
+        plain = [each.detach().float().requires_grad_() for each in (query, key, value)]
+        cuts = [[each[:, :, a:b] for each in plain] for a, b in pairwise(places) if b > a]
+        rows = [_one_row(q, k, v, scale, window or None, None) for q, k, v in cuts]
+        wanted = torch.cat(rows, dim=2).transpose(1, 2)
+        expected = [wanted, *torch.autograd.grad(wanted, plain, made[3].float())]
+        try:
+            out = row_attention.attend_rows(query, key, value, bounds, scale, window)
+            found = [out, *torch.autograd.grad(out, [query, key, value], made[3])]
+            pairs = zip(found, expected, strict=True)
+            off = [float(((one.float() - other).norm() / other.norm()).detach()) for one, other in pairs]
+            sound = all(each <= CLOSE for each in off)  # which what is no number is not
+            told = "" if sound else "off plain attention by " + ", ".join(f"{each:.1%}" for each in off)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001  whatever keeps a kernel from running, PyTorch's own is there; it is said aloud
+            told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if told:
+        log.warning("%s: the kernels for short rows do not work here (%s); PyTorch's are used, which are slower", device, told)
+    return not told
 
 
 def _one_row(
