@@ -7,6 +7,7 @@ from pathlib import Path
 
 import polars as pl
 
+from ..core.engines.registry import choose
 from ..core.errors import UserError
 from ..core.models import resolve_model
 from ..core.progress import timed
@@ -20,7 +21,7 @@ from .filters import filter_rows, read_conditions, text_rules
 from .heldout import hold_out
 from .intake import take_in
 from .rows import Outcome, record
-from .score import check_score_name, open_scorer, score
+from .score import check_score_name, open_scorer, reads_told_logprobs, score
 from .selection import select
 
 log = logging.getLogger(__name__)
@@ -87,9 +88,10 @@ def check_early(out: Path, config: BuildConfig) -> None:
     scorers = config.score.scorers if config.score else {}
     for name, options in scorers.items():
         open_scorer(name, options)
+    conditions = []
     if config.filter:
         text_rules(config.filter)
-        read_conditions(Run(out), config.filter, list(scorers))
+        conditions = read_conditions(Run(out), config.filter, list(scorers))
     for benchmark in config.decontaminate.benchmarks if config.decontaminate else ():
         open_benchmark(benchmark)
     names = [name for step in (config.best, config.dedup, config.select) if step for name in step.by]
@@ -99,6 +101,10 @@ def check_early(out: Path, config: BuildConfig) -> None:
     for name in names:
         if name.removeprefix("-") not in scorers:
             check_score_name(Run(out), name.removeprefix("-"))
+    names += [name for each in conditions for name in each.names]
+    untold = config.distill and not config.distill.logprobs and choose(config.distill.engine) != "transformers"
+    if untold and reads_told_logprobs(scorers, names):
+        raise UserError("build: the score logprob is chosen by, which this teacher tells where it is asked for: distill: {logprobs: true}")
     if config.dedup and config.dedup.semantic is not None:
         resolve_model(config.dedup.embed.model)
     if config.select and config.select.needs_vectors:

@@ -73,7 +73,7 @@ def build(data: str | None, out: Path, settings: Path | None, **options: Any) ->
     sftkit curate build prompts.jsonl -o runs/b --config build.yaml
 
     \b
-    build.yaml:   distill: {teacher: smollm2-135m-instruct, k: 4}
+    build.yaml:   distill: {teacher: smollm2-135m-instruct, k: 4, logprobs: true}
                   score: {scorers: {numeric: {}}}
                   best: {by: [numeric, logprob]}
                   filter: {max_words: 400}

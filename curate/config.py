@@ -52,6 +52,11 @@ class DistillConfig(Sampling):
     system: str | None = setting(None, "System message, put before every prompt that has none.")
     thinking: bool = setting(False, "Render the prompt so that a thinking teacher thinks.")
     limit: int | None = setting(None, "Only the first prompts of the file.")
+    logprobs: bool = setting(
+        False,
+        "Store each answer's log-probability, which the score logprob reads; vLLM and servers are a tenth to a third slower with it."
+        " (The transformers engine has it for nothing.) Samples that are there stay as they are.",
+    )
     retry_truncated: bool = setting(False, "Ask once more for each cut answer, with twice the tokens; the longer one then counts.")
     budget_tokens: int | None = setting(None, "Most tokens generated into this run folder, over all calls.")
     budget_hours: float | None = setting(None, "Longest time of asking in one call, in hours; what is under way then still finishes.")

@@ -14,7 +14,7 @@ import polars as pl
 
 from ..core.chat import Chat, load_chat
 from ..core.config import to_mapping
-from ..core.engines.base import Completion, Engine, Request, Sampling
+from ..core.engines.base import NOT_FINITE, Completion, Engine, Request, Sampling
 from ..core.engines.registry import choose, open_engine
 from ..core.engines.tuning import tuned
 from ..core.errors import TooManyFailures, UserError
@@ -34,7 +34,7 @@ from .rows import message_text, record
 log = logging.getLogger(__name__)
 
 FREE = (  # settings that do not decide what a sample is
-    *("prompts", "k", "limit", "retry_truncated", "budget_tokens", "budget_hours", "budget_cost", "max_failed", "engine"),
+    *("prompts", "k", "limit", "logprobs", "retry_truncated", "budget_tokens", "budget_hours", "budget_cost", "max_failed", "engine"),
     *("want_format", "stop_below", "reasoning", "price_input", "price_output", "price_hour"),
 )
 PROBE = 50  # prompts
@@ -90,17 +90,19 @@ class Teacher:
     identity: str
     chat: Chat | None  # None where a server renders
     context: int | None
+    _kind: str  # of ENGINES
     _engine: Engine | None = None
 
     @classmethod
     def find(cls, config: DistillConfig) -> "Teacher":
         """Look the teacher up. Raises UserError when there is none, or its server cannot be reached."""
-        if choose(config.engine) == "openai":
+        kind = choose(config.engine)
+        if kind == "openai":
             engine = open_engine(config.teacher, config.engine, revision=config.revision)
-            return cls(config, engine.identity, engine.chat, engine.context_length, engine)
+            return cls(config, engine.identity, engine.chat, engine.context_length, kind, engine)
         model = resolve_model(config.teacher, revision=config.revision)
         contexts = [context_length(load_settings(model)), config.engine.max_model_len]
-        return cls(config, model_identity(model), load_chat(model), min((each for each in contexts if each), default=None))
+        return cls(config, model_identity(model), load_chat(model), min((each for each in contexts if each), default=None), kind)
 
     @property
     def engine(self) -> Engine:
@@ -115,6 +117,11 @@ class Teacher:
             if self._engine.identity != self.identity:
                 raise UserError(f"{self.config.teacher}: its weights changed while it was being loaded; run the same command again")
         return self._engine
+
+    @property
+    def tells_logprobs(self) -> bool:
+        """Say whether every answer comes with its log-probability: where it is asked for, or costs nothing."""
+        return self.config.logprobs or self._kind == "transformers"
 
     def close(self) -> None:
         """Give the engine's memory back."""
@@ -196,6 +203,7 @@ class Distillation:
     _deadline: float | None = None  # by time.monotonic, after which nothing more is asked
     _began: float = 0.0  # by time.monotonic, less the pauses
     _enough: bool = False  # nothing more is asked
+    _checked: set[str] = field(default_factory=set)  # keys whose log-probabilities are asked for, to see that they are numbers
     _opened: dict[tuple[int, ...], bool] = field(default_factory=dict)  # by the last tokens of a prompt: whether a thought is open there
 
     def missing(self) -> list[Wanted]:
@@ -262,9 +270,9 @@ class Distillation:
         sampling_key = self.store.remember(config.teacher, settings)
         self._spent, self._read = self.store.tokens()
         waiting = deque(missing)
+        self._checked = {each.key for each in list({each.row[0]: each for each in reversed(missing)}.values())[-PROBE:]}
         watching = label == "distill" and config.stop_below is None
-        watched = {each.key for each in list({each.row[0]: each for each in reversed(missing)}.values())[-PROBE:]} if watching else set()
-        seen = Probe(config)
+        checking, broken, seen = set(self._checked), 0, Probe(config)
         total = len(self.wanted) if label == "distill" else len(missing)
         start = time.monotonic()
         if config.budget_hours is not None and self._deadline is None:
@@ -291,17 +299,29 @@ class Distillation:
                         else:
                             sample = self._sample(wanted, completion, sampling_key)
                             writer.put(wanted.key, sample)
-                        if completion.key in watched:
-                            watched.discard(completion.key)
-                            if completion.finish_reason != "error":
+                        if completion.key in checking:
+                            checking.discard(completion.key)
+                            if completion.finish_reason == "error":
+                                broken += (completion.error or "").startswith(NOT_FINITE)
+                            elif watching:
                                 seen.add(message_text(wanted.prompt.messages[-1]), sample.text, sample.finish_reason)
-                            if not watched and seen.answers >= FEWEST:
-                                seen.warn()
+                            if not checking:
+                                self._look_at_first(seen, broken)
                     for key, wanted in self._asked.items():
                         writer.put_failure(key, *wanted.row, "the engine gave no answer")
                     self._asked.clear()
         self._before = time.monotonic() - self._began
         return progress.done - began, progress.tokens, time.monotonic() - start
+
+    def _look_at_first(self, seen: Probe, broken: int) -> None:
+        """Tell what the first answers show. Raises UserError where most have no finite probability: the rest would be no better."""
+        if broken >= FEWEST and 2 * broken > len(self._checked):
+            raise UserError(
+                f"{self.teacher.config.teacher}: {NOT_FINITE} for tokens of {broken} of the first {len(self._checked)} answers: its weights"
+                " are damaged, or its numbers too large for the format it runs in (dtype). What finished is kept"
+            )
+        if seen.answers >= FEWEST:
+            seen.warn()
 
     def _ask(self, waiting: deque[Wanted]) -> Iterator[Request]:
         config = self.teacher.config
@@ -323,6 +343,7 @@ class Distillation:
                 messages=wanted.prompt.messages,
                 sampling=wanted.sampling,
                 seed=wanted.seed,
+                logprob=config.logprobs or wanted.key in self._checked,
             )
 
     def _sample(self, wanted: Wanted, completion: Completion, sampling_key: str) -> Sample:
@@ -341,7 +362,8 @@ class Distillation:
             text=text,
             finish_reason=completion.finish_reason,
             num_tokens=completion.num_tokens,
-            logprob=completion.logprob,
+            # not of those alone that were checked: the samples of a prompt are chosen by it
+            logprob=completion.logprob if self.teacher.tells_logprobs else None,
             model=self.teacher.config.teacher,
             sampling_key=sampling_key,
             reasoning=reasoning,
@@ -381,6 +403,14 @@ class Distillation:
             new_tokens=new_tokens,
             seconds=seconds,
         )
+        untold = stored["logprob"].null_count()
+        if config.logprobs and untold:
+            log.warning(
+                "%s of %s samples have no log-probability: they were stored without, and are not made again, or the server tells none;"
+                " `score --with logprob:model=TEACHER` computes it",
+                f"{untold:,}",
+                f"{stored.height:,}",
+            )
         failed, tried = rules.total(), rules.total() + result.samples
         if failed > config.max_failed * tried:
             raise TooManyFailures(

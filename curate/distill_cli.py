@@ -47,6 +47,7 @@ def distill_settings(options: dict[str, Any], base: dict[str, Any]) -> dict[str,
 @config_option(EngineConfig, "executor")
 @config_option(EngineConfig, "ray_address", "--address")
 @config_option(DistillConfig, "limit")
+@config_option(DistillConfig, "logprobs")
 @config_option(DistillConfig, "retry_truncated")
 @config_option(DistillConfig, "budget_tokens")
 @config_option(DistillConfig, "budget_hours")

@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -168,7 +168,8 @@ def tune_teacher(source: str | Path, config: DistillConfig, *, seconds: float, t
             system = [{"role": "system", "content": config.system}] if config.system is not None else []
             ids = tuple(teacher.chat.prompt([*system, *messages], thinking=config.thinking, tools=tools_of(example.meta)))
             if teacher.context is None or len(ids) + config.max_new_tokens <= teacher.context:
-                requests.append(Request(key=str(number), prompt_ids=ids, messages=messages, sampling=config.sampling, seed=number))
+                request = Request(key=str(number), prompt_ids=ids, messages=messages, sampling=config.sampling, seed=number)
+                requests.append(replace(request, logprob=config.logprobs))
     if not requests:
         raise UserError(f"{source}: holds no prompt that fits this teacher's context with an answer")
     return tune(config.teacher, config.engine, requests, revision=config.revision, warm_up=seconds / 2, seconds=seconds, tell=tell)

@@ -38,6 +38,11 @@ CHUNK = 1 << 12  # rows that are rendered, and sorted by length, together
 BATCH_TOKENS = EngineConfig.batch_tokens
 
 
+UNTOLD = (  # an answer that is stored is not made again for it
+    "the teacher told none: give model=TEACHER, which computes it, or distill into a new folder with --logprobs (and an engine that tells)"
+)
+
+
 def grape(
     *,
     model: str,
@@ -72,7 +77,7 @@ def logprob(
         return grape(
             model=model, engine=engine, device=device, dtype=dtype, batch_tokens=batch_tokens, replicas=replicas, executor=executor
         )
-    return lambda row: (row.logprob, "" if row.logprob is not None else "the engine gave none; give model=")
+    return lambda row: (row.logprob, "" if row.logprob is not None else UNTOLD)
 
 
 def perplexity(

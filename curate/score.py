@@ -7,7 +7,7 @@ import math
 import re
 import time
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,12 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
         except yaml.YAMLError:
             pass  # it is none of these then, which is told as for any other text
     return convert(hint, value, place)
+
+
+def reads_told_logprobs(scorers: Mapping[str, Any], names: Iterable[str] = ()) -> bool:
+    """Say whether one of these scores is the log-probability that the teacher told, or one of the names is and no score's."""
+    told = any((options or {}).get("scorer", name) == "logprob" and not (options or {}).get("model") for name, options in scorers.items())
+    return told or ("logprob" not in scorers and "logprob" in {name.removeprefix("-") for name in names})
 
 
 def parse_scorers(texts: list[str]) -> dict[str, Any]:

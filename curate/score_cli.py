@@ -25,7 +25,7 @@ def score(run: str, out: Path | None, settings: Path | None, scorers: tuple[str,
     ifeval      the share of IFEval's instructions that is followed (columns instruction_id_list, kwargs; loose=true)
     unit_test   the program passes the tests in a column, in a sandbox (tests=COLUMN, entry_point=COLUMN, unsafe=true)
     length      num_chars, num_words and num_tokens (num_tokens:model=… counts by that model's tokenizer)
-    logprob     the teacher's mean log-probability per token, as it told it or under model=…
+    logprob     the teacher's mean log-probability per token, as it told it (distill --logprobs) or under model=…
     grape       the student's: which answer fits it best (model=…)
     perplexity  of the answer after its prompt (model=…)
     ifd         how little the prompt helps to find the answer, in both definitions: ifd and ifd_ppl (model=…)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import polars as pl
 
 from ..core.run import Run
+from .model_scores import UNTOLD
 from .rows import row_name
 from .score import AS_SCORED, check_score_name, read_score, score_path
 from .scorers import count_words
@@ -55,7 +56,8 @@ def sort_columns(run: Run, rows: pl.DataFrame, by: Sequence[str], seed: int = 0)
         else:
             values = score_values(run, rows, name.removeprefix("-"))
             if values.null_count() == len(values):
-                log.warning("none of %s rows has a score %r, so it puts none before another", f"{len(rows):,}", values.name)
+                told = f"; {UNTOLD}" if values.name == "logprob" else ""
+                log.warning("none of %s rows has a score %r, so it puts none before another%s", f"{len(rows):,}", values.name, told)
         columns.append((-values if name.startswith("-") else values).alias(str(place)))
     return pl.DataFrame(columns)
 

@@ -190,7 +190,7 @@ def _eligible(run: Run, rows: pl.DataFrame, columns: pl.DataFrame, config: Selec
     if not len(eligible):
         raise UserError(
             f"{run.path}: none of {len(rows):,} rows has a score {config.by[0].removeprefix('-')!r}, which {config.method} chooses by; "
-            "`sftkit curate score` says why, or choose by another"
+            f"`sftkit curate score {run.path} --with {config.by[0].removeprefix('-')}` says why, or choose by another"
         )
     return eligible
 

@@ -24,7 +24,7 @@ from .config import DistillConfig, RankConfig, ScoreConfig
 from .decide_config import parse_gate
 from .distill import distill
 from .rows import load_rows
-from .score import open_scorer, read_score, score
+from .score import open_scorer, read_score, reads_told_logprobs, score
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +155,7 @@ def _answers(prompts: Path, out: Path, name: str, model: str, config: RankConfig
         system=config.system,
         thinking=config.thinking,
         max_failed=1.0,
+        logprobs=reads_told_logprobs(config.scorers),
         engine=type(config.engine)(**engine),
     )
     path = out / "teachers" / name

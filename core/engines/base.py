@@ -11,6 +11,7 @@ from ..example import Message
 
 EXECUTORS = ("local", "ray")
 ENGINES = ("auto", "transformers", "vllm", "openai")
+NOT_FINITE = "the model gave no finite probability"  # how the error of an answer begins whose numbers are not to be trusted
 
 
 class EngineDied(UserError):
@@ -82,6 +83,7 @@ class Request:
     messages: list[Message]
     sampling: Sampling
     seed: int  # of this sample alone, below 2**63
+    logprob: bool = True  # whether its log-probability is wanted, which costs throughput; an engine that has it anyway tells it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

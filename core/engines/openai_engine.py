@@ -22,7 +22,7 @@ import httpx
 
 from ..chat import Chat
 from ..errors import UserError, unknown_name
-from .base import Completion, EngineConfig, Request, ScoreRequest, TokenLogprobs
+from .base import NOT_FINITE, Completion, EngineConfig, Request, ScoreRequest, TokenLogprobs
 from .servers import Server, address_of, error_of, key_of_servers
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ DISPENSABLE = {  # what is left out from the first refusal on, and what is lost 
     "seed": "an answer cannot be made a second time, and servers that begin with the same random numbers give the same answers",
     "n": "nothing is lost",
 }
+UNCOUNTED = "the server does not tell how many tokens the answer has (no usage, no log-probabilities)"
+NO_NUMBER = "not JSON compliant"  # Python's word, and so that of vLLM's server, for a NaN among the log-probabilities
 DECISIVE = ("temperature", "top_p", "response_format", "stop")
 REFUSAL = re.compile(
     r"unsupported|not (?:be )?(?:supported|allowed|permitted|available|enabled|compatible)|do(?:es)?(?: not|n't) support"
@@ -75,6 +77,7 @@ class OpenAIEngine:
         self._concurrency = concurrency
         self._refused: set[str] = set()  # names of DISPENSABLE
         self._length = "max_tokens"
+        self._counts = True  # tells how many tokens an answer has; where not, its log-probabilities do
         self.steps = 0  # answers
 
     def close(self) -> None:
@@ -163,11 +166,16 @@ class OpenAIEngine:
         except TimeoutError:
             return _Fault(f"no whole answer within {LONGEST_ANSWER:g} s")
         if response.is_success:
-            return self._read(request, response) or _Fault(f"an answer that is not of the protocol: {server.told(response)}")
+            found = self._read(request, response)
+            if found is None:
+                return _Fault(f"an answer that is not of the protocol: {server.told(response)}")
+            return None if found.error == UNCOUNTED and "logprobs" not in {*body, *self._refused} else found
         if self._adapts(server, body, response):
             return None
         self._check(server, response)
         told = f"{response.status_code}: {server.told(response)}"
+        if "logprobs" in body and NO_NUMBER in told:
+            return Completion(key=request.key, finish_reason="error", error=f"{NOT_FINITE} for one of its tokens; the server says {told}")
         if response.status_code not in RETRIED and response.status_code < 500:
             return Completion(key=request.key, finish_reason="error", error=told)
         return _Fault(told, of_all=response.status_code == 429, asked=_retry_after(response))
@@ -181,8 +189,9 @@ class OpenAIEngine:
             "top_p": sampling.top_p,
             self._length: sampling.max_new_tokens,
             "n": 1,
-            "logprobs": True,
         }
+        if request.logprob or not self._counts:
+            body["logprobs"] = True
         if sampling.temperature > 0:
             # vLLM's own numbers are those of its start: without a seed, another server, or this one started anew, says the same again
             body["seed"] = request.seed % 2**31  # some servers take no longer one
@@ -235,12 +244,13 @@ class OpenAIEngine:
             message, reason = choice["message"], choice["finish_reason"]
             text = message.get("content")
             listed = (choice.get("logprobs") or {}).get("content") or []
-            logprobs = [float(each["logprob"]) for each in listed]
+            logprobs = [math.nan if each["logprob"] is None else float(each["logprob"]) for each in listed]  # null: some servers' NaN
             counted = (answer.get("usage") or {}).get("completion_tokens")
             asked = (answer.get("usage") or {}).get("prompt_tokens")
             thoughts = message.get("reasoning_content") or message.get("reasoning")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             return None
+        self._counts = self._counts and isinstance(counted, int)
         num_tokens = counted if isinstance(counted, int) else len(logprobs)
         error = None
         if message.get("refusal"):
@@ -248,9 +258,9 @@ class OpenAIEngine:
         elif reason not in REASONS:
             error = f"the server ended the answer with {reason!r}"
         elif not num_tokens:
-            error = "the server does not tell how many tokens the answer has (no usage, no log-probabilities)"
+            error = UNCOUNTED
         elif not all(math.isfinite(each) for each in logprobs):
-            error = "the server gave a log-probability that is not finite"
+            error = f"{NOT_FINITE} for one of its tokens, by the server's log-probabilities"
         if error:
             return Completion(key=request.key, finish_reason="error", error=error)
         known = logprobs and min(logprobs) > LEAST_LOGPROB

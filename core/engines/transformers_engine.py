@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..hardware import half_precision, pick_device
 from ..head import Scorer
 from ..models import context_length, load_model, model_identity, quantisation, resolve_model
-from .base import ChoiceRequest, Completion, EngineConfig, Request, ScoreRequest, TokenLogprobs
+from .base import NOT_FINITE, ChoiceRequest, Completion, EngineConfig, Request, ScoreRequest, TokenLogprobs
 from .stops import StopTexts
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class TransformersEngine:
                 before = self._stop_texts.ended(row.ids, texts) if texts and not stop else None
                 row.done = stop or before is not None or step == row.request.sampling.max_new_tokens or not np.isfinite(logprob)
                 if not np.isfinite(logprob):
-                    error = f"the model gave no finite probability at token {step}"
+                    error = f"{NOT_FINITE} at token {step}"
                     yield Completion(key=row.request.key, finish_reason="error", error=error)
                 elif row.done:
                     yield row.finish(self._chat, "stop" if stop else "length", before)

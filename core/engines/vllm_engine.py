@@ -16,9 +16,9 @@ from ..chat import Chat, load_chat
 from ..errors import UserError, missing_package
 from ..hardware import gpu_memory, visible_gpus
 from ..models import ModelRef, context_length, load_settings, model_identity, resolve_model
-from .base import ChoiceRequest, Completion, EngineConfig, EngineDied, Request, Sampling, ScoreRequest, TokenLogprobs
+from .base import NOT_FINITE, ChoiceRequest, Completion, EngineConfig, EngineDied, Request, Sampling, ScoreRequest, TokenLogprobs
 from .stops import first_stop
-from .vllm_errors import first_error
+from .vllm_errors import NOT_A_NUMBER, first_error
 from .vllm_processes import Processes
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,8 @@ class VllmEngine:
         elif self.context_length is not None and length > self.context_length:  # vLLM would cut the answer there
             new = sampling.max_new_tokens
             error = f"prompt too long: {len(ids)} tokens and {new} new ones do not fit the context of {self.context_length}"
-        return _Wanted(request, ids, length, self._params(sampling, seed=request.seed, logprobs=0), error)
+        params = self._params(sampling, seed=request.seed, logprobs=0 if request.logprob else None)
+        return _Wanted(request, ids, length, params, error)
 
     def _scoring(self, request: ScoreRequest) -> _Wanted[ScoreRequest]:
         error = None
@@ -219,10 +220,11 @@ class VllmEngine:
     def _completion(self, request: Request, output: Any) -> Completion:
         answer = output.outputs[0]
         ids, reason, logprob = tuple(answer.token_ids), answer.finish_reason, answer.cumulative_logprob
+        infinite = not math.isfinite(logprob) if logprob is not None else request.logprob
+        if infinite or (reason == "error" and answer.stop_reason == NOT_A_NUMBER):
+            return Completion(key=request.key, finish_reason="error", error=f"{NOT_FINITE} for one of its tokens")
         if reason not in ("stop", "length") or not ids:
             return Completion(key=request.key, finish_reason="error", error=f"vLLM ended the answer with {reason!r}")
-        if logprob is None or not math.isfinite(logprob):
-            return Completion(key=request.key, finish_reason="error", error="the model gave no finite probability for one of its tokens")
         text = self._chat.decode(ids[:-1] if reason == "stop" and not isinstance(answer.stop_reason, str) else ids)
         place = first_stop(text, request.sampling.stop)
         return Completion(
@@ -230,7 +232,8 @@ class VllmEngine:
             text=text[:place],
             finish_reason="stop" if reason == "stop" or place is not None else "length",
             num_tokens=len(ids),
-            logprob=logprob / len(ids),  # vLLM's "raw" mode: of the model itself, before temperature and top-p
+            # vLLM's "raw" mode: of the model itself, before temperature and top-p
+            logprob=None if logprob is None else logprob / len(ids),
             token_ids=ids,
         )
 
@@ -241,14 +244,14 @@ class VllmEngine:
             return TokenLogprobs(key=request.key, error=f"vLLM scored {len(listed)} of {len(request.ids)} tokens and ended with {reason!r}")
         values = tuple(listed[place][request.ids[place]].logprob for place in range(request.start, len(request.ids)))
         if not all(math.isfinite(each) for each in values):
-            return TokenLogprobs(key=request.key, error="the model gave no finite probability for one of its tokens")
+            return TokenLogprobs(key=request.key, error=f"{NOT_FINITE} for one of its tokens")
         return TokenLogprobs(key=request.key, logprobs=values)
 
     def _chosen(self, request: ChoiceRequest, output: Any) -> TokenLogprobs:
         found = output.outputs[0].logprobs[0]
         values = tuple(float(found[each].logprob) for each in request.choices)
         if not all(math.isfinite(each) for each in values):
-            return TokenLogprobs(key=request.key, error="the model gave no finite probability for one of its tokens")
+            return TokenLogprobs(key=request.key, error=f"{NOT_FINITE} for one of its tokens")
         return TokenLogprobs(key=request.key, logprobs=values)
 
 
@@ -307,6 +310,8 @@ def _prepare_environment() -> None:
         "VLLM_NO_USAGE_STATS": "1",  # it reports its use to its makers otherwise
         # a forked child would hold the run's lock and database, and hang in torch once this process has used its threads
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        # counts them for each token on the card: it goes on sampling where the logits are none, and nobody else looks
+        "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
     }
     if not any(name.startswith("VLLM_LOGGING_") or name == "VLLM_CONFIGURE_LOGGING" for name in os.environ):
         # warnings on stderr, but not the one about schedulers that are not vLLM's own

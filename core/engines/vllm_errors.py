@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 PLACE = "SFTKIT_VLLM_ERRORS"  # in the environment: the file that they write to
+NOT_A_NUMBER = "not a number"  # the reason with which vllm_scheduler ends an answer as failed
 
 
 class ErrorFile(logging.Handler):

@@ -1,24 +1,39 @@
 """What vLLM's engine process sends back: each answer once, when it is whole, not a message for every token of every sequence.
 
 vLLM's engine tells the process that feeds it of every new token: at a thousand sequences a thousand objects a step are built,
-packed, sent, unpacked and looked at, and with each a log-probability in arrays of its own, although nobody waits for anything
-but the whole answer and the sum of its log-probabilities. For a small model that is most of a step. Here the tokens
-are gathered where they arise, and a sequence that goes on in the middle of a block of its cache is not looked at as if it might need
-another one: of 62 ms that a step of a 1.5 B model took on an H200, the card worked for 14, and 15 went to scheduling.
-vLLM takes a scheduler by its name (`scheduler_cls`).
+packed, sent, unpacked and looked at, and with each a log-probability in arrays of its own, where it is asked for, although nobody
+waits for anything but the whole answer and the sum of its log-probabilities. For a small model that is most of a step. Here the tokens
+are gathered where they arise, an answer that had a logit that is not a number is ended as failed, and a sequence that goes on in the
+middle of a block of its cache is not looked at as if it might need another one: of 62 ms that a step of a 1.5 B model took on an H200,
+the card worked for 14, and 15 went to scheduling. vLLM takes a scheduler by its name (`scheduler_cls`).
 """
 
 import math
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import FinishReason
 from vllm.v1.outputs import LogprobsLists
 from vllm.v1.request import RequestStatus
 
+from .vllm_errors import NOT_A_NUMBER
+
 SECONDS_BETWEEN_SIGNS = 0.5  # of life, where no answer ends
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """What a request has got since it was last told of."""
+
+    asked: bool  # for log-probabilities: a step has them of all its sequences, if of one
+    looked_at: bool  # its text decides where it ends, which only the process that feeds the engine sees
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    broken: bool = False  # since its beginning, a logit was not a number
 
 
 class _Gathering:
@@ -29,10 +44,16 @@ class _Gathering:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # by request: tokens, their log-probabilities, whether they are to be told at once
-        self._gathered: dict[str, tuple[list[int], list[float], bool]] = {}
+        self._gathered: dict[str, _Gathered] = {}  # by request
         self._last_sign = time.monotonic()
         self._block = _shorten_way_within_blocks(self.kv_cache_manager)
+
+    def add_request(self, request: Any) -> None:
+        """Take a request in as vLLM does; what it asks for is not known any more once its last token is there."""
+        super().add_request(request)  # type: ignore[misc]
+        params = request.sampling_params
+        asked, looked_at = (params.num_logprobs is not None, bool(params.stop)) if params is not None else (False, False)
+        self._gathered[request.request_id] = _Gathered(asked, looked_at)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Do as vLLM does, and take out what belongs to answers that are not whole."""
@@ -58,21 +79,26 @@ class _Gathering:
         kept = []
         for output in outputs:
             name = output.request_id
-            if output.new_prompt_logprobs_tensors is not None or output.pooling_output is not None:
+            gathered = self._gathered.get(name)
+            if gathered is None:  # ended by vLLM, for a fault
                 kept.append(output)
                 continue
-            if output.finish_reason is not None and output.new_logprobs is not None and name not in self._gathered:
+            if output.new_prompt_logprobs_tensors is not None or output.pooling_output is not None:
+                kept.append(output)
+            elif output.finish_reason is not None and output.new_logprobs is not None and not gathered.tokens:
                 kept.append(output)  # whole in one step, with the probabilities of the choices that it was asked for
-                continue
-            if (gathered := self._gathered.get(name)) is None:
-                gathered = self._gathered[name] = [], [], self._looked_at(name)
-            gathered[0].extend(output.new_token_ids)
-            if output.new_logprobs is not None:
-                gathered[1].extend(output.new_logprobs.logprobs[:, 0].tolist())
-            elif column is not None and len(output.new_token_ids) == 1:
-                gathered[1].append(column[places[name]])
-            if output.finish_reason is not None or gathered[2]:
-                kept.append(self._with_all(output))
+            else:
+                gathered.tokens.extend(output.new_token_ids)
+                if output.num_nans_in_logits:
+                    gathered.broken = True
+                if gathered.asked and output.new_logprobs is not None:
+                    gathered.logprobs.extend(output.new_logprobs.logprobs[:, 0].tolist())
+                elif gathered.asked and column is not None and len(output.new_token_ids) == 1:
+                    gathered.logprobs.append(column[places[name]])
+                if output.finish_reason is not None or gathered.looked_at:
+                    kept.append(self._with_all(output))
+            if output.finish_reason is not None:
+                del self._gathered[name]
         now = time.monotonic()
         if kept:
             self._last_sign = now
@@ -81,25 +107,24 @@ class _Gathering:
             kept.append(self._with_all(outputs[0]))  # what it has so far: the watchdog is to see that something moves
         return kept
 
-    def _looked_at(self, name: str) -> bool:
-        """Say whether a request's text decides where it ends, which only the process that feeds the engine sees."""
-        request = self.requests.get(name)
-        return request is not None and request.sampling_params is not None and bool(request.sampling_params.stop)
-
     def _with_all(self, output: Any) -> Any:
         """Give an output all that was gathered for its request; the log-probabilities as one, their sum."""
-        tokens, logprobs, _ = self._gathered.pop(output.request_id)
-        output.new_token_ids = tokens
-        if logprobs:
-            last = np.array([[tokens[-1]]], dtype=np.int32)
-            output.new_logprobs = LogprobsLists(last, np.array([[sum(logprobs)]]), np.zeros(1, dtype=np.int32))
+        gathered = self._gathered[output.request_id]
+        output.new_token_ids, gathered.tokens = gathered.tokens, []
+        if gathered.logprobs:
+            last = np.array([[output.new_token_ids[-1]]], dtype=np.int32)
+            output.new_logprobs = LogprobsLists(last, np.array([[sum(gathered.logprobs)]]), np.zeros(1, dtype=np.int32))
+            gathered.logprobs = []
+        if gathered.broken and output.finish_reason is not None:
+            output.finish_reason, output.stop_reason = FinishReason.ERROR, NOT_A_NUMBER
         return output
 
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         """Forget what was gathered for requests that are ended from outside, too."""
+        before = set(self.requests)
         ended = super().finish_requests(*args, **kwargs)  # type: ignore[misc]
-        for name in self._gathered.keys() - self.requests.keys():
-            del self._gathered[name]
+        for name in before - self.requests.keys():
+            self._gathered.pop(name, None)
         return ended
 
 

@@ -12,6 +12,7 @@ from sftkit.curate.best import best
 from sftkit.curate.config import ScoreConfig
 from sftkit.curate.decide_config import BestConfig, FilterConfig
 from sftkit.curate.filters import filter_rows
+from sftkit.curate.model_scores import UNTOLD
 from sftkit.curate.score import parse_scorers, read_score, score, summary
 from sftkit.curate.score_cli import score as command
 from sftkit.curate.scored import sort_columns
@@ -62,7 +63,7 @@ def test_lengths_patterns_and_log_probability(toy_run: Callable[..., Run]) -> No
     assert found["num_chars"] == [(13, ""), (0, "")]
     assert found["num_words"] == [(4, ""), (0, "")]
     assert found["num_tokens"] == [(6, ""), (None, "unknown; give model=")]
-    assert found["logprob"] == [(-0.5, ""), (None, "the engine gave none; give model=")]
+    assert found["logprob"] == [(-0.5, ""), (None, UNTOLD)]
     assert found["last"] == [(1, "stop"), (0, "")]
 
 
