@@ -118,7 +118,7 @@ class Asked:
             context = self.model.context or 4 * WRITTEN_TOKENS  # where a server renders, the prompt's length is not known
             room = max(1, min(WRITTEN_TOKENS, context - len(ids) if ids else context // 4))
             sampling = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=room, seed=0)
-            missing[key] = Request(key=key, prompt_ids=ids, messages=messages, sampling=sampling, seed=0)
+            missing[key] = Request(key=key, prompt_ids=ids, messages=messages, sampling=sampling, seed=0, logprob=False)
         if missing:
             with self._progress(len(missing)) as progress:
                 for told in self._running().generate(iter(missing.values())):
