@@ -10,13 +10,15 @@ shape and random weights, and every answer has --new-tokens. The engines:
     gathering   the same, told to speak of an answer when it is whole (core/engines/vllm_scheduler.py)
     graphs      the same as `vllm`, with graphs for steps of up to 2,048 tokens
     sftkit      both, as core/engines/vllm_engine.py starts it
+    uncounted   the same, but nobody counts the logits that are not numbers
     sync        vLLM at its defaults, but not a step ahead of the card
     v1          vLLM at its defaults, with its older model runner
 
 The ways to sample, each on the same requests: plain (temperature 0.8, top-p 0.95), logprobs (with that of the sampled token), seeds
-(each request its own), both (what sftkit asks), no-top-p, greedy. With `plain` and `both` the engine's process is looked into: milliseconds
-of a step in all, of its main thread, of scheduling, of taking results in, of packing; then cProfile and the card's kernels, as text
-files in --texts. In this process: milliseconds a message of unpacking and of taking the outputs in.
+(each request its own: what sftkit asks), both (what it asks for log-probabilities), no-top-p, greedy. With `seeds` and `both` the
+engine's process is looked into: milliseconds of a step in all, of its main thread, of scheduling, of taking results in, of packing;
+then cProfile and the card's kernels, as text files in --texts. In this process: milliseconds a message of unpacking and of taking the
+outputs in.
 
 An engine starts in 60 to 100 s (the first compiles) and is measured eight times, 5 to 10 s each; none is begun after --seconds.
 To see on a CPU that it runs, in three minutes: --shape tiny --requests 24 --engines sftkit --ways both --new-tokens 60
@@ -33,7 +35,7 @@ from typing import Any
 
 from teachers import random_teacher, write_questions
 
-ENGINES = ("vllm", "gathering", "graphs", "sftkit", "sync", "v1")
+ENGINES = ("vllm", "gathering", "graphs", "sftkit", "uncounted", "sync", "v1")
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"temperature": 0.8, "top_p": 0.95},
     "both": {"temperature": 0.8, "top_p": 0.95, "logprobs": 0, "flat_logprobs": True, "seed": 1},
@@ -42,7 +44,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "no-top-p": {"temperature": 0.8, "top_p": 1.0},
     "greedy": {"temperature": 0.0},
 }
-LOOKED_AT = ("plain", "both")
+LOOKED_AT = ("seeds", "both")
 
 
 class Clock:
@@ -74,6 +76,7 @@ def start(name: str, model: str) -> Any:
 
     os.environ.pop("VLLM_USE_V2_MODEL_RUNNER", None)
     _prepare_environment()
+    os.environ["VLLM_COMPUTE_NANS_IN_LOGITS"] = str(int(name == "sftkit"))
     if name == "v1":
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     from vllm import EngineArgs, LLMEngine
@@ -83,7 +86,7 @@ def start(name: str, model: str) -> Any:
     cpu = current_platform.is_cpu()
     ours = _arguments(resolve_model(model), EngineConfig(engine="vllm", max_model_len=2048))
     kept = ("model", "max_model_len", "generation_config", "disable_log_stats", "gpu_memory_utilization", "kv_cache_memory_bytes")
-    arguments = ours if name == "sftkit" else {key: value for key, value in ours.items() if key in kept}
+    arguments = ours if name in ("sftkit", "uncounted") else {key: value for key, value in ours.items() if key in kept}
     if name == "graphs" and not cpu:
         arguments["compilation_config"] = {"cudagraph_capture_sizes": list(GRAPH_SIZES)}
     if cpu:
@@ -91,7 +94,7 @@ def start(name: str, model: str) -> Any:
     ahead = not cpu and name != "sync"
     if not cpu:
         arguments["async_scheduling"] = ahead
-    scheduler = ("Gathering" if name in ("sftkit", "gathering") else "Plain") + ("Async" if ahead else "")
+    scheduler = ("Gathering" if name in ("sftkit", "uncounted", "gathering") else "Plain") + ("Async" if ahead else "")
     arguments["scheduler_cls"] = f"watched_scheduler.{scheduler}"
     return LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
 

@@ -7,9 +7,9 @@
 With --shape the teacher has a real shape, random weights and the tokenizer of the folder: every answer has --new-tokens. The engines:
 
     vllm      LLM at its defaults: `chat`
-    sftkit    LLM with sftkit's settings: `chat`; `chat-asked`, which asks for what sftkit asks (a seed and a log-probability each);
+    sftkit    LLM with sftkit's settings: `chat`; `chat-asked`, which asks for what sftkit asks (a seed for each);
               `distill` into a run folder, fed by sftkit in this process; and where --ways names them `raw`, rendered requests all at once,
-              and `chunks` of 512 of them, each waited for, as the peers do
+              `chunks` of 512 of them, each waited for, as the peers do, and `chat-logprobs` and `distill-logprobs`, with log-probabilities
     process   `distill` as the command runs it: the engine in a process of its own, which is started again when it dies
     2, 3      so many of them on the card
 
@@ -55,6 +55,7 @@ BARS = (  # of the first to the second, and what is asked of it
     ("sftkit distill", "sftkit chat", 0.97),
     ("process distill", "sftkit chat", 0.97),
     ("sftkit distill", "sftkit chat-asked", 0.97),
+    ("sftkit distill-logprobs", "sftkit chat-logprobs", 0.97),
     ("sftkit distill", "vllm chat", 1.5),
     ("process distill", "vllm chat", 1.5),
     ("2 distill", "vllm chat", 1.5),
@@ -72,6 +73,7 @@ def open_vllm(model: str, config: EngineConfig, *, tuned: bool) -> tuple[Any, An
 
     ref, processes = resolve_model(model), Processes()
     _prepare_environment()
+    os.environ["VLLM_COMPUTE_NANS_IN_LOGITS"] = str(int(tuned))  # which sftkit asks for, and vLLM's defaults do not
     from vllm import LLM
 
     arguments = _arguments(ref, config)
@@ -86,12 +88,12 @@ def open_vllm(model: str, config: EngineConfig, *, tuned: bool) -> tuple[Any, An
     return llm, VllmEngine(llm.llm_engine, processes, load_chat(ref), identity=model_identity(ref))
 
 
-def chat(llm: Any, wanted: list[Wanted], *, asked: bool) -> int:
-    """Let `LLM.chat` answer; return the tokens."""
+def chat(llm: Any, wanted: list[Wanted], *, seeds: bool = False, logprobs: bool = False) -> int:
+    """Let `LLM.chat` answer, with a seed and log-probabilities where they are wanted; return the tokens."""
     from vllm import SamplingParams
 
     def params(each: Wanted) -> Any:
-        more = {"seed": each.seed, "logprobs": 0} if asked else {}
+        more = {"seed": each.seed if seeds else None, "logprobs": 0 if logprobs else None}
         sampling = each.sampling
         return SamplingParams(temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_new_tokens, **more)
 
@@ -104,7 +106,7 @@ def raw(engine: Any, wanted: list[Wanted], chunk: int | None = None) -> int:
     inner, start, tokens = engine._engine, time.perf_counter(), 0
     for first in range(0, len(wanted), chunk or len(wanted)):
         for number, each in enumerate(wanted[first : first + (chunk or len(wanted))]):
-            params = engine._params(each.sampling, seed=each.seed, logprobs=0)
+            params = engine._params(each.sampling, seed=each.seed)
             inner.add_request(f"raw-{start}-{first + number}", {"type": "token", "prompt_token_ids": list(each.prompt.ids)}, params)
         while inner.has_unfinished_requests():
             tokens += sum(len(each.outputs[0].token_ids) for each in inner.step() if each.finished)
@@ -168,17 +170,19 @@ class Rounds:
             for way in ways if repetition % 2 else ways[::-1]:  # so that none always comes first
                 folder = self.scratch / f"{name}-{way}-{repetition}"
                 begin = time.perf_counter()
-                with distillation(self.prompts, folder, replace(self.base, seed=repetition)) as work:
+                with distillation(self.prompts, folder, replace(self.base, seed=repetition, logprobs=way == "distill-logprobs")) as work:
                     wanted = lengthened(work.wanted, work.teacher) if self.given.long_tailed else work.wanted
                     if not repetition:
                         wanted = wanted[: max(1, len(wanted) // 4)]
                     prepared = time.perf_counter() - begin
                     doing: dict[str, Callable[[], int]] = {
-                        "chat": lambda wanted=wanted: chat(llm, wanted, asked=False),
-                        "chat-asked": lambda wanted=wanted: chat(llm, wanted, asked=True),
+                        "chat": lambda wanted=wanted: chat(llm, wanted),
+                        "chat-asked": lambda wanted=wanted: chat(llm, wanted, seeds=True),
+                        "chat-logprobs": lambda wanted=wanted: chat(llm, wanted, seeds=True, logprobs=True),
                         "raw": lambda wanted=wanted: raw(engine, wanted),
                         "chunks": lambda wanted=wanted: raw(engine, wanted, CHUNK),
                         "distill": lambda wanted=wanted, work=work: work.generate(wanted)[1],
+                        "distill-logprobs": lambda wanted=wanted, work=work: work.generate(wanted)[1],
                     }
                     work.teacher._engine = engine
                     share: list[float] = []
@@ -192,7 +196,7 @@ class Rounds:
                 self.rates[f"{name} {way}"].append(tokens / seconds)
                 row = {"engine": name, "way": way, "round": repetition, "tokens": tokens, "seconds": round(seconds, 3)}
                 row |= {"rate": round(tokens / seconds), "busy %": round(share[0]) if share else None}
-                if way == "distill":
+                if way.startswith("distill"):
                     row |= {"rate with prompts": round(tokens / (seconds + prepared)), "prepared in": round(prepared, 2)}
                 self.note(row)
 

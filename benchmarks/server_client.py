@@ -1,16 +1,22 @@
 """Tokens per second that the openai engine gets out of a local `vllm serve`, against the server's own benchmark client.
 
-    python benchmarks/server_client.py MODEL PROMPTS [--shape 0.5b] [--concurrency 64,256] [--seconds 240] [--out FILE]
+    python benchmarks/server_client.py MODEL PROMPTS [--shape 0.5b] [--concurrency 64,256] [--seconds 300] [--out FILE]
 
 One server, without its prefix cache; the variants take turns at it with the same prompts, sampling and longest answer, each at the
-same number of requests under way, in another order each time. Medians of three repetitions and their ratios come last:
+same number of requests under way, and each is first once. Medians of three repetitions come last, and of the ratios within one:
 
     bench            `vllm bench serve`, as it is: answers streamed, no seed, no log-probabilities
-    bench-logprobs   the same, asked for the log-probability of each token
-    bench-same       the same, asked for what sftkit asks for: a seed for each answer, too
-    sftkit           the openai engine
+    sftkit           the openai engine, as `distill` asks it: a seed for each answer
     distill          `distill` with it, into a run folder: each answer on disk
 
+and, where --variants names them, of what is asked for besides:
+
+    bench-same       bench, asked for what sftkit asks for: a seed
+    bench-logprobs   the same, asked for the log-probability of each token, too
+    sftkit-logprobs  sftkit, asked for them
+
+At 11,000 tokens/s the three take 160 s beside the server's start. A measurement of 5 s says little: by one each, `distill` had 0.90
+of the rate of `sftkit` at 64 under way, and 1.09 at 256.
 Tokens are those the server counts. `--shape` takes the tokenizer of MODEL and random weights in a real shape. The server is the one of
 the Python that runs this; `--server-args` has more arguments for it: on a CPU "--enforce-eager --max-num-seqs 8" and a tiny shape.
 The last repetition begins before --seconds have passed since the start. What fails is told, and the rest goes on.
@@ -30,7 +36,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +48,12 @@ from sftkit.curate.config import DistillConfig
 from sftkit.curate.distill import distillation
 
 NAME = "benchmarked"
-VARIANTS = ("bench", "bench-logprobs", "bench-same", "sftkit", "distill")
+VARIANTS = ("bench", "sftkit", "distill", "bench-same", "bench-logprobs", "sftkit-logprobs")
+RATIOS = (
+    *((variant, over) for over in ("bench", "bench-same") for variant in ("sftkit", "distill")),
+    ("distill", "sftkit"),
+    ("sftkit-logprobs", "bench-logprobs"),
+)
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2},
@@ -175,18 +186,19 @@ def main() -> None:
     parser.add_argument("prompts")
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--concurrency", default="64,256")
-    parser.add_argument("--waves", type=int, default=6, help="requests of one measurement, in times the concurrency")
+    parser.add_argument("--waves", default="10,3", help="requests of a measurement at each concurrency, in times it")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--variants", default=",".join(VARIANTS))
-    parser.add_argument("--seconds", type=float, default=240.0)
+    parser.add_argument("--variants", default=",".join(VARIANTS[:3]), help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--server-args", default="")
     parser.add_argument("--out", default="server_client.jsonl")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and leave no server behind
     sampling = Sampling(temperature=0.8, top_p=0.95, max_new_tokens=given.max_new_tokens)
-    variants, levels = given.variants.split(","), [int(each) for each in given.concurrency.split(",")]
-    found: dict[tuple[int, str], list[float]] = {}
+    variants = given.variants.split(",")
+    waves = dict(zip(map(int, given.concurrency.split(",")), map(int, given.waves.split(",")), strict=True))  # by the concurrency
+    found: dict[tuple[int, str], dict[int, float]] = {}  # rates by repetition
 
     def tell(row: dict[str, Any]) -> None:
         print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
@@ -220,7 +232,7 @@ def main() -> None:
             def config(level: int) -> EngineConfig:
                 return EngineConfig(engine="openai", base_url=f"{address}/v1", concurrency=level)
 
-            def answered(number: int, level: int, repetition: int) -> tuple[int, float, int]:
+            def answered(number: int, level: int, repetition: int, logprob: bool) -> tuple[int, float, int]:
                 requests = [
                     Request(
                         key=str(n),
@@ -228,6 +240,7 @@ def main() -> None:
                         messages=[{"role": "user", "content": text}],
                         sampling=sampling,
                         seed=n + repetition * number,
+                        logprob=logprob,
                     )
                     for n, text in enumerate(islice(cycle(short), number))
                 ]
@@ -254,15 +267,16 @@ def main() -> None:
                     return tokens, seconds, 0
 
             runs: dict[str, Callable[[int, int, int], tuple[int, float, int]]] = {
-                "bench": lambda number, level, repetition: benched(number, level, repetition, {}),
-                "bench-logprobs": lambda number, level, repetition: benched(number, level, repetition, {"logprobs": True}),
-                "bench-same": lambda number, level, repetition: benched(number, level, repetition, {"seed": repetition, "logprobs": True}),
-                "sftkit": answered,
+                "bench": lambda *what: benched(*what, {}),
+                "bench-same": lambda *what: benched(*what, {"seed": what[-1]}),
+                "bench-logprobs": lambda *what: benched(*what, {"seed": what[-1], "logprobs": True}),
+                "sftkit": lambda *what: answered(*what, False),
+                "sftkit-logprobs": lambda *what: answered(*what, True),
                 "distill": distilled,
             }
             for variant in variants:  # graphs, kernels, connections
                 try:
-                    runs[variant](2 * max(levels), max(levels), given.repetitions)
+                    runs[variant](max(waves), max(waves), given.repetitions)
                 except Exception:  # noqa: BLE001  told, and the rest goes on
                     traceback.print_exc()
             tell({"stage": "warm", "seconds": round(time.monotonic() - start, 1)})
@@ -270,24 +284,26 @@ def main() -> None:
                 if time.monotonic() - start > given.seconds:
                     print(f"no time for repetition {repetition + 1}", flush=True)
                     break
-                for level in levels:
-                    for variant in variants if repetition % 2 == 0 else reversed(variants):
+                first = repetition % len(variants)
+                for level, times in waves.items():
+                    for variant in (*variants[first:], *variants[:first]):
                         try:
-                            tokens, seconds, failed = runs[variant](given.waves * level, level, repetition)
+                            tokens, seconds, failed = runs[variant](times * level, level, repetition)
                         except Exception as error:  # noqa: BLE001  told, and the rest goes on
                             traceback.print_exc()
                             tell({"stage": "failed", "variant": variant, "concurrency": level, "error": str(error)[:300]})
                             continue
                         rate = tokens / seconds
-                        found.setdefault((level, variant), []).append(rate)
+                        found.setdefault((level, variant), {})[repetition] = rate
                         row = {"variant": variant, "concurrency": level, "repetition": repetition, "tokens": tokens}
                         tell({**row, "seconds": round(seconds, 3), "rate": round(rate), "failed": failed})
-    medians = {key: statistics.median(rates) for key, rates in found.items()}
-    for (level, variant), median in medians.items():
-        print(f"{level:4} under way  {variant:14} {median:10,.0f} tokens/s of {len(found[level, variant])}", flush=True)
-    for level, over, variant in ((n, o, v) for n in levels for o in ("bench", "bench-same") for v in ("sftkit", "distill")):
-        if (level, over) in medians and (level, variant) in medians:
-            tell({"concurrency": level, "ratio": f"{variant} / {over}", "is": round(medians[level, variant] / medians[level, over], 3)})
+    for (level, variant), rates in found.items():
+        print(f"{level:4} under way  {variant:16} {statistics.median(rates.values()):10,.0f} tokens/s of {len(rates)}", flush=True)
+    for level, (variant, over) in product(waves, RATIOS):
+        one, other = found.get((level, variant), {}), found.get((level, over), {})
+        if both := [one[each] / other[each] for each in one.keys() & other.keys()]:
+            ratios = {"is": round(statistics.median(both), 3), "least": round(min(both), 3), "most": round(max(both), 3)}
+            tell({"concurrency": level, "ratio": f"{variant} / {over}", **ratios})
 
 
 if __name__ == "__main__":
