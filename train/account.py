@@ -13,11 +13,14 @@ from ..core.example import Decision, Example, Message, tools_of
 from ..core.ledger import Ledger
 from .config import PreferenceConfig, TrainConfig
 from .data import DataReport, Outcome, Row, TrainingData, key_of, outcomes
+from .mixture import Mixture
 
 log = logging.getLogger(__name__)
 
 STAGE = "train_data"
 END_COVERAGE = 0.999  # share of the rows whose answer's end must be trained on, or the model would not learn to stop
+NO_MIXTURE = Mixture()
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what a template may know a turn's thoughts as
 NAMED = 3  # rows that a warning names
 CURES = {
     "no_assistant_turn": "nothing in them is learned: give rows with answers, or have a teacher write them (sftkit curate distill)",
@@ -40,12 +43,12 @@ def prepare(
     context: int | None,
     vocabulary: int | None = None,
     ledger: Path | None = None,
-    beyond: frozenset[int] = frozenset(),
+    mixture: Mixture = NO_MIXTURE,
 ) -> TrainingData:
     """Render all rows, decide which are trained on, and record a decision for each in `ledger`, a file.
 
     Rules: `no_assistant_turn`, `empty_answer`, `refused_by_template`, `calls_left_out`, `over_max_length`, `no_end_of_turn`, `over_limit`,
-    `over_share` (the places in `beyond`: what a mixture has too much of);
+    `over_share` (what a `mixture` has too much of);
     of pairs also `no_pair`, `same_answers`, `prompts_differ`.
     Raises UserError when nothing is left, too few answers end with a token that ends them, or a token is beyond the `vocabulary`.
     What is no error and yet seldom meant stands in the report's warnings, and is said aloud.
@@ -56,15 +59,17 @@ def prepare(
     decisions: list[Decision] = []
     left_out: dict[str, list[str]] = {}
     kept: list[Example] = []
+    places: list[int] = []  # of those that are kept
     num_split = 0
-    found = iter(outcomes([each for place, each in enumerate(examples) if place not in beyond], chat, config, limit))
+    found = iter(outcomes([each for place, each in enumerate(examples) if place not in mixture.beyond], chat, config, limit))
     for place, example in enumerate(examples):
         key = key_of(example)
         full = len(kept) >= (config.limit or 1 << 62)
-        outcome = Outcome(rule="over_share") if place in beyond else Outcome(rule="over_limit") if full else next(found)
+        outcome = Outcome(rule="over_share") if place in mixture.beyond else Outcome(rule="over_limit") if full else next(found)
         if outcome.rows:
             rows += outcome.rows
             kept.append(example)
+            places.append(place)
             num_split += len(outcome.rows) > 1
             decisions.append(Decision(*key, STAGE, "kept"))
             continue
@@ -107,7 +112,12 @@ def prepare(
         split=num_split,
         sources=_sources(kept),
         licences=dict(Counter(str(each.meta["license"]) for each in kept if each.meta.get("license")).most_common()),
-        warnings=(*_warnings(left_out, cures, kept, train, validation, chat), *_half_used(kept, config)),
+        warnings=(
+            *_warnings(left_out, cures, kept, train, validation, chat),
+            *_half_used(kept, config),
+            *_unwritten_thoughts(kept, chat),
+            *mixture.warnings(places),
+        ),
     )
     say(report)
     return TrainingData(train, validation, report)
@@ -183,6 +193,27 @@ def _half_used(kept: Sequence[Example], config: TrainConfig) -> list[str]:
     if not pairs:
         return []
     return [f"{_rows(pairs)} with a rejected answer, too, which is not learned from ({_named(pairs)}): sftkit train preference does that"]
+
+
+def _unwritten_thoughts(kept: Sequence[Example], chat: Chat) -> list[str]:
+    """Say which rows have thoughts apart from their answers that the template leaves out."""
+    told = []
+    for name in THOUGHTS:
+        places = [each.source for each in kept if any(str(message.get(name) or "").strip() for message in each.messages)]
+        if places and not _writes(chat, name):
+            told.append(
+                f"{_rows(places)} with thoughts ({name}), which the template of {chat.name} does not write ({_named(places)}): they are not"
+                " learned; give a model whose template does, or put them before the answer's text, as <think>...</think>"
+            )
+    return told
+
+
+def _writes(chat: Chat, name: str) -> bool:
+    turns: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", name: "thoughtful"}]
+    try:
+        return "thoughtful" in chat.decode(chat.render(turns).ids)
+    except UserError:
+        return False
 
 
 def _rows(places: Sequence[str]) -> str:

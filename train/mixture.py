@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.errors import UserError
@@ -10,6 +10,7 @@ from ..core.example import Example
 from ..core.formats import read_examples
 from .packing import draw
 
+OFF = 0.02  # of all rows that a part may be from its share
 SHARE = re.compile(r"(?P<source>.+):(?P<share>\d*\.?\d+)")
 
 
@@ -33,23 +34,55 @@ def parse_mixture(sources: Sequence[str]) -> list[tuple[str, float | None]]:
     return [(name, (share or 0) / sum(shares)) for name, share in found]
 
 
-def read_mixture(sources: Sequence[str], seed: int, limit: int | None = None) -> tuple[list[Example], frozenset[int]]:
-    """Return the examples of all sources, and the places of those that are too many for the proportions.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """Which of the rows that were read make the mixture."""
 
-    The mixture is as large as its scarcest part and `limit` allow; which rows of the others are in it is a function of the seed. Rows
-    that are in two sources keep apart by their ids.
+    beyond: frozenset[int] = frozenset()  # places of the rows that are too many for the proportions
+    parts: tuple[tuple[str, float, range], ...] = ()  # of each source with a share its name, its share, and the places of its rows
+    remarks: tuple[str, ...] = ()  # about its size
+
+    def warnings(self, kept: Sequence[int]) -> list[str]:
+        """Say where the places of the rows that can be trained on are not in the proportions asked for."""
+        told = list(self.remarks)
+        for name, share, places in self.parts:
+            count, wanted = sum(each in places for each in kept), share * len(kept)
+            if abs(count - wanted) > max(1.0, OFF * len(kept)) or (share and not count):
+                told.append(
+                    f"{count:,} of {len(kept):,} rows are from {name}, {count / len(kept):.1%}, where its share is {share:.1%}: take out"
+                    " first what is left out above, or give more rows or another share"
+                )
+        return told
+
+
+def read_mixture(sources: Sequence[str], seed: int, limit: int | None = None) -> tuple[list[Example], Mixture]:
+    """Return the examples of all sources, and which of them make the mixture.
+
+    It is as large as its scarcest part and `limit` allow; which rows of the others are in it is a function of the seed. Rows that are in
+    two sources keep apart by their ids.
     """
     examples: list[Example] = []
     beyond: set[int] = set()
     used: dict[str, int] = {}
-    parts = [(read_examples(source), share) for source, share in parse_mixture(sources)]
-    size = min((*(len(rows) / share for rows, share in parts if share), *([float(limit)] if limit else [])), default=0.0)
-    for rows, share in parts:
+    parts = [(read_examples(source), share, source) for source, share in parse_mixture(sources)]
+    most, scarce, share, name = min(
+        ((len(rows) / share, len(rows), share, name) for rows, share, name in parts if share), default=(0.0, 0, 0.0, "")
+    )
+    size = min(most, float(limit)) if limit and most else most
+    shared = []
+    for rows, own, source in parts:
         first = len(examples)
         for row in rows:
             copies = used[row.id] = used.get(row.id, 0) + 1
             examples.append(row if copies == 1 else replace(row, id=f"{row.id}~mixed{copies}"))
-        if share is not None:
+        if own is not None:
             order = sorted(range(first, len(examples)), key=lambda place: draw(seed, 0, place))
-            beyond.update(order[round(size * share) :])
-    return examples, frozenset(beyond)
+            beyond.update(order[round(size * own) :])
+            shared.append((source, own, range(first, len(examples))))
+    asked = sum(len(places) for _, own, places in shared if own)
+    short = shared and most < (limit or asked / 2)
+    remark = (
+        f"{name} has {scarce:,} rows, and with its share of {share:.1%} the mixture has {most:,.0f} of {asked:,} rows: give it a smaller"
+        " share, or more rows"
+    )
+    return examples, Mixture(beyond=frozenset(beyond), parts=tuple(shared), remarks=(remark,) if short else ())

@@ -24,12 +24,12 @@ from ..core.sources import kind_of
 from .account import prepare, say
 from .config import PreferenceConfig, TrainConfig
 from .data import DataReport, Row, TrainingData
-from .mixture import read_mixture
+from .mixture import Mixture, read_mixture
 from .parity import checked
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 4  # counts up when the same rows would be rendered otherwise, or stored otherwise
+SCHEMA = 5  # counts up when the same rows would be rendered, stored or reported otherwise
 LEAST_ROWS = 5_000  # fewer are rendered in seconds
 KEPT = 8  # preparations
 ABANDONED = 24 * 3600.0  # seconds after which what was half written will not be finished
@@ -55,12 +55,12 @@ class Preparation:
         mixed = not isinstance(data, (str, Path))
         key = None if pairs or mixed else _key(str(data), chat, config, context, vocabulary)
         self.place = (cache or cache_dir() / "prepared") / key if key else None
-        self._beyond: frozenset[int] = frozenset()
+        self._mixture = Mixture()
         self._examples: list[Example] | None = None
         if isinstance(data, (str, Path)):
             self._examples = None if self.place and is_done(self.place) else read_examples(data)
         else:
-            self._examples, self._beyond = read_mixture(data, config.seed, config.limit)
+            self._examples, self._mixture = read_mixture(data, config.seed, config.limit)
 
     def rows(self, ledger: Path | None = None) -> TrainingData:
         """Return them, with a decision for each in `ledger`, a file. Raises UserError as `prepare` does."""
@@ -76,7 +76,13 @@ class Preparation:
         where = scratch / "ledger.parquet" if scratch else ledger
         try:
             made = prepare(
-                self._examples, self.chat, self.config, context=self.context, vocabulary=self.vocabulary, ledger=where, beyond=self._beyond
+                self._examples,
+                self.chat,
+                self.config,
+                context=self.context,
+                vocabulary=self.vocabulary,
+                ledger=where,
+                mixture=self._mixture,
             )
             if scratch:
                 if ledger:

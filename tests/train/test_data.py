@@ -134,3 +134,17 @@ def test_functions_that_can_be_called_stand_before_the_question_or_it_is_said_th
     told = {row.source: "add_up" in tokenizer.decode(row.ids[: row.answer_start]) for row in first.train}
     assert [told[f"{path}:{n + 1}"] for n in range(6)] == [False, True] * 3
     assert check_parity(first.train, knowing) == check_parity(again.train, knowing)  # the second time from the cache
+
+
+def test_thoughts_that_the_template_leaves_out_are_told_of(chat: Chat, chats, tiny_model: Path) -> None:
+    thought = [USER("1+1?"), {**ASSISTANT("2"), "reasoning_content": "one and one"}]
+    (told,) = prepare(read_examples(chats(1, thought)), chat, config(), context=512).report.warnings
+    assert "1 row with thoughts (reasoning_content), which the template of" in told
+    assert "chats.jsonl:2" in told
+    tokenizer = load_tokenizer(resolve_model(tiny_model))
+    template = BUILT_IN["sftkit:chatml"][1]
+    tokenizer.chat_template = template.replace("message['content']", "(message.reasoning_content or '') + message['content']")
+    assert tokenizer.chat_template != template
+    thinking = prepare(read_examples(chats(1, thought)), Chat(tokenizer, name="thinking"), config(), context=512)
+    assert thinking.report.warnings == ()
+    assert "one and one2" in tokenizer.decode(thinking.train[1].ids)

@@ -187,18 +187,19 @@ def test_a_curriculum_is_read_from_its_column(tiny_model, tmp_path) -> None:
 def test_a_mixture_has_its_proportions_and_as_many_rows_as_it_can(tmp_path, tiny_model) -> None:
     one = write(tmp_path / "one.jsonl", scored("x", [1.0] * 90, "One"))
     two = write(tmp_path / "two.jsonl", scored("x", [1.0] * 60, "Two"))
-    examples, beyond = read_mixture([f"{one}:0.7", f"{two}:0.3"], seed=0)
-    kept = [example for place, example in enumerate(examples) if place not in beyond]
+    examples, mixture = read_mixture([f"{one}:0.7", f"{two}:0.3"], seed=0)
+    kept = [example for place, example in enumerate(examples) if place not in mixture.beyond]
     sources = [Path(each.source).name.partition(":")[0] for each in kept]
     assert (sources.count("one.jsonl"), sources.count("two.jsonl")) == (90, 39)
-    assert read_mixture([f"{one}:0.7", f"{two}:0.3"], seed=0)[1] == beyond
-    assert read_mixture([f"{one}:0.7", f"{two}:0.3"], seed=1)[1] != beyond
+    assert read_mixture([f"{one}:0.7", f"{two}:0.3"], seed=0)[1] == mixture
+    assert read_mixture([f"{one}:0.7", f"{two}:0.3"], seed=1)[1] != mixture
     assert len(read_mixture([str(one), str(two)], seed=0)[0]) == 150
     both = read_mixture([str(one), str(one)], seed=0)[0]
     assert len({each.id for each in both}) == 180
     chat = load_chat(resolve_model(tiny_model))
-    made = prepare(examples, chat, TrainConfig(validation=0.0), context=512, ledger=tmp_path / "ledger.parquet", beyond=beyond)
+    made = prepare(examples, chat, TrainConfig(validation=0.0), context=512, ledger=tmp_path / "ledger.parquet", mixture=mixture)
     assert made.report.rejected == {"over_share": 21}
+    assert not made.report.warnings
     assert made.report.sources == {"one.jsonl": 90, "two.jsonl": 39}
     assert len(Ledger(tmp_path / "ledger.parquet").read()) == 150
     few = Preparation([f"{one}:0.7", f"{two}:0.3"], chat, TrainConfig(validation=0.0, limit=20), context=512).rows()
@@ -206,6 +207,29 @@ def test_a_mixture_has_its_proportions_and_as_many_rows_as_it_can(tmp_path, tiny
     for wrong, message in (([f"{one}:0.7", str(two)], "has no share, and others have"), ([f"{one}:0", f"{two}:0"], "all 0")):
         with pytest.raises(UserError, match=message):
             parse_mixture(wrong)
+
+
+def test_proportions_that_cannot_be_met_are_told_of(tmp_path, tiny_model) -> None:
+    one, two = (write(tmp_path / f"{name}.jsonl", scored("x", [1.0] * 50, name)) for name in ("one", "two"))
+    few = write(tmp_path / "few.jsonl", scored("x", [1.0] * 5, "few"))
+    blank = write(tmp_path / "blank.jsonl", scored("x", [1.0] * 50, "blank"))
+    rows = [json.loads(line) for line in blank.read_text().splitlines()]
+    for row in rows[:30]:
+        row["messages"][-1]["content"] = ""
+    write(blank, rows)
+    chat = load_chat(resolve_model(tiny_model))
+
+    def warnings(*sources: str, **settings: object) -> str:
+        config = TrainConfig(**{"validation": 0.0, **settings})  # type: ignore[arg-type]
+        return " | ".join(Preparation(sources, chat, config, context=512).rows().report.warnings)
+
+    assert warnings(f"{one}:0.5", f"{two}:0.5") == ""
+    told = f"{few} has 5 rows, and with its share of 50.0% the mixture has 10 of 55 rows: give it a smaller share, or more rows"
+    assert warnings(f"{one}:0.5", f"{few}:0.5") == told
+    assert told in warnings(f"{one}:0.5", f"{few}:0.5", limit=20)
+    assert warnings(f"{one}:0.5", f"{few}:0.5", limit=6) == ""
+    assert f"0 of 10 rows are from {few}, 0.0%, where its share is 1.0%" in warnings(f"{one}:0.99", f"{few}:0.01", limit=10)
+    assert f"20 of 70 rows are from {blank}, 28.6%, where its share is 50.0%" in warnings(f"{one}:0.5", f"{blank}:0.5")
 
 
 def test_a_limit_is_met_where_the_first_rows_of_a_mixture_are_too_many(tmp_path, tiny_model, monkeypatch) -> None:
