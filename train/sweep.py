@@ -20,6 +20,7 @@ from ..core.hardware import pick_device
 from ..core.models import context_length, load_model, load_settings, resolve_model
 from ..core.progress import duration
 from .config import TrainConfig
+from .init import check_init
 from .prepared import load_rows
 from .sft import train
 
@@ -29,7 +30,9 @@ VARIED = (  # settings that leave rows and tokens as they are
     *("learning_rate", "batch_size", "schedule", "warmup", "weight_decay", "max_grad_norm", "lora", "lora_rank", "lora_alpha"),
     *("lora_dropout", "loss", "neftune", "dtype", "init"),
 )
+ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout")  # which say something of runs with LoRA alone
 MOST_RUNS = 64
+FEW_ROWS = 30
 DIVERGED = "diverged.json"
 Z = 1.959964  # 95 %, two-sided
 
@@ -77,7 +80,10 @@ class SweepResult:
             lines.append(
                 f"{each.name:{width}}{f'{each.loss:.4f} ± {each.margin:.4f}':>18}{change:>20}{each.tokens:12,}{duration(each.seconds):>14}"
             )
-        return "\n".join([*lines, "", f"written: {self.out / 'sweep.json'}"])
+        few = (
+            f"{self.rows:,} held-out rows are few: the intervals are rough, if anything too narrow; give --validation 0.2, or more rows"
+        )
+        return "\n".join([*lines, "", *([few] if self.rows < FEW_ROWS else []), f"written: {self.out / 'sweep.json'}"])
 
 
 def parse_variations(texts: Sequence[str]) -> dict[str, list[Any]]:
@@ -116,8 +122,13 @@ def sweep(
     runs = {_name(settings): each for settings, each in zip(chosen, made, strict=True)}
     if len(runs) < len(made):
         raise UserError("vary: two combinations are the same; give each value once")
+    idle = next((name for name in names if name in ADAPTERS and not all(each.adapter for each in made)), None)
+    if idle:
+        raise UserError(f"vary: {idle} changes nothing in a run without an adapter; give --lora")
     ref = resolve_model(model, revision=revision)
     settings = load_settings(ref)
+    for each in made:
+        check_init(each.init, settings)
     size = getattr(settings.get_text_config(), "vocab_size", None)
     rows = load_rows(data, load_chat(ref), config, context=context_length(settings), vocabulary=size).validation
     if len(rows) < 2:

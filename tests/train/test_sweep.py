@@ -24,6 +24,7 @@ def test_the_better_setting_has_the_lower_held_out_loss(tmp_path, tiny_model, ch
     assert worst["change"] == worst["change_margin"] == 0
     assert "learning_rate-0.003" in out
     assert "±" in out
+    assert "12 held-out rows are few" in out
     run = json.loads((tmp_path / "sweep" / "learning_rate-0.003" / "train" / "results.json").read_text())
     assert run["validation"][1] == pytest.approx(best["loss"], rel=1e-3)
     before = (tmp_path / "sweep" / "learning_rate-0.003" / "train" / "done.json").stat().st_mtime_ns
@@ -75,3 +76,12 @@ def test_what_is_not_a_comparison_is_refused(tmp_path, tiny_model, chats) -> Non
         sweep(str(chats(20)), str(tiny_model), tmp_path / "s", TrainConfig(validation=0.0), {"learning_rate": [1e-5, 1e-4]})
     with pytest.raises(UserError, match="vary: learning_rate: expected"):
         sweep(str(chats(20)), str(tiny_model), tmp_path / "s", TrainConfig(), {"learning_rate": ["fast"]})
+    for varied, message in (
+        ({"lora_rank": [8, 16]}, "lora_rank changes nothing in a run without an adapter"),
+        ({"lora": [True, False], "lora_rank": [8, 16]}, "lora_rank changes nothing"),
+        ({"init": ["prune:0", "prune:9"]}, "there is no layer 9"),
+        ({"init": ["prune:0", "shrink"]}, "expected prune:FIRST-LAST"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sweep(str(chats(20)), str(tiny_model), tmp_path / "s", TrainConfig(), varied)
+    assert not (tmp_path / "s").exists()
