@@ -109,7 +109,7 @@ def preference(data: str, model: str, out: Path, settings: Path | None, revision
 @train.command()
 @click.argument("data")
 @click.option("--model", required=True, help="The model whose tokenizer and template are used.")
-@click.option("-n", "--rows", default=3, show_default=True, help="Rows to show.")
+@click.option("-n", "--rows", type=click.IntRange(min=0), default=3, show_default=True, help="Rows to show.")
 @click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write this HTML file too.")
 @config_option(TrainConfig, "train_on")
 @config_option(TrainConfig, "max_length")
@@ -181,13 +181,13 @@ def plan(
     sftkit train plan --data chats.jsonl --model org/name --gpu "RTX 3080" --gpu A100
     sftkit train plan runs/a --model org/name --gpu 24GB --batch-size 64
     """
-    from .plan import plan as make_plan
+    from .plan import plans
 
     if (data is None) == (named is None):
         raise click.UsageError("give the data once: as DATA or with --data")
     config = _settings(TrainConfig, settings, options)
-    plans = (make_plan(str(data or named), model, config, gpu=each, revision=revision) for each in cards or (None,))
-    click.echo("\n\n".join(each.summary() for each in plans))
+    found = plans(str(data or named), model, config, gpus=cards, revision=revision)
+    click.echo("\n\n".join(each.summary() for each in found))
 
 
 @train.command()

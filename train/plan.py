@@ -3,7 +3,7 @@
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -153,25 +153,40 @@ def plan(data: str | Path, model: str, config: TrainConfig, *, gpu: str | None =
 
     Raises UserError without a card to plan for, and for rows or models that cannot be trained.
     """
-    card = find_card(gpu) if gpu else this_card(config.memory_gb)
-    if card is None:
-        raise UserError("plan: this machine has no GPU; say which one to plan for, as --gpu T4 or --gpu 24GB")
-    if gpu and config.memory_gb:
-        card = replace(card, memory=min(card.memory, config.memory_gb * 1e9 + CONTEXT))
+    return plans(data, model, config, gpus=[gpu] if gpu else [], revision=revision)[0]
+
+
+def plans(data: str | Path, model: str, config: TrainConfig, *, gpus: Sequence[str], revision: str | None = None) -> list[MemoryPlan]:
+    """Predict it for several cards, or for this machine's where none is named; the rows are looked at once. Raises UserError as `plan`."""
+    cards = [_card(config, each) for each in gpus or (None,)]
     ref = resolve_model(model, revision=revision)
     settings = load_settings(ref)
     size = getattr(settings.get_text_config(), "vocab_size", None)
     report = load_rows(data, load_chat(ref), config, context=context_length(settings), vocabulary=size).report
-    found = tuple(_options(settings, report, config, card))
+    known: dict[Load, Memory] = {}
+    return [
+        MemoryPlan(card=card, report=report, options=tuple(_options(settings, report, config, card, known)), basis=_basis(card))
+        for card in cards
+    ]
+
+
+def _card(config: TrainConfig, gpu: str | None) -> Card:
+    """Return the card that is named, else this machine's; of both no more than the settings allow."""
+    card = find_card(gpu) if gpu else this_card(config.memory_gb)
+    if card is None:
+        raise UserError("plan: this machine has no GPU; say which one to plan for, as --gpu T4 or --gpu 24GB")
+    return replace(card, memory=min(card.memory, config.memory_gb * 1e9 + CONTEXT)) if gpu and config.memory_gb else card
+
+
+def _basis(card: Card) -> str:
     if not card.flops:
-        basis = "speed: not known for a card without a name"
-    else:
-        peak = f"{card.flops / 1e12:.0f} TFLOP/s {'measured here' if card.measured else 'by its data sheet'}"
-        basis = f"speed: from {peak} and the share of it that models of this width reached on an H200, not measured on this card"
-    return MemoryPlan(card=card, report=report, options=found, basis=basis)
+        return "speed: not known for a card without a name"
+    peak = f"{card.flops / 1e12:.0f} TFLOP/s {'measured here' if card.measured else 'by its data sheet'}"
+    return f"speed: from {peak} and the share of it that models of this width reached on an H200, not measured on this card"
 
 
-def _options(settings: Any, report: DataReport, config: TrainConfig, card: Card) -> Iterator[Option]:
+def _options(settings: Any, report: DataReport, config: TrainConfig, card: Card, known: dict[Load, Memory]) -> Iterator[Option]:
+    """Yield all options; `known` has the memory of steps that were looked at for another card."""
     for method, dtype in (("full", "float32"), ("full", "bfloat16"), ("LoRA", "bfloat16"), ("QLoRA", "bfloat16")):
         if dtype == "bfloat16" and method == "full" and not card.bfloat16:
             continue
@@ -180,7 +195,7 @@ def _options(settings: Any, report: DataReport, config: TrainConfig, card: Card)
             for checkpointing in (False, True):
                 for tokens in sorted({pass_tokens(each, report, config) for each in (32_768, 8_192, 2_048)}, reverse=True):
                     chosen = replace(kind, parallel=parallel, gradient_checkpointing=checkpointing)
-                    yield _option(settings, report, chosen, card, tokens, dtype)
+                    yield _option(settings, report, chosen, card, tokens, dtype, known)
 
 
 def pass_tokens(batch_tokens: int, report: DataReport, config: TrainConfig) -> int:
@@ -205,7 +220,9 @@ def load_of(report: DataReport, config: TrainConfig, tokens: int, *, dtype: Any,
     )  # fmt: skip
 
 
-def _option(settings: Any, report: DataReport, config: TrainConfig, card: Card, tokens: int, dtype: str) -> Option:
+def _option(
+    settings: Any, report: DataReport, config: TrainConfig, card: Card, tokens: int, dtype: str, known: dict[Load, Memory]
+) -> Option:
     import torch
 
     from .trainer import token_flops
@@ -213,7 +230,7 @@ def _option(settings: Any, report: DataReport, config: TrainConfig, card: Card, 
     half = torch.bfloat16 if card.bfloat16 else torch.float16
     weights = getattr(torch, dtype) if card.bfloat16 or not config.adapter else half
     load = load_of(report, config, tokens, dtype=weights, half=None if dtype == "bfloat16" and not config.adapter else half)
-    memory = predict(settings, load)
+    memory = known[load] = known[load] if load in known else predict(settings, load)
     memory = _shared(memory, settings, load, config) if config.parallel == "fsdp" else memory
     mean = report.tokens / report.train_rows
     peak = config.gpus * card.flops * (1 if card.measured else MATRIX_SHARE)

@@ -186,6 +186,8 @@ def test_the_command_prints_what_fits(cli, tiny_model, chats) -> None:
     several = cli("train", "plan", chats(40), "--model", tiny_model, "--gpu", "24GB", "--gpu", "T4")[1]
     assert several.count("?") > 2
     assert [line.split(":")[0] for line in several.splitlines() if "tokens an epoch" in line] == ["a card of 24 GB", "T4"]
+    said = cli("train", "plan", chats(40), "--model", tiny_model, "--gpu", "24GB", "--gpu", "A100")[2]
+    assert said.count("rows to train on") == 1  # the rows are looked at once
     assert cli("train", "plan", "--model", tiny_model, "--gpu", "T4")[0] == 2
 
 

@@ -29,3 +29,8 @@ def test_pieces_are_the_whole_text_and_its_trained_part(tmp_path: Path, tiny_mod
     assert "你" in out
     assert "\\x1b" in out
     assert "1 to train on" in out
+
+
+def test_fewer_rows_than_none_are_refused(tiny_model: Path, chats, cli) -> None:
+    assert cli("train", "preview", chats(3), "--model", tiny_model, "-n", "-1")[0] == 2
+    assert "Calculate" not in cli("train", "preview", chats(3), "--model", tiny_model, "-n", "0")[1]
