@@ -5,7 +5,8 @@
 The schedulers are the real ones, for engines that schedule a step ahead of the card; the model is a row of numbers: every sequence
 gets its next token at once. A step is to schedule, to take the results in, to pack what goes to the process that feeds the engine
 (msgpack, as vLLM sends it), to unpack it there and to take it in. Milliseconds of each, the mean over the steps that are full. Both
-schedulers have to give the same answers. --asked is the share of the sequences that are asked for with their log-probabilities.
+schedulers have to give the same answers, but for one that once has a logit that is not a number, which sftkit's ends as failed.
+--asked is the share of the sequences that are asked for with their log-probabilities.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import numpy as np
 from teachers import random_teacher
 
 BLOCK = 16
+BROKEN = "3"  # the sequence that has a logit that is not a number
 
 
 def make_scheduler(kind: type, model: str, sequences: int, blocks: int) -> Any:
@@ -108,10 +110,13 @@ def measure(
             logprobs = LogprobsTensors(
                 torch.tensor(tokens, dtype=torch.int32), torch.from_numpy(rows), torch.zeros(len(names), dtype=torch.int64)
             ).tolists()
+            nans = dict.fromkeys(names, 0)
+            if BROKEN in nans and BROKEN in scheduler.requests:
+                nans[BROKEN] = int(scheduler.requests[BROKEN].num_output_tokens == 4)
             made = ModelRunnerOutput(
                 req_ids=names, req_id_to_index={name: place for place, name in enumerate(names)}, sampled_token_ids=tokens,
                 logprobs=logprobs if share else None, prompt_logprobs_dict={}, pooler_output=[],
-                num_nans_in_logits=dict.fromkeys(names, 0),
+                num_nans_in_logits=nans,
             )  # fmt: skip
             if profile is not None:
                 profile.enable()
@@ -130,13 +135,15 @@ def measure(
                 start = time.perf_counter()
                 done = receiver.process_outputs(unpacked.outputs).request_outputs
                 clock("take answers in", start)
-                answers.update({each.request_id: (list(each.outputs[0].token_ids), each.outputs[0].cumulative_logprob) for each in done})
+                for each in done:
+                    answer = each.outputs[0]
+                    answers[each.request_id] = list(answer.token_ids), answer.cumulative_logprob, answer.finish_reason
             if len(names) == sequences:  # a full step
                 for name in ("schedule", "take results in", "pack", "unpack", "take answers in"):
                     times[name].append(passed[name])
         before = output if output.num_scheduled_tokens else None
         assert before is not None or len(answers) == len(wanted) or scheduler.has_requests()
-    assert {name: len(tokens) for name, (tokens, _) in answers.items()} == wanted
+    assert {name: len(tokens) for name, (tokens, *_) in answers.items()} == wanted
     return {name: statistics.mean(each) for name, each in times.items()}, answers
 
 
@@ -166,8 +173,9 @@ def main() -> None:
                 pstats.Stats(profile).sort_stats("tottime").print_stats(25)
     own, ours = found.values()
     assert own.keys() == ours.keys()
-    for name, (tokens, logprob) in own.items():
+    for name, (tokens, logprob, _) in own.items():
         assert ours[name][0] == tokens
+        assert ours[name][2] == ("error" if name == BROKEN else "length")
         assert ours[name][1] is None if logprob is None else abs(ours[name][1] - logprob) < 1e-3
     print("the same answers")
 
