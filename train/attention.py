@@ -6,9 +6,11 @@ transformers offers this through packages and kernels that have to be fetched; P
 
 import inspect
 import logging
-from functools import cache
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, wraps
 from itertools import pairwise
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -19,6 +21,9 @@ except ImportError:  # no Triton: PyTorch without CUDA, or not on Linux
     row_attention = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 NAME = "sftkit_packed"
 SHORT = 2048  # tokens: the longest row up to which tiles are cut from the pack; longer rows fill the tiles that PyTorch gives each
@@ -88,13 +93,25 @@ def tiles_are_sound(dtype: torch.dtype, device: torch.device, heads: int, groups
     return _tried(dtype, device, heads, groups, size, windowed)
 
 
+def apart(work: Callable[P, T]) -> Callable[P, T]:
+    """Let a function run in a thread of its own: the caller's may record a forward pass, or compute activations a second time."""
+
+    @wraps(work)
+    def run(*told: P.args, **named: P.kwargs) -> T:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(work, *told, **named).result()
+
+    return run
+
+
 @cache
+@apart
 def _tried(dtype: torch.dtype, device: torch.device, heads: int, groups: int, size: int, windowed: bool) -> bool:
     places, window, scale = [0, 1, 131, 134, 234, 320, 320], 50 if windowed else 0, size**-0.5
     bounds = torch.tensor(places, dtype=torch.int32, device=device)
     rng = torch.Generator(device).manual_seed(0)
     made = [torch.randn(1, 320, each, size, generator=rng, device=device, dtype=dtype) for each in (heads, groups, groups, heads)]
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    with torch.enable_grad():
         query, key, value = (each.transpose(1, 2).requires_grad_() for each in made[:3])
         plain = [each.detach().float().requires_grad_() for each in (query, key, value)]
         cuts = [[each[:, :, a:b] for each in plain] for a, b in pairwise(places) if b > a]
@@ -151,18 +168,24 @@ def _varlen(
         query = query * (scale * query.shape[-1] ** 0.5)
     if "enable_gqa" in known:
         told["enable_gqa"] = query.shape[1] != key.shape[1]
-    elif query.shape[1] != key.shape[1] and not _groups_heads(query.dtype, query.device):
+    elif query.shape[1] != key.shape[1] and not groups_heads(query.dtype, query.device):
         key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
     out: torch.Tensor = varlen_attn(query, key, value, bounds, bounds, longest, longest, **told)  # type: ignore[assignment]
     return out
 
 
-@cache
-def _groups_heads(dtype: torch.dtype, device: torch.device) -> bool:
+@torch.compiler.assume_constant_result
+def groups_heads(dtype: torch.dtype, device: torch.device) -> bool:
     """Say whether the kernel takes fewer heads of keys than of queries where it has no word for it (2.11), forward and back: by trying."""
+    return _groups_heads(dtype, device)
+
+
+@cache
+@apart
+def _groups_heads(dtype: torch.dtype, device: torch.device) -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
-    with torch.enable_grad(), torch.random.fork_rng(devices=[device]):
+    with torch.random.fork_rng(devices=[device]):
         torch.manual_seed(0)
         query = torch.randn(96, 4, 64, dtype=dtype, device=device, requires_grad=True)
         key, value = (torch.randn(96, 2, 64, dtype=dtype, device=device, requires_grad=True) for _ in range(2))

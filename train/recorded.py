@@ -40,8 +40,9 @@ class Recorded:
             return self._step(inputs, count)
         if not self._learned:
             return self._first(inputs, count)
-        self._take_gradients()
-        if self._graph is None and not self._record(inputs, count):
+        begins = self._take_gradients()
+        # where an update begins: by then the optimizer has its state, and what recording takes is what a run takes
+        if self._graph is None and not (begins and self._record(inputs, count)):
             return self._step(inputs, count)
         for name, each in self._inputs.items():
             if isinstance(each, torch.Tensor):
@@ -66,12 +67,14 @@ class Recorded:
         self._learned = [(each, each.grad) for each in self._parameters if each.grad is not None]
         return loss
 
-    def _take_gradients(self) -> None:
-        """Put zeroed gradients back where they were recorded, once the optimizer's zero_grad has taken them off."""
-        if self._learned[0][0].grad is None:
-            torch._foreach_zero_([grad for _, grad in self._learned])
-            for parameter, grad in self._learned:
-                parameter.grad = grad
+    def _take_gradients(self) -> bool:
+        """Put zeroed gradients back where they were, once the optimizer's zero_grad has taken them off; return whether it had."""
+        if self._learned[0][0].grad is not None:
+            return False
+        torch._foreach_zero_([grad for _, grad in self._learned])
+        for parameter, grad in self._learned:
+            parameter.grad = grad
+        return True
 
     def _record(self, inputs: dict[str, Any], count: torch.Tensor) -> bool:
         """Record the step; return whether that went."""

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from sftkit.train.attention import apart
 
 
 def test_the_kernels_are_right_in_the_interpreter() -> None:
@@ -23,3 +25,19 @@ def test_the_kernels_are_right_in_the_interpreter() -> None:
     child = subprocess.run([sys.executable, "-m", "pytest", *told], env=environment, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
     assert "skipped" not in child.stdout
+
+
+def test_a_trial_knows_nothing_of_the_pass_that_it_is_made_in() -> None:
+    """Recomputed activations go by what a pass saves: in their first pass a trial inside it was saved, in the second there was none."""
+
+    @apart
+    def trial() -> tuple[bool, float]:
+        weight = torch.full((2, 2), 3.0, requires_grad=True)
+        (slope,) = torch.autograd.grad((weight @ weight).sum(), weight)
+        return torch.is_autocast_enabled("cpu"), float(slope.sum())
+
+    def refuse(_: object) -> None:
+        raise AssertionError("saved")
+
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(refuse, refuse):
+        assert trial() == (False, 48.0)
