@@ -13,6 +13,7 @@ from ..core.chat import load_chat
 from ..core.errors import UserError
 from ..core.gguf import load_unpacked
 from ..core.models import ModelRef, load_model, resolve_model
+from .disk import room_on_disk
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,8 @@ def export_gguf(model: str | Path, file: Path, *, format: str = "f16", revision:
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f".{file.name}.tmp.gguf")
     try:
-        _write(scratch, whole, chat, pre, format, ref)
+        with room_on_disk(file, then="nothing is left of it"):
+            _write(scratch, whole, chat, pre, format, ref)
         off = _compare(scratch, whole, chat)
         if not off <= TOLERANCE[format]:
             raise UserError(f"{file}: loaded again, its logits are off by {off:.2g} of their spread, allowed {TOLERANCE[format]:g}")

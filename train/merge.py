@@ -16,6 +16,7 @@ from ..core.chat import Chat, load_chat
 from ..core.errors import UserError
 from ..core.files import write_json
 from ..core.models import ModelRef, final_facts, load_model, load_settings, model_identity, resolve_model
+from .disk import room_on_disk
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ def merge(adapter: str | Path, out: Path, *, base: str | None = None, dtype: str
         "template": chat.fingerprint(),
         "merged": {"adapter": str(folder), "kl": kl, "learned": learned},
     }
-    save_model(whole, chat, out, facts)
+    with room_on_disk(out, then="nothing is left of it"):
+        save_model(whole, chat, out, facts)
     return MergeResult(model=out, kl=kl, prompts=len(probes), dtype=name)
 
 
@@ -187,8 +189,11 @@ def save_model(model: Any, chat: Chat, folder: Path, facts: dict[str, Any]) -> N
     scratch = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     chat.configure(model)
-    model.save_pretrained(scratch)
-    chat.save(scratch)
-    write_json(scratch / "sftkit.json", facts)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(scratch, folder)
+    try:
+        model.save_pretrained(scratch)
+        chat.save(scratch)
+        write_json(scratch / "sftkit.json", facts)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -27,6 +27,7 @@ from .card import write_card
 from .checkpoints import clear_after, last_checkpoint
 from .config import PreferenceConfig, TrainConfig
 from .data import DataReport, TrainingData, fingerprint
+from .disk import room_on_disk
 from .init import check_init, make_start
 from .parity import check_parity
 from .plan import Choice, choose, pass_tokens, this_card, ways
@@ -42,7 +43,6 @@ PREVIEW_ROWS = 20
 CPU_TOKENS, GPU_TOKENS = 2048, 32_768  # in one forward pass, to begin with
 HIGH_RATE = 0.01
 SAVED = "saved.json"  # the final model stands and was held against the trained one; gone when all is done
-FULL_DISK = ("No space left", "File too large", "Disk quota exceeded", "PytorchStreamWriter failed", "inline_container.cc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def train(data: str | Path | Sequence[str], model: str, out: Path, config: Train
     with Run.create(out) as run:
         room = run.room("train")
         wait_for_last(room)
-        begun = is_done(room) or (room / SAVED).exists() or last_checkpoint(room / "checkpoints") is not None
+        begun = is_done(room) or (room / SAVED).exists() or any(map(is_done, (room / "checkpoints").glob("checkpoint-*")))
         own = room / "ledger.parquet"
         with write_atomically(own) if begun else nullcontext(own) as ledger:  # what stands here keeps its own, if this is another run
             prepared = preparation.rows(ledger)
@@ -240,7 +240,7 @@ def _make_final(
     final = room / "final"
     facts = {"base": ref.name, **marks, "settings": to_mapping(config)}
     with _undisturbed():
-        with _room_on_disk(final):
+        with room_on_disk(final):
             save_final(trained, start, chat, data.validation or data.train, room, dtype=own, facts=facts)
         if check_parity(data.train + data.validation, load_chat(resolve_model(final))) != marks["parity"]:
             raise UserError(f"{final}: the saved tokenizer renders the training prompts otherwise than in training; it was not saved whole")
@@ -317,21 +317,6 @@ def _cap_memory(config: TrainConfig, device: str) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_gb * 1e9 / total))
 
 
-@contextmanager
-def _room_on_disk(place: Path) -> Iterator[None]:
-    """Turn what the libraries raise when a disk is full into one line; what stood before still stands."""
-    import safetensors
-
-    try:
-        yield
-    except (RuntimeError, OSError, safetensors.SafetensorError) as error:
-        if not any(each in str(error) for each in FULL_DISK):
-            raise
-        raise UserError(
-            f"{place}: cannot be written, the disk or a quota is full; make room: the same command goes on from the last whole checkpoint"
-        ) from error
-
-
 def _trained(
     room: Path, start: ModelRef, chat: Chat, data: TrainingData, config: TrainConfig, device: str, own: Any, tokens: int,
     deadline: float | None,
@@ -384,7 +369,7 @@ def run_trainer(
     if trainer.args.process_index == 0:
         clear_after(room / "checkpoints", checkpoint)
     try:
-        with _room_on_disk(room / "checkpoints"):
+        with room_on_disk(room / "checkpoints"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         watch.close()
@@ -393,8 +378,7 @@ def run_trainer(
             f"The {config.max_hours:g} hours of max_hours are over at step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; a"
             " checkpoint is saved: the same command goes on from here."
         )
-    last = last_checkpoint(room / "checkpoints")
-    stands = last is not None and last.name == f"checkpoint-{trainer.state.global_step}"
+    stands = is_done(room / "checkpoints" / f"checkpoint-{trainer.state.global_step}")
     stopped, stands = map(bool, over_processes(watch.stopped, stands))
     if stopped and stands:  # else it was asked to after the last step, which is in no checkpoint: the model is saved
         raise KeyboardInterrupt

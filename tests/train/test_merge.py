@@ -1,6 +1,7 @@
 """A merged adapter is a whole model that says the same; what does not fit its base is refused."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -107,3 +108,16 @@ def test_what_is_no_adapter_is_named(tmp_path: Path, tiny_model: Path, adapter: 
 def test_an_adapter_is_no_model_to_begin_with(adapter: Path) -> None:
     with pytest.raises(UserError, match=r"is an adapter, not a whole model; `sftkit train merge .* -o FOLDER` makes FOLDER one"):
         resolve_model(adapter)
+
+
+def test_on_a_full_disk_nothing_is_left_and_one_line_says_so(adapter: Path, tiny_model: Path, tmp_path: Path, cli) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for command in (["merge", adapter, "-o", tmp_path / "merged"], ["export", tiny_model, "--gguf", tmp_path / "model.gguf"]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # stands for a full disk: writing past it fails in the same way
+        try:
+            code, _, err = cli("train", *command)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert code == 1
+        assert err.splitlines()[-1].endswith("cannot be written, the disk or a quota is full; make room: nothing is left of it")
+        assert list(tmp_path.iterdir()) == []
