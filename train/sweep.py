@@ -80,9 +80,7 @@ class SweepResult:
             lines.append(
                 f"{each.name:{width}}{f'{each.loss:.4f} ± {each.margin:.4f}':>18}{change:>20}{each.tokens:12,}{duration(each.seconds):>14}"
             )
-        few = (
-            f"{self.rows:,} held-out rows are few: the intervals are rough, if anything too narrow; give --validation 0.2, or more rows"
-        )
+        few = f"{self.rows:,} held-out rows are few: the intervals are rough, if anything too narrow; give --validation 0.2, or more rows"
         return "\n".join([*lines, "", *([few] if self.rows < FEW_ROWS else []), f"written: {self.out / 'sweep.json'}"])
 
 
