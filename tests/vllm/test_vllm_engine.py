@@ -2,18 +2,33 @@
 
 import importlib.util
 import json
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from sftkit.core.engines.base import ChoiceRequest, Completion, Engine, EngineConfig, Request, Sampling, ScoreRequest, choice_logprobs
+from sftkit.core.chat import load_chat
+from sftkit.core.engines.base import (
+    NOT_FINITE,
+    ChoiceRequest,
+    Completion,
+    Engine,
+    EngineConfig,
+    Request,
+    Sampling,
+    ScoreRequest,
+    choice_logprobs,
+)
 from sftkit.core.engines.registry import choose, open_engine
 from sftkit.core.errors import UserError
+from sftkit.core.models import resolve_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -250,6 +265,51 @@ def test_an_answer_without_a_finite_probability_fails(vllm_engine: Engine, monke
     found = answers(vllm_engine, wanted)
     assert found["1"].error == "the model gave no finite probability for one of its tokens"
     assert found["0"].error is None
+
+
+def test_log_probabilities_are_told_where_they_are_wanted(vllm_engine: Engine) -> None:
+    """Among answers of which they are not: a step has them of all its sequences, and the text is the same."""
+    wanted = requests(vllm_engine, Sampling(temperature=0.8, max_new_tokens=12))
+    told = answers(vllm_engine, wanted)
+    mixed = answers(vllm_engine, [replace(each, logprob=number % 2 == 0) for number, each in enumerate(wanted)])
+    for number, each in enumerate(wanted):
+        assert mixed[each.key].error is None
+        assert mixed[each.key].text == told[each.key].text
+        expected = None if number % 2 else pytest.approx(told[each.key].logprob, abs=1e-4)
+        assert mixed[each.key].logprob == expected
+    stopped = replace(GREEDY, stop=("qqqqq",))  # is looked at with each token
+    found = answers(vllm_engine, [replace(each, sampling=stopped, logprob=False) for each in wanted])
+    assert all(each.error is None and each.logprob is None for each in found.values())
+
+
+def test_logits_that_are_not_numbers_fail_their_answer_without_log_probabilities(tiny_for_vllm: Path, tmp_path: Path) -> None:
+    """vLLM counts them where it samples."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "poisoned"
+    shutil.copytree(tiny_for_vllm, folder)
+    model = AutoModelForCausalLM.from_pretrained(tiny_for_vllm, dtype=torch.float32)
+    tokenizer = load_chat(resolve_model(str(folder))).tokenizer
+    (poison,) = tokenizer("~", add_special_tokens=False)["input_ids"]
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
+    with torch.no_grad():
+        model.lm_head.weight[poison] = 0.0  # never the most probable one: it is in no answer
+        model.model.embed_tokens.weight[poison] = float("nan")
+    model.save_pretrained(folder)
+    engine = open_engine(str(folder), EngineConfig(engine="vllm", dtype="float32", max_num_seqs=MAX_NUM_SEQS, enforce_eager=True))
+    with closing(engine):
+        ways = (GREEDY, replace(GREEDY, stop=("qqqqq",)), replace(GREEDY, max_new_tokens=1))
+        for sampling in ways:  # before any other, which leaves its numbers in the cache
+            sound = [replace(each, logprob=False) for each in requests(engine, sampling, PROMPTS[:4])]
+            assert not any(poison in each.prompt_ids for each in sound)
+            assert all(each.error is None for each in answers(engine, sound).values())
+        for sampling, logprob in product(ways, (False, True)):
+            (wanted,) = requests(engine, sampling, ["one ~ in the middle"])
+            assert poison in wanted.prompt_ids
+            (found,) = engine.generate([replace(wanted, logprob=logprob)])
+            assert found.error == f"{NOT_FINITE} for one of its tokens"
 
 
 def test_auto_means_vllm_only_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
