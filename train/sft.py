@@ -42,6 +42,7 @@ FREE = (  # settings that do not decide what the model becomes
 PREVIEW_ROWS = 20
 CPU_TOKENS, GPU_TOKENS = 2048, 32_768  # in one forward pass, to begin with
 HIGH_RATE = 0.01
+AFTER_SAVING = "stopping when the model is saved; once more stops at once"
 SAVED = "saved.json"  # the final model stands and was held against the trained one; gone when all is done
 
 
@@ -224,7 +225,7 @@ def _make_final(
     _note(room, choice)
     while True:
         try:
-            trained = _trained(room, start, chat, data, settings, device, own, tokens, deadline)
+            trained, asked = _trained(room, start, chat, data, settings, device, own, tokens, deadline)
             break
         except torch.OutOfMemoryError:
             if tokens <= data.report.longest:
@@ -239,7 +240,7 @@ def _make_final(
         log.info("out of memory: going on with at most %s tokens in a forward pass; the steps stay the same", f"{tokens:,}")
     final = room / "final"
     facts = {"base": ref.name, **marks, "settings": to_mapping(config)}
-    with _undisturbed():
+    with _undisturbed(asked):
         with room_on_disk(final):
             save_final(trained, start, chat, data.validation or data.train, room, dtype=own, facts=facts)
         if check_parity(data.train + data.validation, load_chat(resolve_model(final))) != marks["parity"]:
@@ -250,17 +251,18 @@ def _make_final(
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let a block end before Ctrl-C or SIGTERM stops this process; asked a second time, it stops at once."""
-    asked = False
+def _undisturbed(asked: bool) -> Iterator[None]:
+    """Let a block end before Ctrl-C or SIGTERM stops this process, as it may have `asked` before; asked again, it stops at once."""
 
     def ask(_number: int, _frame: Any) -> None:
         nonlocal asked
         if asked:
             raise KeyboardInterrupt
         asked = True
-        log.info("stopping when the model is saved; once more stops at once")
+        log.info(AFTER_SAVING)
 
+    if asked:
+        log.info(AFTER_SAVING)
     here = threading.current_thread() is threading.main_thread()
     former = {each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)} if here else {}
     try:
@@ -320,16 +322,16 @@ def _cap_memory(config: TrainConfig, device: str) -> None:
 def _trained(
     room: Path, start: ModelRef, chat: Chat, data: TrainingData, config: TrainConfig, device: str, own: Any, tokens: int,
     deadline: float | None,
-) -> Any:  # fmt: skip
-    """Train, here or on several processes; return the trained model as it was loaded."""
+) -> tuple[Any, bool]:  # fmt: skip
+    """Train, here or on several processes; return the trained model as it was loaded, and whether it was asked to stop after that."""
     from .processes import Job, train_on_processes
     from .trainer import unwrapped
 
     if config.gpus == 1:
-        return unwrapped(run_trainer(room, start, chat, data, config, device, own, tokens, deadline))
-    return train_on_processes(
-        Job(room=room, start=start, data=data, config=config, device=device, own=own, tokens=tokens, deadline=deadline)
-    )
+        trainer = run_trainer(room, start, chat, data, config, device, own, tokens, deadline)
+        return unwrapped(trainer), trainer.asked_to_stop
+    job = Job(room=room, start=start, data=data, config=config, device=device, own=own, tokens=tokens, deadline=deadline)
+    return train_on_processes(job), False
 
 
 def load_start(start: ModelRef, config: TrainConfig, own: Any, device: str) -> tuple[Any, Any]:
@@ -380,8 +382,9 @@ def run_trainer(
         )
     stands = is_done(room / "checkpoints" / f"checkpoint-{trainer.state.global_step}")
     stopped, stands = map(bool, over_processes(watch.stopped, stands))
-    if stopped and stands:  # else it was asked to after the last step, which is in no checkpoint: the model is saved
+    if stopped and stands:
         raise KeyboardInterrupt
+    trainer.asked_to_stop = stopped  # after the last step, which is in no checkpoint: the model is saved first
     return trainer
 
 

@@ -210,9 +210,6 @@ def test_asked_to_stop_after_the_last_step_the_model_is_saved_and_nothing_is_tra
         caplog.clear()
         with monkeypatch.context() as patch:
             patch.setattr(place, name, asked(number, calls, name, getattr(place, name)))
-            if name == "evaluate":  # asked after the last step, of which there is no checkpoint: it ends as if it was not
-                assert train(data, str(tiny_model), tmp_path / name, config(epochs=1.0)).steps == 5
-                continue
             with pytest.raises(KeyboardInterrupt):
                 train(data, str(tiny_model), tmp_path / name, config(epochs=1.0))
         assert (tmp_path / name / "train" / "saved.json").exists()
