@@ -188,7 +188,11 @@ def _rounded(size: int) -> int:
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps and takes what the kernel for variable lengths does (flash attention 2), and computes nothing. [T, heads, d]."""
+    """Keeps and takes what the kernel for variable lengths does (flash attention 2), and computes nothing. [T, heads, d].
+
+    Where rows are short, `row_attention` keeps the same and where each token's row stands, and takes nothing but the gradients on its
+    way back. That is counted for neither: the peaks of a step stand elsewhere, at the head or in the gated products.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
