@@ -66,7 +66,7 @@ def read_json_lines(path: Path) -> list[Any]:
     """Read a file of JSON lines that grows; none where there is no file. A last line that was cut off while it was written is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = [each for each in path.read_text(encoding="utf-8", errors="replace").split("\n") if each]  # a text may hold other ends of lines
     try:
         last = [json.loads(lines[-1])] if lines else []
     except ValueError:
@@ -76,4 +76,5 @@ def read_json_lines(path: Path) -> list[Any]:
 
 def write_json_lines(path: Path, values: Iterable[Any]) -> None:
     """Write a file of JSON lines atomically."""
-    write_text(path, "".join(f"{json.dumps(each)}\n" for each in values))
+    text = "".join(f"{json.dumps(each, ensure_ascii=False)}\n" for each in values)
+    write_text(path, text.encode("utf-8", "backslashreplace").decode())  # a lone surrogate, as in a file's name, is an escape in JSON too

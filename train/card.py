@@ -54,7 +54,7 @@ the assistant, each answer up to its `{report.end_of_turn}`.
 
 ## Results
 
-{_results(results)}
+{_results(results, config)}
 
 {_curve(room / "metrics.jsonl")}
 
@@ -96,8 +96,9 @@ def _left_out(report: DataReport) -> str:
     return f"Left out: {told}; `train/ledger.parquet` of the run names them." if told else "No row was left out."
 
 
-def _results(results: dict[str, Any]) -> str:
-    lines = [f"- {results['steps']:,} steps over {results['tokens']:,} tokens, prompts included"]
+def _results(results: dict[str, Any], config: TrainConfig) -> str:
+    steps = f"{results['steps']:,} steps of {config.batch_size} rows over {results['tokens']:,} tokens"
+    lines = [f"- {steps}, prompts included; the highest learning rate was {config.rate:g}"]
     lines.append(f"- training loss {results['first_loss']:.4f} at first, {results['last_loss']:.4f} at last {_unit(results)}")
     if results["validation"]:
         lines.append(f"- validation loss {results['validation'][0]:.4f} before, {results['validation'][1]:.4f} after")
@@ -111,9 +112,9 @@ def _results(results: dict[str, Any]) -> str:
 
 
 def _unit(results: dict[str, Any]) -> str:
-    if results.get("preferred") is not None:
+    if results["loss"] not in ("nll", "dft"):
         return "(of a pair)"
-    return "(nats a token of the answers" + (", each times its probability)" if results.get("loss") == "dft" else ")")
+    return "(nats a token of the answers" + (", each times its probability)" if results["loss"] == "dft" else ")")
 
 
 def _curve(metrics: Path) -> str:

@@ -131,11 +131,12 @@ class Sampler(TrainerCallback):  # type: ignore[misc]
             answers = sorted(_answers(engine, self.rows, SAMPLE_TOKENS), key=lambda each: int(each.key))
         if not state.is_world_process_zero:
             return
-        with open(self.place, "a", encoding="utf-8") as file:
+        with open(self.place, "a", encoding="utf-8", errors="backslashreplace") as file:  # a file's name need not be UTF-8
             for row, answer in zip(self.rows, answers, strict=True):
                 facts = {"step": state.global_step, "source": row.source, "prompt": self.chat.decode(row.ids[: row.answer_start])}
                 told = {"answer": answer.text, "finish_reason": answer.finish_reason, "error": answer.error}
-                file.write(json.dumps({**facts, **{key: value for key, value in told.items() if value is not None}}) + "\n")
+                written = {**facts, **{key: value for key, value in told.items() if value is not None}}
+                file.write(json.dumps(written, ensure_ascii=False) + "\n")
 
 
 @contextmanager

@@ -59,7 +59,7 @@ class TrainResult:
     first_loss: float
     last_loss: float
     validation: tuple[float, ...] | None  # loss on the validation rows before and after
-    loss: str = "nll"  # what first_loss and last_loss are of a token
+    loss: str = "nll"  # what first_loss and last_loss are: of a token, or the objective of a pair
     preferred: float | None = None  # share of the validation pairs whose better answer the model moved towards, held against the worse
     stop_check: dict[str, Any] | None = None  # how many answers of the final model ended: sampling.StopCheck, with its text
 
@@ -197,7 +197,8 @@ def _train(
     rose = losses is not None and losses[1] > losses[0]
     stops = check_stops(final, data, config.stop_check, device, worse=rose)
     told = {"stop_check": {**asdict(stops), "rate": stops.rate, "text": stops.text()} if stops else None}
-    write_json(room / "results.json", {**found, "loss": config.loss, **told})
+    loss = config.objective if isinstance(config, PreferenceConfig) else config.loss
+    write_json(room / "results.json", {**found, "loss": loss, **told})
     if rose:
         log.warning("validation loss rose from %.3f to %.3f: on rows that it did not learn from the model is worse than before; lower the"
                     " learning rate, or train for less", *losses)  # fmt: skip

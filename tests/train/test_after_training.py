@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from sftkit.core.chat import Chat, load_chat
 from sftkit.core.config import to_mapping
 from sftkit.core.errors import UserError
+from sftkit.core.files import read_json_lines, write_json_lines
 from sftkit.core.formats import read_examples
 from sftkit.core.models import load_tokenizer, resolve_model
 from sftkit.train.account import prepare
@@ -121,6 +122,13 @@ def test_experts_are_saved_as_they_were_and_go_unbalanced_aloud(tmp_path: Path, 
     assert "experts are trained without a loss that balances them" in said.text
 
 
+def test_what_is_sampled_can_be_read_in_any_script(tmp_path: Path) -> None:
+    lines = [{"step": 0, "answer": "你好\u2028世界", "source": "caf\udce9.jsonl:1"}, {"step": 5, "answer": "\x85"}]
+    write_json_lines(tmp_path / "samples.jsonl", lines)
+    assert "你好" in (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
+    assert read_json_lines(tmp_path / "samples.jsonl") == lines
+
+
 def test_the_card_tells_where_a_model_comes_from(trained: TrainResult) -> None:
     card = ModelCard((trained.model / "README.md").read_text())
     facts = card.data.to_dict()
@@ -128,6 +136,7 @@ def test_the_card_tells_where_a_model_comes_from(trained: TrainResult) -> None:
     assert "base_model" not in facts  # a folder is no model of the Hub
     assert "| sums.jsonl | 120 |" in card.text
     assert "60 rows of the data: MIT" in card.text
+    assert "the highest learning rate was 0.003" in card.text
     assert "60 rows of the data say nothing of their licence" in card.text
     assert "learning_rate: 0.003" in card.text
     assert f"{trained.last_loss:.4f} at last" in card.text

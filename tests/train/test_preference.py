@@ -194,6 +194,7 @@ def test_an_update_does_not_depend_on_the_memory(pairs, tiny_model, tmp_path) ->
     for name, tokens in (("whole", 8192), ("parts", 1)):
         run = train(data, str(tiny_model), tmp_path / name, config(batch_size=8, batch_tokens=tokens, validation=0.0, epochs=1.0)).run
         runs[name] = losses(run)
+        assert "(of a pair)" in (run / "train" / "final" / "README.md").read_text()  # though none was validated on
     assert len(runs["whole"]) == 4
     assert list(runs["parts"].values()) == pytest.approx(list(runs["whole"].values()), abs=1e-5)
 
