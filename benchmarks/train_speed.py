@@ -174,7 +174,7 @@ def ours(
         if wide:
             until.enter_context(wide_stream())
         if varlen:
-            until.enter_context(mock.patch.object(attention, "SHORT", 0))
+            until.enter_context(mock.patch.object(attention, "SHORT", {}))
         if small:
             until.enter_context(mock.patch.object(head, "piece_rows", lambda vocabulary, *_: max(1, head.ELEMENTS // vocabulary)))
         watch = Watch(Path(folder) / "metrics.jsonl", chat, save_minutes=1e9)

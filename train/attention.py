@@ -8,7 +8,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from itertools import pairwise
 from typing import Any, ParamSpec, TypeVar
 
@@ -26,17 +26,22 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 NAME = "sftkit_packed"
-SHORT = 2048  # tokens: the longest row up to which tiles are cut from the pack; longer rows fill the tiles that PyTorch gives each
+# By heads of at most so many numbers, the length up to which tiles are cut from the pack; longer rows fill those that PyTorch gives each.
+SHORT = {64: 2048, 128: 1024, 256: 512}
 CLOSE = 0.02  # of a tensor's length: how far sound kernels may be from float32; 16-bit rounding alone takes them 0.005 away
 
 
-def use_packed_attention(model: Any) -> None:
-    """Make a model attend within rows. No mask is built: transformers makes none for a function that it has no mask for."""
+def use_packed_attention(model: Any, typical: int | None = None) -> None:
+    """Make a model attend within rows. No mask is built: transformers makes none for a function that it has no mask for.
+
+    `typical` is how long the row of a typical token is: the mean over tokens, by which the kernels' work grows.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if not attends_packed(model):
         model.own_attention = model.config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
+    model.typical_length = typical or getattr(model, "typical_length", None)
+    ALL_ATTENTION_FUNCTIONS.register(NAME, partial(packed_attention, typical=model.typical_length))
     model.set_attn_implementation(NAME)
 
 
@@ -54,7 +59,7 @@ def use_own_attention(model: Any) -> None:
 def packed_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None, *,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None, **_: Any,
+    cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None, typical: int | None = None, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Attend causally within each row of a pack. query [1, heads, T, d], key and value [1, kv heads, T, d] → [1, T, heads, d].
 
@@ -64,7 +69,7 @@ def packed_attention(
     if cu_seq_lens_q is not None and softcap is None and _has_kernel(query, value):
         query, key, longest = query.to(value.dtype), key.to(value.dtype), max_length_q or total
         window = sliding_window if sliding_window is not None and sliding_window < longest else None
-        if longest <= SHORT and _takes_tiles(query, key, value, window):
+        if _is_short(typical or longest, query.shape[-1]) and _takes_tiles(query, key, value, window):
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             return row_attention.attend_rows(query, key, value, cu_seq_lens_q, scale, window or 0), None
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
@@ -79,6 +84,10 @@ def packed_attention(
 def _has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
     card = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
     return card and query.shape[-1] <= 256 and value.dtype in (torch.bfloat16, torch.float16)
+
+
+def _is_short(length: int, size: int) -> bool:
+    return any(size <= most and length <= limit for most, limit in SHORT.items())
 
 
 def _takes_tiles(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> bool:

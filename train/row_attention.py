@@ -31,8 +31,8 @@ class Tiles(NamedTuple):
 
 # For heads of at most so many numbers: attention, the gradient of queries, the gradients of keys and values.
 TILES: dict[int, tuple[Tiles, Tiles, Tiles]] = {
-    64: (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-    128: (Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 1)),
+    64: (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2)),
+    128: (Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 2)),
     256: (Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
 }
 

@@ -277,7 +277,7 @@ def make_trainer(
     """
     alone = not keeps_rows_apart(model, train, chat)
     if not alone:
-        use_packed_attention(model)
+        use_packed_attention(model, typical=sum(len(row) ** 2 for row in train) // sum(map(len, train)))
     epochs = math.ceil(config.epochs)
     workers = int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1
     told: dict[str, Any] = {"batch_tokens": batch_tokens, "pad": chat.pad_id, "alone": alone, "workers": workers}

@@ -164,8 +164,10 @@ def test_short_rows_are_given_to_it_and_long_ones_to_pytorch(monkeypatch, window
     rows = [_one_row(*(each[:, :, a:b].float() for each in inputs), 0.3, window, None) for a, b in pairwise(bounds.tolist())]
     torch.testing.assert_close(found.float(), torch.cat(rows, dim=2).transpose(1, 2), rtol=1e-2, atol=2e-3)
     assert attention._tried.cache_info().currsize == 1
-    other, _ = packed_attention(None, *inputs, cu_seq_lens_q=bounds, max_length_q=attention.SHORT + 1, sliding_window=window)
-    assert not other.any()
+    for length, short in ((2048, True), (2049, False)):
+        for told in ({"max_length_q": length}, {"max_length_q": 30 if length > 2048 else 9999, "typical": length}):
+            other, _ = packed_attention(None, *inputs, cu_seq_lens_q=bounds, sliding_window=window, **told)
+            assert bool(other.any()) is short
 
 
 @pytest.mark.parametrize("fault", ["wrong", "not a number", "raises"])
