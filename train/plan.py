@@ -30,10 +30,10 @@ COMPILED_STEPS = 300  # as train.trainer
 
 # Share of the measured matrix-product peak that a step reached, by the model's width, on one H200 (docs/training-speed.md).
 SHARES = {
-    "compiled": ((576, 0.36), (896, 0.54), (1536, 0.62)),
-    "plain": ((576, 0.26), (896, 0.46), (1536, 0.58)),
+    "compiled": ((576, 0.48), (896, 0.64), (1536, 0.69)),
+    "plain": ((576, 0.24), (896, 0.31), (1536, 0.44)),  # the first is not measured: on the line through the others
 }
-ADAPTER_SHARE = 0.37 / 0.55  # of a full step's share; measured at a width of 1024
+ADAPTER_SHARES = {"compiled": 0.45 / 0.65, "plain": 0.17 / 0.34}  # of a full step's share; measured at a width of 1024
 SHORT_PASS = 0.1  # seconds; the passes behind the shares took more, and in shorter ones a card waits for its host
 MATRIX_SHARE = 0.8  # of its data sheet's figure a card reaches in a large matrix product: 795 of 989 TFLOP/s on that H200
 
@@ -247,12 +247,13 @@ def _option(
 def share_of_peak(settings: Any, load: Load) -> float:
     """Return the share of a card's matrix-product rate that a step is expected to reach: between the widths that were measured."""
     width = settings.get_text_config().hidden_size
-    points = SHARES["compiled" if load.compiled else "plain"]
+    kind = "compiled" if load.compiled else "plain"
+    points = SHARES[kind]
     share = points[0][1] if width <= points[0][0] else points[-1][1]
     for (low, one), (high, two) in pairwise(points):
         if low <= width <= high:
             share = one + (two - one) * (width - low) / (high - low)
-    return share * (ADAPTER_SHARE if load.adapter else 1) * (CHECKPOINTED if load.checkpointing else 1)
+    return share * (ADAPTER_SHARES[kind] if load.adapter else 1) * (CHECKPOINTED if load.checkpointing else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
