@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 def parse_init(text: str) -> set[int]:
     """Read `prune:10-15` or `prune:3,5,10-12` as the layers to take out, counted from 0. Raises UserError for anything else."""
-    match = re.fullmatch(r"prune:(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)", text.strip())
+    match = re.fullmatch(r"prune:(\d{1,4}(?:-\d{1,4})?(?:,\d{1,4}(?:-\d{1,4})?)*)", text.strip())  # no model has more than 9,999 layers
     if not match:
         raise UserError(f"init {text!r}: expected prune:FIRST-LAST or a list, as prune:10-15 or prune:3,5,10-12")
     layers: set[int] = set()

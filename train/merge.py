@@ -174,7 +174,7 @@ def merge_adapter(model: Any, prompts: Sequence[Sequence[int]], dtype: torch.dty
 
 def _divergence(one: torch.Tensor, other: torch.Tensor) -> float:
     """Return the mean of KL(one ‖ other) over positions, of log-probabilities [N, V]."""
-    return float((one.exp() * (one - other)).sum(-1).mean())
+    return max(0.0, float((one.exp() * (one - other)).sum(-1).mean()))  # of like ones rounding leaves less than nothing
 
 
 @torch.no_grad()

@@ -255,6 +255,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path, tiny_model: Pat
         ({"init": "prune:0-1"}, "all 2 layers would be taken out"),
         ({"init": "prune:7"}, "there is no layer 7"),
         ({"init": "shrink"}, "expected prune:FIRST-LAST"),
+        ({"init": "prune:0-99999999999"}, "expected prune:FIRST-LAST"),  # which took all memory there was
     ):
         with pytest.raises(UserError, match=message):
             train(chats(20), str(tiny_model), tmp_path / "run", config(**settings))
