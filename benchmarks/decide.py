@@ -26,7 +26,8 @@ LETTERS = "etaoinshrdlucmfwypvbgkjqxz"
 def make(rows: int, folder: Path) -> None:
     """Write a run of four samples a prompt, a tenth of them copies of the one before in another case."""
     from sftkit.core.run import Run
-    from sftkit.curate.rows import STORED, decision_table, record
+    from sftkit.curate.decided import decision_table, record
+    from sftkit.curate.rows import STORED
 
     draw = random.Random(0)
     vocabulary = ["".join(draw.choice(LETTERS) for _ in range(draw.randrange(2, 10))) for _ in range(30_000)]
@@ -52,7 +53,8 @@ def make(rows: int, folder: Path) -> None:
 
 
 def keep(run: Any) -> None:
-    from sftkit.curate.rows import decision_table, input_rows, record
+    from sftkit.curate.decided import decision_table, record
+    from sftkit.curate.rows import input_rows
 
     rows = input_rows(run, "keep")
     rule = pl.when(pl.col("response").str.len_chars() < 200).then(pl.lit("short"))
@@ -214,11 +216,11 @@ def fuzz(rows: int, folder: Path) -> list[Any]:
     from sftkit.curate.best import best
     from sftkit.curate.certificate import check_run
     from sftkit.curate.decide_config import BestConfig, DecontaminateConfig, DedupConfig, FilterConfig, HeldoutConfig, SelectConfig
+    from sftkit.curate.decided import decision_table, record
     from sftkit.curate.decontaminate import decontaminate
     from sftkit.curate.dedup import dedup
     from sftkit.curate.filters import filter_rows
     from sftkit.curate.heldout import hold_out
-    from sftkit.curate.rows import decision_table, record
     from sftkit.curate.selection import select
 
     table = poisoned(rows)

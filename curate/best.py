@@ -7,7 +7,8 @@ from ..core.ledger import KEY
 from ..core.run import Run
 from .controls import clear_controls, write_controls_of
 from .decide_config import BestConfig, Gate, parse_gate
-from .rows import Outcome, decision_table, input_rows, record, row_name
+from .decided import Outcome, decision_table, record
+from .rows import input_rows, row_name
 from .score import read_score
 from .scored import best_first, columns_for, score_values, sort_columns
 

@@ -15,12 +15,12 @@ from ..core.run import Run
 from .best import best
 from .config import BuildConfig, ImportConfig
 from .decide_config import parse_gate
+from .decided import Outcome, record
 from .decontaminate import decontaminate, open_benchmark
 from .dedup import dedup
 from .filters import filter_rows, read_conditions, text_rules
 from .heldout import hold_out
 from .intake import take_in
-from .rows import Outcome, record
 from .score import check_score_name, open_scorer, reads_told_logprobs, score
 from .selection import select
 

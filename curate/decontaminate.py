@@ -25,7 +25,8 @@ from ..core.ngrams import Runs, words
 from ..core.progress import Progress
 from ..core.run import Run
 from .decide_config import DecontaminateConfig
-from .rows import KEY, Outcome, decision_table, input_rows, message_text, record, written_turns
+from .decided import Outcome, decision_table, record
+from .rows import KEY, input_rows, message_text, written_turns
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,10 @@ from ..core.hardware import pick_device
 from ..core.run import Run
 from .cover import cover
 from .decide_config import DedupConfig
+from .decided import Outcome, decision_table, record
 from .embed import embed_rows
 from .memory import GB, cover_bytes, hold_to, least_dimensions
-from .rows import KEY, TEXT, Outcome, decision_table, input_rows, record, row_name, split_texts
+from .rows import KEY, TEXT, input_rows, row_name, split_texts
 from .scored import best_first, columns_for, sort_columns
 from .similarity import Cosines, Indices
 

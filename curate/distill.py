@@ -27,9 +27,10 @@ from ..core.reasoning import CLOSE, OPEN, split_reasoning
 from ..core.run import Run
 from ..core.store import SampleStore, decisive_settings, sample_key, sample_seed
 from .config import DistillConfig, format_pattern
+from .decided import record
 from .probe import FEWEST, Probe
 from .prompts import Prompt, check_growth, choose_prompts
-from .rows import message_text, record
+from .rows import message_text
 
 log = logging.getLogger(__name__)
 

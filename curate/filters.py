@@ -22,12 +22,14 @@ from ..core.progress import Progress
 from ..core.run import Run
 from .controls import clear_controls, write_controls_of
 from .decide_config import FilterConfig
+from .decided import Outcome, decision_table, record
 from .expressions import Condition, Kind, parse_condition
-from .repeats import JUDGED, TOPS, WINDOW, may_repeat
-from .rows import KEY, Outcome, decision_table, input_rows, record
+from .repeats import JUDGED, TOPS, WINDOW, duplicate_ngrams, may_repeat, top_ngram
+from .rows import KEY, input_rows
 from .score import SCORERS, known_scores, read_score
 from .scored import READ_OFF, columns_for, score_values
 from .scorers import count_words
+from .text_scores import REFUSAL_CHARS, REFUSAL_SIGNS, REFUSALS
 
 LATIN = ("LATIN",)
 SCRIPTS = {  # the scripts a language is written in, by the names that Unicode gives their letters
@@ -52,36 +54,6 @@ FUNCTION_WORDS = {  # what tells the languages of the Latin script apart, in tex
 }
 LANGUAGE_WORDS = 20  # fewer words of the Latin script are not judged further than by script
 
-_NOT = r"(?:can(?:no|['’])t|can not|am (?:not able|unable)|['’]m (?:not able|unable)|won['’]t|will not|do(?:n['’]t| not)|am not|['’]m not)"
-_DO = (
-    r"(?:help|assist|provide|answer|comply|fulfil|create|generate|write|complete|process|access|engage|offer|give|support|discuss"
-    r"|do that|do this)"
-)
-_SORRY = r"(?:(?:i['’]?m|i am)(?: \w+)? (?:sorry|afraid)|my apologies|i apologi[sz]e|sorry)"
-REFUSALS = re.compile(
-    "|".join(
-        [
-            rf"^\W*{_SORRY}\b[^.!?\n]{{0,80}}\bi ?{_NOT}\b[^.!?\n]{{0,30}}\b{_DO}",
-            rf"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b[^.!?\n]{{0,60}}\bi ?{_NOT}\b",
-            rf"^\W*(?:unfortunately,? |sorry,? (?:but )?)?i ?{_NOT}\b(?: to| be able to)? {_DO}(?! but\b)\b",
-            r"^[^\n]{0,80}\bi(?: am|['’]m) unable to"
-            r" (?:fulfil+|comply with|process|complete|assist with) (?:this|your|that|the) (?:request|task)",
-            r"(?:抱歉|对不起|對不起|不好意思)[^。！？\n]{0,24}(?:无法|無法|不能|没有办法|沒有辦法|不便|没法)",
-            r"作[为為](?:一[个個名位款种種])?[^。！？\n，,]{0,12}(?:AI|人工智[能慧]|[语語]言模型|助手)[^。！？\n]{0,24}"
-            r"(?:无法|無法|不能|没有|沒有|不具备|不具備)",
-            r"^\W*我(?:无法|無法|不能)(?:提供|回答|帮助|幫助|满足|滿足|执行|執行|协助|協助|完成|生成)",
-        ]
-    ),
-    re.IGNORECASE,
-)
-REFUSAL_CHARS = 300  # a refusal stands at the beginning
-
-
-REFUSAL_SIGNS = (  # no refusal is without one of these, in whatever case
-    *("cannot", "can't", "can’t", "can not", "am not", "unable", "'m not", "’m not", "won't", "won’t", "will not"),
-    *("don't", "don’t", "do not", "抱歉", "对不起", "對不起", "不好意思", "作为", "作為", "我无法", "我無法", "我不能"),
-    *("\u0131", "\u0130", "\u017f", "\u212a"),  # which ignoring case takes for an i, s or k
-)
 DETAIL = ".detail"  # after the name of a score: what the scorer said beside the value, or why there is none
 TEXT_COLUMNS = ("source", "prompt", "response", "reference", "finish_reason")  # that a condition may name, beside the scores
 
@@ -305,29 +277,6 @@ def text_rules(config: FilterConfig) -> list[TextRule]:
         repeating = text.map_batches(lambda texts: may_repeat(texts, *bounds), return_dtype=pl.Boolean, is_elementwise=True)
         rules.append(TextRule(lambda text: _repetition_rule(text, *bounds), repeating))
     return rules
-
-
-def duplicate_ngrams(words: Sequence[str | bytes], n: int) -> float:
-    """Return the share of the windows of n words that stood in the text before; 0 for a text shorter than that."""
-    windows = len(words) - n + 1
-    if windows < 1:
-        return 0.0
-    return 1 - len({tuple(words[start : start + n]) for start in range(windows)}) / windows
-
-
-def top_ngram(words: Sequence[str | bytes], n: int) -> float:
-    """Return the share of the words that the most frequent n-gram covers where it stands at least twice (Rae et al. 2021, A1.1)."""
-    grams = Counter(tuple(words[start : start + n]) for start in range(len(words) - n + 1))
-    gram, count = max(grams.items(), key=lambda item: item[1], default=((), 0))
-    if count < 2:
-        return 0.0
-    covered, start = 0, 0
-    while start <= len(words) - n:  # occurrences that overlap count once
-        if tuple(words[start : start + n]) == gram:
-            covered, start = covered + n, start + n
-        else:
-            start += 1
-    return covered / len(words)
 
 
 def script_shares(text: str) -> dict[str, float]:

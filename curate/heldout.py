@@ -8,7 +8,8 @@ from ..core.config import to_mapping
 from ..core.errors import UserError
 from ..core.run import Run
 from .decide_config import HeldoutConfig
-from .rows import EXPORTED, Outcome, decision_table, export_rows, input_rows, record
+from .decided import Outcome, decision_table, record
+from .rows import EXPORTED, export_rows, input_rows
 
 
 def hold_out(run: Run, config: HeldoutConfig) -> Outcome:

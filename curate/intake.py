@@ -17,7 +17,8 @@ from ..core.files import write_atomically
 from ..core.formats import iterate_examples, split_prompt
 from ..core.run import Run
 from .config import ImportConfig
-from .rows import STORED, Outcome, record
+from .decided import Outcome, record
+from .rows import STORED
 
 log = logging.getLogger(__name__)
 

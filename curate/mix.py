@@ -16,8 +16,9 @@ from ..core.formats import read_examples
 from ..core.run import Run
 from .config import ImportConfig
 from .decide_config import MixConfig
+from .decided import Outcome, decision_table, record
 from .intake import columns_of
-from .rows import KEY, STORED, Outcome, decision_table, input_rows, load_rows, record, row_name
+from .rows import KEY, STORED, input_rows, load_rows, row_name
 from .scored import columns_for, random_numbers, score_values
 
 log = logging.getLogger(__name__)

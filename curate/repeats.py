@@ -4,7 +4,8 @@ How many different things a text holds is counted from below, without sorting: e
 that find it there again are different. What is lost where two of them meet only makes a text suspect.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,29 @@ JUDGED = 50  # words that a text has at least for its most frequent run to be as
 ROUNDING = 1e-6  # of a share at its bound: the rule calls 1 - 7 / 10 more than 0.3
 
 Flags = npt.NDArray[np.bool_]
+
+
+def duplicate_ngrams(words: Sequence[str | bytes], n: int) -> float:
+    """Return the share of the windows of n words that stood in the text before; 0 for a text shorter than that."""
+    windows = len(words) - n + 1
+    if windows < 1:
+        return 0.0
+    return 1 - len({tuple(words[start : start + n]) for start in range(windows)}) / windows
+
+
+def top_ngram(words: Sequence[str | bytes], n: int) -> float:
+    """Return the share of the words that the most frequent n-gram covers where it stands at least twice (Rae et al. 2021, A1.1)."""
+    grams = Counter(tuple(words[start : start + n]) for start in range(len(words) - n + 1))
+    gram, count = max(grams.items(), key=lambda item: item[1], default=((), 0))
+    if count < 2:
+        return 0.0
+    covered, start = 0, 0
+    while start <= len(words) - n:  # occurrences that overlap count once
+        if tuple(words[start : start + n]) == gram:
+            covered, start = covered + n, start + n
+        else:
+            start += 1
+    return covered / len(words)
 
 
 def may_repeat(texts: pl.Series, max_duplicate: float, max_top: float) -> pl.Series:

@@ -1,25 +1,23 @@
-"""The candidate rows of a run: read them, decide on them, write those that are left as the run's data set."""
+"""The candidate rows of a run: read them, and write some as a data set."""
 
 import functools
 import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from ..core.errors import UserError
-from ..core.example import Decision, Message, row_id
+from ..core.example import Message, row_id
 from ..core.files import write_atomically
 from ..core.ledger import KEY as KEY
-from ..core.ledger import RowKey, table_of
+from ..core.ledger import RowKey
 from ..core.reasoning import CLOSE, OPEN
 from ..core.run import Run
-from .card import write_card
 from .turns import TURNS, plain_answers, plain_turns
 
 log = logging.getLogger(__name__)
@@ -39,17 +37,6 @@ SCHEMA = {**STORED, "prompt": pl.String, "response": pl.String}
 
 
 ESCAPED = {chr(code): json.dumps(chr(code))[1:-1] for code in (*range(32), 34, 92)}  # what JSON writes otherwise in a text
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a stage did: rows in, the rows kept (their columns KEY), and how many each rule removed."""
-
-    stage: str
-    num_input: int
-    kept: pl.DataFrame
-    removed: dict[str, int]  # by rule, most first
-    notes: tuple[str, ...] = ()  # what else a person should know
 
 
 def load_rows(
@@ -243,61 +230,6 @@ def _what_removed_most(run: Run, stage: str) -> str:
     most = earlier.sort("rows")[-1]
     return (
         f": stage {most['stage'].item()} removed {most['rows'].item():,} by its rule {most['rule'].item()!r}; loosen that and run it again"
-    )
-
-
-def record(
-    run: Run, stage: str, rows: pl.DataFrame | Sequence[RowKey], decisions: pl.DataFrame | Iterable[Decision], notes: Sequence[str] = ()
-) -> Outcome:
-    """Enter a stage's decisions on its input `rows` in the ledger and make the kept rows the run's data set.
-
-    Says which later stages became void; decisions that stand there already make none void. The card is written last.
-    Raises ConservationError unless every input row has exactly one decision.
-    """
-    decided, is_kept = table_of(decisions), pl.col("action") == "kept"
-    kept = decided.filter(is_kept).select(KEY)
-    if not run.ledger.holds(stage, decided):
-        for name in DATASET:  # of the decisions before: killed from here on, the run has none rather than a wrong one
-            (run.room("curate") / name).unlink(missing_ok=True)
-        void = run.ledger.record(stage, rows, decided)
-        if void:
-            from .controls import clear_controls
-
-            for name in void:  # they were drawn beside rows that are no longer chosen
-                clear_controls(run, "" if name == "select" else f"{name}_")
-            log.info(
-                "%s: %s stood on the former rows and %s void now: run again", stage, ", ".join(void), "is" if len(void) == 1 else "are"
-            )
-    if run.ledger.stages()[-1] == stage:
-        write_dataset(scan_rows(run, after=stage, columns=EXPORTED), run.room("curate"))
-        _write_card(run, kept)
-    counts = decided.filter(~is_kept).group_by("rule", maintain_order=True).len().sort("len", descending=True, maintain_order=True)
-    removed: dict[str, int] = dict(counts.iter_rows())
-    if kept.is_empty() and len(decided):
-        rule, count = next(iter(removed.items()))
-        log.warning("%s kept none of %s rows; the rule %r alone removed %s", stage, f"{len(decided):,}", rule, f"{count:,}")
-    return Outcome(stage, len(decided), kept, removed, tuple(notes))
-
-
-def _write_card(run: Run, kept: pl.DataFrame) -> None:
-    from .plots import write_plots
-
-    flags = kept.with_columns(kept=pl.lit(value=True))
-    rows = load_rows(run, all=True, columns=[*KEY, "source", "num_tokens"])
-    rows = rows.join(flags, on=KEY, how="left", nulls_equal=True, maintain_order="left").with_columns(pl.col("kept").fill_null(value=False))
-    write_card(run, rows.filter("kept"), write_plots(run, rows))
-
-
-def decision_table(rows: pl.DataFrame, stage: str, rule: pl.Expr, **told: pl.Expr) -> pl.DataFrame:
-    """Return one decision per row: rejected by `rule`, kept where that is null; `told` are score, threshold and witness_id."""
-    return table_of(
-        rows.select(
-            *KEY,
-            stage=pl.lit(stage),
-            action=pl.when(rule.is_null()).then(pl.lit("kept")).otherwise(pl.lit("rejected")),
-            rule=rule.fill_null(""),
-            **{name: told.get(name, pl.lit(None)) for name in ("score", "threshold", "witness_id")},
-        )
     )
 
 

@@ -14,13 +14,14 @@ from ..core.run import Run
 from .controls import clear_controls, length_buckets, length_matched, random_order, rank_correlation, write_controls
 from .coverage import Pick, k_center, nearest_to_mean
 from .decide_config import SelectConfig
+from .decided import Outcome, decision_table, record
 from .diversity import deita_filter, dpp, mmr
 from .embed import embed_rows
 from .facility_location import facility_location
 from .fast_location import fast_location
 from .memory import fit_neighbors, least_dimensions
 from .quotas import balanced_order, cluster, num_clusters, quota_order
-from .rows import EXPORTED, KEY, Outcome, decision_table, input_rows, load_rows, record, row_name
+from .rows import EXPORTED, KEY, input_rows, load_rows, row_name
 from .scored import best_first, columns_for, score_values, sort_columns
 from .similarity import Cosines, Indices, Vectors, nearest
 

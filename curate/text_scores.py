@@ -1,5 +1,6 @@
 """Scores that are statistics of a text, or of its place among the others: language, repetition, refusal, neighbours, clusters."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -10,10 +11,40 @@ from ..core.language import CODES, detect_language
 from ..core.ngrams import WORD
 from ..core.run import Run
 from .decide_config import TEXTS, EmbedConfig
+from .repeats import TOPS, WINDOW, duplicate_ngrams
+from .repeats import top_ngram as share_of_top
 from .scorers import Candidate, ColumnScorer, Result, Scorer
 
-NGRAM = 10  # words, as the filter's rule counts them
 DEFAULT = EmbedConfig()
+
+_NOT = r"(?:can(?:no|['’])t|can not|am (?:not able|unable)|['’]m (?:not able|unable)|won['’]t|will not|do(?:n['’]t| not)|am not|['’]m not)"
+_DO = (
+    r"(?:help|assist|provide|answer|comply|fulfil|create|generate|write|complete|process|access|engage|offer|give|support|discuss"
+    r"|do that|do this)"
+)
+_SORRY = r"(?:(?:i['’]?m|i am)(?: \w+)? (?:sorry|afraid)|my apologies|i apologi[sz]e|sorry)"
+REFUSALS = re.compile(
+    "|".join(
+        [
+            rf"^\W*{_SORRY}\b[^.!?\n]{{0,80}}\bi ?{_NOT}\b[^.!?\n]{{0,30}}\b{_DO}",
+            rf"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b[^.!?\n]{{0,60}}\bi ?{_NOT}\b",
+            rf"^\W*(?:unfortunately,? |sorry,? (?:but )?)?i ?{_NOT}\b(?: to| be able to)? {_DO}(?! but\b)\b",
+            r"^[^\n]{0,80}\bi(?: am|['’]m) unable to"
+            r" (?:fulfil+|comply with|process|complete|assist with) (?:this|your|that|the) (?:request|task)",
+            r"(?:抱歉|对不起|對不起|不好意思)[^。！？\n]{0,24}(?:无法|無法|不能|没有办法|沒有辦法|不便|没法)",
+            r"作[为為](?:一[个個名位款种種])?[^。！？\n，,]{0,12}(?:AI|人工智[能慧]|[语語]言模型|助手)[^。！？\n]{0,24}"
+            r"(?:无法|無法|不能|没有|沒有|不具备|不具備)",
+            r"^\W*我(?:无法|無法|不能)(?:提供|回答|帮助|幫助|满足|滿足|执行|執行|协助|協助|完成|生成)",
+        ]
+    ),
+    re.IGNORECASE,
+)
+REFUSAL_CHARS = 300  # a refusal stands at the beginning
+REFUSAL_SIGNS = (  # no refusal is without one of these, in whatever case
+    *("cannot", "can't", "can’t", "can not", "am not", "unable", "'m not", "’m not", "won't", "won’t", "will not"),
+    *("don't", "don’t", "do not", "抱歉", "对不起", "對不起", "不好意思", "作为", "作為", "我无法", "我無法", "我不能"),
+    *("\u0131", "\u0130", "\u017f", "\u212a"),  # which ignoring case takes for an i, s or k
+)
 
 
 def language(*, wanted: str | None = None) -> Scorer:
@@ -38,25 +69,21 @@ def language(*, wanted: str | None = None) -> Scorer:
 
 def repetition() -> Scorer:
     """Give the share of the answer's 10-word windows that stood in it before: what the filter's rule `duplicate_ngrams` measures."""
-    from .filters import duplicate_ngrams
-
-    return _of_response(lambda text: (duplicate_ngrams(WORD.findall(text.lower()), NGRAM), ""))
+    return _of_response(lambda text: (duplicate_ngrams(WORD.findall(text.lower()), WINDOW), ""))
 
 
 def top_ngram() -> Scorer:
     """Give the largest share of the answer's words in one 2-, 3- or 4-gram: as the filter's rule measures from 50 words on."""
-    from .filters import top_ngram
 
     def score(text: str) -> Result:
         words = WORD.findall(text.lower())
-        return max(top_ngram(words, n) for n in (2, 3, 4)), ""
+        return max(share_of_top(words, n) for n in TOPS), ""
 
     return _of_response(score)
 
 
 def refusal() -> Scorer:
     """Say whether the answer begins with a refusal or a disclaimer, as the filter's rule has them: 1 or 0. The detail is its words."""
-    from .filters import REFUSAL_CHARS, REFUSALS
 
     def score(text: str) -> Result:
         match = REFUSALS.search(text[:REFUSAL_CHARS])

@@ -9,7 +9,8 @@ import polars as pl
 import pytest
 from sftkit.core.example import Decision, content_id
 from sftkit.core.run import Run
-from sftkit.curate.rows import STORED, record
+from sftkit.curate.decided import record
+from sftkit.curate.rows import STORED
 
 ToyRun = Callable[..., Run]
 

@@ -211,7 +211,8 @@ def test_cosines_are_computed_again_from_the_stored_vectors(made: Run, minilm: P
 
 def _replaced(run: Run, rows: list[dict]) -> Run:
     from sftkit.core.example import Decision
-    from sftkit.curate.rows import STORED, record
+    from sftkit.curate.decided import record
+    from sftkit.curate.rows import STORED
 
     stored = [
         {

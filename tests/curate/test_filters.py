@@ -12,7 +12,8 @@ from sftkit.core.run import Run
 from sftkit.curate.build import build
 from sftkit.curate.config import BuildConfig, ScoreConfig
 from sftkit.curate.decide_config import FilterConfig
-from sftkit.curate.filters import duplicate_ngrams, filter_rows, text_rules, top_ngram
+from sftkit.curate.filters import filter_rows, text_rules
+from sftkit.curate.repeats import duplicate_ngrams, top_ngram
 from sftkit.curate.rows import load_rows, row_ids
 from sftkit.curate.score import score
 from sftkit.curate.scorers import count_words

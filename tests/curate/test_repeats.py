@@ -4,8 +4,7 @@ import random
 
 import polars as pl
 import pytest
-from sftkit.curate.filters import duplicate_ngrams, top_ngram
-from sftkit.curate.repeats import may_repeat
+from sftkit.curate.repeats import duplicate_ngrams, may_repeat, top_ngram
 
 BOUNDS = ((0.5, 0.5), (0.2, 0.3), (0.0, 0.0), (0.9, 0.1), (1.0, 1.0))
 
