@@ -7,11 +7,14 @@ memory, so that it can be recorded. What a graph computed in stays its own until
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 log = logging.getLogger(__name__)
+
+_failed: list[Any] = []  # graphs that were not recorded to their end: PyTorch's allocator of pinned memory goes on asking them
 
 
 class Recorded:
@@ -80,18 +83,41 @@ class Recorded:
         """Record the step; return whether that went."""
         self._inputs = {name: each.clone() if isinstance(each, torch.Tensor) else each for name, each in inputs.items()}
         self._count = count.clone()
-        graph = torch.cuda.CUDAGraph()
+        graph, pool, ours = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
         try:
-            # by thread: another one pins the next batches' memory meanwhile
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            # within our own stream, which PyTorch does not come back to where a recording fails; by thread, because another one pins
+            # the next batches' memory meanwhile
+            with torch.cuda.stream(ours), torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
                 self._loss = self._step(self._inputs, self._count)
         except RuntimeError as error:
-            short = error if isinstance(error, torch.OutOfMemoryError) else error.__context__
+            _end(graph, pool)
             self.drop()
-            if isinstance(short, torch.OutOfMemoryError):
-                raise short from None
+            within = error.__context__  # what ended the recording, where its end failed too
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            if isinstance(within, torch.OutOfMemoryError) or not isinstance(within, Exception | None):
+                raise within from None
             self._fails = True
-            log.warning("passes cannot be recorded for this model (%s): each is launched by the host", " ".join(str(error).split())[:160])
+            told = " ".join(str(within or error).split())[:160]
+            log.warning("passes cannot be recorded for this model (%s): each is launched by the host", told)
             return False
         self._graph = graph
         return True
+
+
+def _end(graph: Any, pool: tuple[int, int]) -> None:
+    """Take a recording that failed as over, which PyTorch (2.11 to 2.13) does not where what is recorded has waited for the device.
+
+    Its memory would stay taken, none of what is cached would be given back, and who draws random numbers would be told that there is a
+    recording.
+    """
+    device = torch.cuda.current_device()
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())  # the same numbers, without a mark
+    try:
+        graph.pool()
+    except RuntimeError:  # it did not come to its end
+        _failed.append(graph)
+        with suppress(RuntimeError):  # nor to its beginning
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)

@@ -1,7 +1,7 @@
 """Recorded passes, on a stand-in for CUDA's graphs: what is recorded reads the next inputs, adds to the same gradients, and is dropped."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,30 +25,59 @@ class Graphs:
         self.recordings = self.replays = 0
         self.error: BaseException | None = None  # while recording
         self.recorded: Any = None
-        stream = SimpleNamespace(wait_stream=lambda other: None)
+        self.on = stream()
+        self.underway: list[Any] = []  # pools that memory is taken from
+        self.pools: list[Any] = []  # that hold memory
+        self.draws = SimpleNamespace(clone_state=lambda: "clean", graphsafe_set_state=lambda state: setattr(self, "generator", state))
+        self.generator = "clean"
         for name, stand_in in {
-            "Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda _: nullcontext(), "empty_cache": lambda: None,
-            "CUDAGraph": lambda: SimpleNamespace(replay=self.replay), "graph": self.record,
+            "Stream": stream, "current_stream": lambda: self.on, "stream": self.onto, "empty_cache": lambda: None,
+            "CUDAGraph": lambda: SimpleNamespace(replay=self.replay, pool=self.pool), "graph": self.record, "graph_pool_handle": object,
+            "current_device": lambda: 0, "default_generators": [self.draws],
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda _, pool: self.underway.remove(pool))
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda _, pool: self.pools.remove(pool))
 
     @contextmanager
-    def record(self, _graph: Any, **_: Any) -> Iterator[None]:
+    def onto(self, stream: Any) -> Iterator[None]:
+        before, self.on = self.on, stream
+        try:
+            yield
+        finally:
+            self.on = before
+
+    def pool(self) -> None:
+        if self.underway:
+            raise RuntimeError("not recorded")
+
+    @contextmanager
+    def record(self, _graph: Any, pool: Any, stream: Any, **_: Any) -> Iterator[None]:
+        before, self.on = self.on, stream
         places = [(each, each.grad, each.grad.clone()) for each in self.recorded._parameters if each.grad is not None]
+        self.underway.append(pool)
+        self.pools.append(pool)
+        self.generator = "recording"
         yield
         self.recordings += 1
         for parameter, place, value in places:
             assert parameter.grad is place, "a gradient has moved"
             place.copy_(value)
-        if self.error:
+        if self.error:  # which leaves all as it is
             at_the_end = RuntimeError("the capture is not valid")
             at_the_end.__context__ = self.error
             raise at_the_end
+        self.underway.remove(pool)
+        self.generator, self.on = "clean", before
         self.recorded._loss.fill_(float("nan"))
 
     def replay(self) -> None:
         self.replays += 1
         self.recorded._loss.copy_(self.recorded._step(self.recorded._inputs, self.recorded._count))
+
+
+def stream() -> Any:
+    return SimpleNamespace(wait_stream=lambda other: None)
 
 
 @pytest.fixture
@@ -93,6 +122,27 @@ def test_what_cannot_be_recorded_goes_on_as_it_is(graphs: Graphs, caplog: pytest
         torch.testing.assert_close(weight.grad, torch.full((3,), 2.0))
     assert graphs.recordings == 1
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "it waits for the device" in caplog.text
+
+
+def test_a_recording_that_fails_leaves_nothing_behind(graphs: Graphs) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    passes, ours, graphs.error = recorded(graphs, weight), graphs.on, ValueError("it waits for the device")
+    for _ in range(2):
+        weight.grad = None
+        passes({"x": torch.ones(3)}, torch.tensor(1.0))
+    assert graphs.recordings == 1
+    assert graphs.on is ours
+    assert (graphs.underway, graphs.pools, graphs.generator) == ([], [], "clean")
+
+
+def test_ctrl_c_while_recording_is_not_taken_for_what_cannot_be_recorded(graphs: Graphs) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    passes, graphs.error = recorded(graphs, weight), KeyboardInterrupt()
+    passes({"x": torch.ones(3)}, torch.tensor(1.0))
+    weight.grad = None
+    with pytest.raises(KeyboardInterrupt):
+        passes({"x": torch.ones(3)}, torch.tensor(1.0))
 
 
 def test_memory_that_runs_out_while_recording_is_told_as_anywhere(graphs: Graphs) -> None:
