@@ -43,6 +43,7 @@ DISPENSABLE = {  # what is left out from the first refusal on, and what is lost 
     "n": "nothing is lost",
 }
 UNCOUNTED = "the server does not tell how many tokens the answer has (no usage, no log-probabilities)"
+NO_TOKEN = "the server ended the answer before its first token"
 NO_NUMBER = "not JSON compliant"  # Python's word, and so that of vLLM's server, for a NaN among the log-probabilities
 DECISIVE = ("temperature", "top_p", "response_format", "stop")
 REFUSAL = re.compile(
@@ -169,7 +170,8 @@ class OpenAIEngine:
             found = self._read(request, response)
             if found is None:
                 return _Fault(f"an answer that is not of the protocol: {server.told(response)}")
-            return None if found.error == UNCOUNTED and "logprobs" not in {*body, *self._refused} else found
+            uncounted = found.error == UNCOUNTED and not self._counts  # from now on log-probabilities are asked for, which can be counted
+            return None if uncounted and "logprobs" not in {*body, *self._refused} else found
         if self._adapts(server, body, response):
             return None
         self._check(server, response)
@@ -250,6 +252,8 @@ class OpenAIEngine:
             thoughts = message.get("reasoning_content") or message.get("reasoning")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             return None
+        if counted == 0 and (text or thoughts):  # no count
+            counted = None
         self._counts = self._counts and isinstance(counted, int)
         num_tokens = counted if isinstance(counted, int) else len(logprobs)
         error = None
@@ -258,7 +262,7 @@ class OpenAIEngine:
         elif reason not in REASONS:
             error = f"the server ended the answer with {reason!r}"
         elif not num_tokens:
-            error = UNCOUNTED
+            error = UNCOUNTED if counted is None else NO_TOKEN
         elif not all(math.isfinite(each) for each in logprobs):
             error = f"{NOT_FINITE} for one of its tokens, by the server's log-probabilities"
         if error:

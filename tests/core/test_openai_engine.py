@@ -74,6 +74,19 @@ def test_a_server_that_does_not_count_is_asked_for_log_probabilities_to_count_by
     assert [body.get("logprobs", False) for body in server.asked] == [False, True, True, True]  # once in vain, then no more
 
 
+def test_an_answer_without_a_token_fails_and_is_not_asked_for_again_and_again(server: Server) -> None:
+    server.reply = lambda body: answer("", usage={"completion_tokens": 0}, logprobs=None) if len(server.asked) < 4 else fault(404)
+    found = list(engine(server, concurrency=1).generate(replace(request(key), logprob=False) for key in "ab"))
+    assert [each.error for each in found] == ["the server ended the answer before its first token"] * 2
+    assert [body.get("logprobs", False) for body in server.asked] == [False, False]
+
+
+def test_a_server_that_counts_no_token_of_what_it_said_does_not_count(server: Server) -> None:
+    server.reply = lambda body: answer("x", usage={"completion_tokens": 0}, **({} if body.get("logprobs") else {"logprobs": None}))
+    (found,) = engine(server).generate([replace(request("hi"), logprob=False)])
+    assert (found.text, found.num_tokens, found.error) == ("x", 3, None)
+
+
 def test_a_server_that_neither_counts_nor_tells_fails_row_by_row(server: Server) -> None:
     server.reply = lambda body: fault(400, "logprobs is not supported") if "logprobs" in body else answer("x", usage=None, logprobs=None)
     (found,) = engine(server).generate([replace(request("hi"), logprob=False)])
