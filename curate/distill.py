@@ -15,7 +15,8 @@ import polars as pl
 from ..core.chat import Chat, load_chat
 from ..core.config import to_mapping
 from ..core.engines.base import NOT_FINITE, Completion, Engine, Request, Sampling
-from ..core.engines.registry import choose, open_engine
+from ..core.engines.loading import choose
+from ..core.engines.registry import open_engine
 from ..core.engines.tuning import tuned
 from ..core.errors import TooManyFailures, UserError
 from ..core.example import Decision, Sample
@@ -204,7 +205,8 @@ class Distillation:
     _deadline: float | None = None  # by time.monotonic, after which nothing more is asked
     _began: float = 0.0  # by time.monotonic, less the pauses
     _enough: bool = False  # nothing more is asked
-    _checked: set[str] = field(default_factory=set)  # keys whose log-probabilities are asked for, to see that they are numbers
+    _checked: set[str] = field(default_factory=set)  # keys, PROBE at most, whose log-probabilities show whether they are numbers
+    _broken: int = 0  # of their answers: had none that was finite
     _opened: dict[tuple[int, ...], bool] = field(default_factory=dict)  # by the last tokens of a prompt: whether a thought is open there
 
     def missing(self) -> list[Wanted]:
@@ -271,9 +273,10 @@ class Distillation:
         sampling_key = self.store.remember(config.teacher, settings)
         self._spent, self._read = self.store.tokens()
         waiting = deque(missing)
-        self._checked = {each.key for each in list({each.row[0]: each for each in reversed(missing)}.values())[-PROBE:]}
+        first = self._to_check(missing)
         watching = label == "distill" and config.stop_below is None
-        checking, broken, seen = set(self._checked), 0, Probe(config)
+        checking, seen = {each.key for each in first}, Probe(config)
+        self._checked |= checking
         total = len(self.wanted) if label == "distill" else len(missing)
         start = time.monotonic()
         if config.budget_hours is not None and self._deadline is None:
@@ -303,23 +306,33 @@ class Distillation:
                         if completion.key in checking:
                             checking.discard(completion.key)
                             if completion.finish_reason == "error":
-                                broken += (completion.error or "").startswith(NOT_FINITE)
+                                self._broken += (completion.error or "").startswith(NOT_FINITE)
                             elif watching:
                                 seen.add(message_text(wanted.prompt.messages[-1]), sample.text, sample.finish_reason)
                             if not checking:
-                                self._look_at_first(seen, broken)
+                                self._look_at_first(seen)
                     for key, wanted in self._asked.items():
                         writer.put_failure(key, *wanted.row, "the engine gave no answer")
                     self._asked.clear()
         self._before = time.monotonic() - self._began
         return progress.done - began, progress.tokens, time.monotonic() - start
 
-    def _look_at_first(self, seen: Probe, broken: int) -> None:
+    def _to_check(self, missing: Sequence[Wanted]) -> list[Wanted]:
+        """Return the first sample of each of the first prompts, 50 in all calls, but for those that failed by their numbers before.
+
+        Asked again, these few say nothing of the model, which may have answered all others.
+        """
+        errors = self.store.failures()
+        broken = set(errors.filter(pl.col("error").str.starts_with(NOT_FINITE))["key"])
+        first = self.first_of_each([each for each in missing if each.key not in broken], len(missing))
+        return first[: PROBE - len(self._checked)]
+
+    def _look_at_first(self, seen: Probe) -> None:
         """Tell what the first answers show. Raises UserError where most have no finite probability: the rest would be no better."""
-        if broken >= FEWEST and 2 * broken > len(self._checked):
+        if self._broken >= FEWEST and 2 * self._broken > len(self._checked):
             raise UserError(
-                f"{self.teacher.config.teacher}: {NOT_FINITE} for tokens of {broken} of the first {len(self._checked)} answers: its weights"
-                " are damaged, or its numbers too large for the format it runs in (dtype). What finished is kept"
+                f"{self.teacher.config.teacher}: {NOT_FINITE} for tokens of {self._broken} of the first {len(self._checked)} answers: its"
+                " weights are damaged, or its numbers too large for the format it runs in (dtype). What finished is kept"
             )
         if seen.answers >= FEWEST:
             seen.warn()

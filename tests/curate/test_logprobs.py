@@ -116,6 +116,25 @@ def test_a_model_without_finite_probabilities_is_noticed_before_the_rest_is_aske
     assert set(stored(tmp_path / "run")["text"]) <= {f"answer {number}" for number in range(60)}
 
 
+def test_the_few_that_failed_so_before_say_nothing_of_the_model_when_they_are_asked_again(
+    tmp_path: Path, prompts: Path, server: Served
+) -> None:
+    server.broken = set(range(25))
+    wanted = config(k=8, logprobs=True, max_failed=1.0)
+    before = distill(prompts, tmp_path / "run", wanted)
+    assert sum(before.failed.values()) == 200
+    again = distill(prompts, tmp_path / "run", wanted)  # asks these 200 alone, and all fail once more
+    assert (again.samples, again.failed, again.new_samples) == (before.samples, before.failed, 0)
+    assert len(server.asked) == 480 + 200
+
+
+def test_they_are_asked_of_the_first_answers_of_a_command_and_not_of_each_round(tmp_path: Path, prompts: Path, server: Served) -> None:
+    with distill_module.distillation(prompts, tmp_path / "run", config()) as work:
+        for place in range(0, 120, 20):
+            work.generate(work.missing()[:20], label=f"round {place}")
+    assert [each.logprob for each in server.asked].count(True) == 50
+
+
 def test_single_answers_without_a_finite_probability_fail_where_they_are_asked_for(tmp_path: Path, prompts: Path, server: Served) -> None:
     server.broken = {7, 55}
     with pytest.raises(TooManyFailures, match=rf"4 of 120 samples failed, .* most often with: {NOT_FINITE}"):
