@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .engines.base import ChoiceRequest, Engine, Request, Sampling, choice_logprobs
-from .engines.registry import choose
+from .engines.loading import choose
 from .errors import UserError
 from .example import Message
 from .named_models import NamedModel

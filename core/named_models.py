@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from .chat import Chat, load_chat
 from .engines.base import Engine, EngineConfig
-from .engines.registry import choose, open_engine
+from .engines.loading import choose
+from .engines.registry import open_engine
 from .errors import UserError
 from .models import ModelRef, context_length, final_facts, load_settings, model_identity, resolve_model
 

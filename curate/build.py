@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 
-from ..core.engines.registry import choose
+from ..core.engines.loading import choose
 from ..core.errors import UserError
 from ..core.models import resolve_model
 from ..core.progress import timed

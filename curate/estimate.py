@@ -12,7 +12,7 @@ from pathlib import Path
 import polars as pl
 
 from ..core.engines.base import Completion, EngineConfig, Request
-from ..core.engines.registry import choose
+from ..core.engines.loading import choose
 from ..core.engines.servers import key_of_servers
 from ..core.engines.tuning import Trial, tune
 from ..core.errors import UserError

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..core.config import load_config
 from ..core.engines.base import Engine, EngineConfig, ScoreRequest
-from ..core.engines.registry import choose
+from ..core.engines.loading import choose
 from ..core.errors import UserError
 from ..core.example import tools_of
 from ..core.likelihood import Reading, read_conversation

@@ -13,7 +13,7 @@ import polars as pl
 
 from ..core.config import to_mapping
 from ..core.engines.base import Engine, Request, Sampling
-from ..core.engines.registry import choose
+from ..core.engines.loading import choose
 from ..core.errors import UserError
 from ..core.example import Example, Message, Sample, Tool, content_id, tools_of
 from ..core.files import write_atomically

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.engines.registry import choose
+from ..core.engines.loading import choose
 from ..core.errors import UserError
 from ..core.files import read_json, write_json
 from ..core.hardware import pick_device

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..core.config import to_mapping
 from ..core.engines.base import EngineConfig
-from ..core.engines.registry import choose
+from ..core.engines.loading import choose
 from ..core.errors import UserError
 from ..core.files import write_atomically
 from ..core.formats import iterate_examples

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import UserError, missing_package
 from .base import EngineConfig
-from .registry import choose
+from .loading import choose
 from .replicas import Opening, Place, Process, Replicas, replica_count
 from .worker import Worker
 

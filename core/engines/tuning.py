@@ -18,7 +18,8 @@ from ..errors import UserError
 from ..files import read_json, write_json
 from ..hardware import pick_device
 from .base import Engine, EngineConfig, Request
-from .registry import choose, open_engine
+from .loading import choose
+from .registry import open_engine
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Any
 from ..cli import start_talking
 from ..errors import UserError
 from .base import Engine, EngineDied, choice_logprobs
-from .registry import start
+from .loading import start
 
 SECONDS_BETWEEN_BEATS = 0.5
 SECONDS_TO_CLOSE = 20.0

@@ -14,7 +14,8 @@ import psutil
 import pytest
 from sftkit.core.engines import replicas
 from sftkit.core.engines.base import ChoiceRequest, Completion, EngineConfig, EngineDied, Request, Sampling, ScoreRequest, choice_logprobs
-from sftkit.core.engines.registry import open_engine, start
+from sftkit.core.engines.loading import start
+from sftkit.core.engines.registry import open_engine
 from sftkit.core.engines.replicas import Replicas
 from sftkit.core.errors import UserError
 

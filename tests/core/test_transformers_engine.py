@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from sftkit.core.engines.base import Completion, EngineConfig, Request, Sampling, ScoreRequest
-from sftkit.core.engines.registry import choose, open_engine
+from sftkit.core.engines.loading import choose
+from sftkit.core.engines.registry import open_engine
 from sftkit.core.engines.stops import StopTexts
 from sftkit.core.engines.transformers_engine import TransformersEngine, sample
 from sftkit.core.errors import UserError

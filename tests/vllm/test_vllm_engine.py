@@ -26,7 +26,8 @@ from sftkit.core.engines.base import (
     ScoreRequest,
     choice_logprobs,
 )
-from sftkit.core.engines.registry import choose, open_engine
+from sftkit.core.engines.loading import choose
+from sftkit.core.engines.registry import open_engine
 from sftkit.core.errors import UserError
 from sftkit.core.models import resolve_model
 

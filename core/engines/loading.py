@@ -1,0 +1,61 @@
+"""Which engine `auto` is, and how one starts in the process that calls."""
+
+import importlib
+import importlib.util
+import logging
+from dataclasses import replace
+
+from ..errors import UserError
+from ..hardware import visible_gpus
+from .base import Engine, EngineConfig
+
+log = logging.getLogger(__name__)
+
+LESS = 0.85  # of the memory that an engine could not start with
+OUT_OF_MEMORY = ("out of memory", "free memory")
+NO_REASON = "engine core initialization failed"  # vLLM's, whose process gives its reason in its messages alone
+
+
+def choose(config: EngineConfig) -> str:
+    """Return the engine that a config means: auto is openai with a base_url, vllm where it and a GPU are, else transformers."""
+    if config.engine != "auto":
+        return config.engine
+    if config.base_url:
+        return "openai"
+    if importlib.util.find_spec("vllm") is not None:
+        import torch
+
+        if torch.cuda.is_available():
+            return "vllm"
+    return "transformers"
+
+
+def start(module: str, model: str, config: EngineConfig, *, revision: str | None = None) -> Engine:
+    """Open a model with an engine's module. One that runs out of the card's memory at its start is tried once more with less of it."""
+    opener = importlib.import_module(module)
+    engine: Engine
+    try:
+        engine = opener.open(model, config, revision=revision)
+    except UserError as error:
+        if not _lacked_memory(error):
+            raise
+        less = replace(config, gpu_memory_utilization=round(LESS * config.gpu_memory_utilization, 2))
+        log.warning(
+            "%s; memory may be the reason: trying once more, with %.2f of the card's instead of %.2f (gpu_memory_utilization)",
+            error, less.gpu_memory_utilization, config.gpu_memory_utilization,
+        )  # fmt: skip
+    else:
+        return engine
+    engine = opener.open(model, less, revision=revision)
+    return engine
+
+
+def _lacked_memory(error: UserError) -> bool:
+    """Say whether an engine may have stopped at its start for want of the card's memory."""
+    cause = error.__cause__
+    while cause is not None:
+        text = str(cause).lower()
+        if any(each in text for each in OUT_OF_MEMORY) or (NO_REASON in text and visible_gpus()):
+            return True
+        cause = cause.__cause__
+    return False
