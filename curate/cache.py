@@ -22,11 +22,19 @@ class Explanation:
     samples: int
     differs: dict[str, tuple[Any, Any]]  # field: (stored, asked)
 
+    @property
+    def asked_again(self) -> bool:
+        """Say whether these are what `retry_truncated` asks for: twice the tokens, and else the same."""
+        stored, asked = self.differs.get("max_new_tokens", (None, None))
+        return self.differs.keys() == {"max_new_tokens"} and stored == 2 * asked
+
     def summary(self) -> str:
         """Write it for people, a line for each field that differs."""
         head = f"{self.samples:,} samples of {self.model} (settings {self.sampling_key}): "
         if not self.differs:
             return head + "nothing differs, they would be used"
+        if self.asked_again:
+            return head + "asked once more for answers that were cut, and used in their place"
         lines = [f"  {field}: stored {stored!r}, asked {asked!r}" for field, (stored, asked) in self.differs.items()]
         return "\n".join([head + "none would be used, they differ in", *lines])
 

@@ -36,21 +36,21 @@ class _Talk:
 
 def converse(
     work: Distillation, stage: str, seeds: Sequence[Example], config: GrowConfig
-) -> tuple[list[dict[str, Any]], list[Decision], int, Counter[str]]:
-    """Return the rows of conversations that end with a user's turn, a decision on each seed, the tokens, and the errors.
+) -> tuple[list[dict[str, Any]], list[Decision], int, int, Counter[str]]:
+    """Return the rows of conversations that end with a user's turn, a decision on each seed, the requests, their tokens, and the errors.
 
     A conversation is left out as soon as a turn is cut (`truncated`), has no words (`empty`), does not fit the context with an
     answer (`prompt_too_long`) or gets no answer (failed). The user's turns are asked for in words, with the whole conversation:
     that works with a server too. A seed's own answers stay; it is answered where it ends with the user.
     """
     talks = [_Talk(each, list(each.messages)) for each in seeds]
-    tokens = 0
+    asked = tokens = 0
     for number in range(config.rounds or ROUNDS):
         for role in ("assistant", "user"):
             going = [each for each in talks if not each.rule and each.messages[-1]["role"] != role]
             asks = {index: _ask(each, role, number) for index, each in enumerate(going)}
-            texts, used = _answers(work, going, asks, f"turn {number + 1}, {role}", number if role == "user" else 0)
-            tokens += used
+            texts, requests, used = _answers(work, going, asks, f"turn {number + 1}, {role}", number if role == "user" else 0)
+            asked, tokens = asked + requests, tokens + used
             for index, each in enumerate(going):
                 rule, text = texts[index]
                 if role == "user":
@@ -75,7 +75,7 @@ def converse(
             meta = {**talk.seed.meta, "parents": [talk.seed.id], "method": "converse"}
             source = f"{config.teacher}:converse"
             rows.append({"id": content_id(talk.messages), "messages": talk.messages, "source": source, "meta": meta})
-    return rows, decisions, tokens, +errors
+    return rows, decisions, asked, tokens, +errors
 
 
 def _ask(talk: _Talk, role: str, number: int) -> list[Message]:
@@ -93,8 +93,8 @@ def _ask(talk: _Talk, role: str, number: int) -> list[Message]:
 
 def _answers(
     work: Distillation, talks: Sequence[_Talk], asks: dict[int, list[Message]], label: str, index: int
-) -> tuple[dict[int, tuple[str, str]], int]:
-    """Return (rule, text) for each ask, the rule empty for a sound answer, and the tokens of them all."""
+) -> tuple[dict[int, tuple[str, str]], int, int]:
+    """Return (rule, text) for each ask, the rule empty for a sound answer, and of all the requests and the tokens."""
     teacher = work.teacher
     wanted, found = {}, {}
     for place, messages in asks.items():
@@ -116,4 +116,4 @@ def _answers(
             found[place] = ("truncated" if row["finish_reason"] == "length" else "", row["text"])
         else:
             found[place] = (f"error: {errors[each.key]}" if each.key in errors else "budget", "")
-    return found, sum(row["num_tokens"] for row in answers.values())
+    return found, sum(each.key in answers or each.key in errors for each in work.wanted), sum(row["num_tokens"] for row in answers.values())

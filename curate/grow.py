@@ -128,7 +128,8 @@ def grow(source: str | Path | None, out: Path, config: GrowConfig) -> GrowResult
         with SampleStore(run.room("curate") / "samples.sqlite") as store:
             work = Distillation(run, teacher, store, [])
             rounds, tokens, failed = _rounds(work, method, seeds, growth)
-        return _finish(run, config, growth.rows, growth.decisions, rounds, tokens, failed)
+        asked = len({each.example_id for each in growth.decisions})
+        return _finish(run, config, growth.rows, growth.decisions, asked, rounds, tokens, failed)
 
 
 def _converse(source: str | Path | None, out: Path, config: GrowConfig) -> GrowResult:
@@ -141,8 +142,8 @@ def _converse(source: str | Path | None, out: Path, config: GrowConfig) -> GrowR
         marks = {"teacher_identity": teacher.identity, "seeds_id": content_id([{"seeds": [each.id for each in seeds]}])}
         _configure(run, {"seeds": str(source), **to_mapping(config), **marks})
         with SampleStore(run.room("curate") / "samples.sqlite") as store:
-            rows, decisions, tokens, failed = converse(Distillation(run, teacher, store, []), STAGE, seeds, config)
-        return _finish(run, config, rows, decisions, config.rounds or ROUNDS, tokens, failed)
+            rows, decisions, asked, tokens, failed = converse(Distillation(run, teacher, store, []), STAGE, seeds, config)
+        return _finish(run, config, rows, decisions, asked, config.rounds or ROUNDS, tokens, failed)
 
 
 def _configure(run: Run, settings: dict[str, Any]) -> None:
@@ -154,10 +155,16 @@ def _has_user(example: Example) -> bool:
 
 
 def _finish(
-    run: Run, config: GrowConfig, rows: list[dict[str, Any]], decisions: list[Decision], rounds: int, tokens: int, failed: Counter[str]
+    run: Run,
+    config: GrowConfig,
+    rows: list[dict[str, Any]],
+    decisions: list[Decision],
+    asked: int,
+    rounds: int,
+    tokens: int,
+    failed: Counter[str],
 ) -> GrowResult:
     """Record what was decided and write the prompts. Raises TooManyFailures afterwards."""
-    asked = len({each.example_id for each in decisions})
     run.ledger.record(STAGE, [(each.example_id, each.sample_index) for each in decisions], decisions)
     path = run.room("curate") / "prompts.jsonl"
     with write_atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:

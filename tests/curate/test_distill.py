@@ -433,6 +433,8 @@ def test_cut_answers_are_asked_once_more_and_go_on_where_they_were_cut(tmp_path:
     asked = len(between.asked)
     third = distill(path, run, settings(k=2, max_new_tokens=6, retry_truncated=True))
     assert (third.new_samples, len(between.asked)) == (0, asked)
+    told = sorted(each.summary().partition("): ")[2] for each in explain(run, {}))
+    assert told == ["asked once more for answers that were cut, and used in their place", "nothing differs, they would be used"]
     assert ledger(run, "distill")["action"].to_list() == ["kept"] * 24
 
 

@@ -232,7 +232,7 @@ def test_a_conversation_goes_on_in_both_roles(tmp_path: Path, seeds: Path, monke
         "empty",
     )
     asked = len(teacher.asked)
-    assert asked == 3 + 3 + 2 + 2
+    assert asked == 3 + 3 + 2 + 2 == result.asked
     grow(seeds, tmp_path / "run", wanted)
     assert len(teacher.asked) == asked  # all of it was stored
     follow_ups = [each for each in teacher.asked if each.startswith("Here is a conversation")]
