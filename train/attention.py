@@ -74,11 +74,17 @@ def packed_attention(
             return row_attention.attend_rows(query, key, value, cu_seq_lens_q, scale, window or 0), None
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
         return _varlen(q, k, v, cu_seq_lens_q, longest, scaling, window)[None], None
-    bounds = [0, total] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
-    rows = [
-        _one_row(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, sliding_window, softcap) for a, b in pairwise(bounds) if b > a
-    ]
-    return torch.cat(rows, dim=2).transpose(1, 2), None
+    return _row_by_row(query, key, value, cu_seq_lens_q, scaling, sliding_window, softcap), None
+
+
+@torch.compiler.disable  # code would be compiled for the rows' own lengths, eight times for nothing
+def _row_by_row(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor | None, scaling: float | None, window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:  # fmt: skip
+    places = [0, query.shape[2]] if bounds is None else bounds.tolist()
+    rows = [_one_row(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling, window, softcap) for a, b in pairwise(places) if b > a]
+    return torch.cat(rows, dim=2).transpose(1, 2)
 
 
 def _has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:

@@ -332,6 +332,7 @@ def make_trainer(
         fuse_adapters(trainer.model)
     learn_from_packs(base, kind.losses)
     if compiled:
+        torch.compiler.reset()  # what was compiled before, for other shapes: after eight forms of a piece of code no more are made
         compile_layers(base)
     # not where the host has a say: activations computed twice ask for random numbers' state, float16 looks at gradients, processes meet,
     # and pairs have no shape of their own

@@ -9,12 +9,13 @@ import torch
 from datasets import Dataset
 from sftkit.core.chat import load_chat
 from sftkit.core.models import load_model, resolve_model
-from sftkit.train.attention import use_own_attention, use_packed_attention
+from sftkit.train.attention import packed_attention, use_own_attention, use_packed_attention
 from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row
 from sftkit.train.head import LinearCrossEntropy, _losses, _losses_in_place, loss_sum, piece_rows
 from sftkit.train.packing import Packs
 from sftkit.train.trainer import Watch, compile_layers, keeps_rows_apart, make_trainer
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
@@ -231,6 +232,44 @@ def test_layers_and_the_norm_after_them_are_compiled_whatever_they_are_called(ki
     model = AutoModelForCausalLM.from_config(config)
     compile_layers(model)
     assert [name for name, module in model.named_modules() if module._compiled_call_impl is not None] == names
+
+
+def test_every_run_of_a_process_is_compiled_for_its_own_shape(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch keeps eight forms of a piece of code, one here, and compiles no more after that: a sweep of runs went on without."""
+    counter = CompileCounter()
+
+    def compiled(model: torch.nn.Module) -> None:
+        for layer in model.model.layers:
+            layer.compile(dynamic=False, backend=counter)
+
+    monkeypatch.setattr("sftkit.train.trainer.compile_layers", compiled)
+    ref, found = resolve_model(tiny_model), []
+    chat = load_chat(ref)
+    for tokens in (256, 512):
+        config = TrainConfig(batch_size=16, compile=True)
+        with closing(Watch(tmp_path / str(tokens) / "metrics.jsonl", chat, save_minutes=60)) as watch:
+            trainer = make_trainer(
+                load_model(ref), chat, ROWS[:16], [], config, checkpoints=tmp_path / "a" / "b" / "c", device="cpu", half=None,
+                batch_tokens=tokens, watch=watch,
+            )  # fmt: skip
+            before = counter.frame_count
+            with torch._dynamo.config.patch(recompile_limit=1):
+                trainer.train()
+        found.append(counter.frame_count - before)
+    assert found == [2, 2]  # before attention and after it, which goes row by row here
+
+
+def test_nothing_is_compiled_for_the_lengths_of_rows() -> None:
+    counter = CompileCounter()
+
+    def layer(query: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+        return packed_attention(None, query * 2, query, query, cu_seq_lens_q=bounds)[0] * 3
+
+    compiled, query = torch.compile(layer, backend=counter, dynamic=False), torch.randn(1, 2, 12, 4)
+    for places in ([0, 5, 12], [0, 3, 12], [0, 7, 12]):
+        bounds = torch.tensor(places)
+        torch.testing.assert_close(compiled(query, bounds), layer(query, bounds))
+        assert counter.frame_count == 2
 
 
 def test_alone_each_row_is_a_pack_of_the_same_updates() -> None:
