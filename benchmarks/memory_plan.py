@@ -28,10 +28,11 @@ import numpy as np
 import torch
 from sftkit.core.chat import Chat
 from sftkit.core.models import resolve_model
+from sftkit.train.adapters import adapter_config
 from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row
+from sftkit.train.local import load_start
 from sftkit.train.memory import Load, predict
-from sftkit.train.sft import adapter_config, load_start
 from sftkit.train.trainer import Watch, make_trainer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config

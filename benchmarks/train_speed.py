@@ -39,12 +39,12 @@ from sftkit.core.hardware import measured_peak
 from sftkit.core.models import resolve_model
 from sftkit.train import attention, head, stream
 from sftkit.train.account import prepare
-from sftkit.train.adapters import part_adapters
+from sftkit.train.adapters import adapter_config, part_adapters
 from sftkit.train.attention import packed_attention
 from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row
-from sftkit.train.sft import adapter_config
-from sftkit.train.trainer import Watch, make_trainer, token_flops
+from sftkit.train.memory import token_flops
+from sftkit.train.trainer import Watch, make_trainer
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, TrainerCallback

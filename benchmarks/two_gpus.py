@@ -95,8 +95,9 @@ def rows_of(chats: str, chat: Chat) -> list[Row]:
 
 def trained(rows: list[Row], chat: Chat, task: dict[str, Any], parallel: str) -> dict[str, Any]:
     """Train in this process; return rates, peak memory, losses."""
-    from sftkit.train.sft import adapter_config
-    from sftkit.train.trainer import Watch, make_trainer
+    from sftkit.train.adapters import adapter_config
+    from sftkit.train.sharded import sharing
+    from sftkit.train.trainer import Trainer, Watch, make_trainer
 
     gpus, lora, shape = task["gpus"], task["lora"], task["shape"]
     mean = sum(len(row) for row in rows) / len(rows)
@@ -113,7 +114,7 @@ def trained(rows: list[Row], chat: Chat, task: dict[str, Any], parallel: str) ->
         watch, clock = Watch(metrics, chat, save_minutes=1e9), Clock()
         trainer = make_trainer(
             model, chat, chosen, [], config, checkpoints=Path(folder), device=DEVICE, half=half, batch_tokens=task["batch_tokens"],
-            watch=watch, peft_config=adapter_config(config) if lora else None,
+            watch=watch, peft_config=adapter_config(config) if lora else None, kind=sharing(Trainer) if parallel == "fsdp" else Trainer,
         )  # fmt: skip
         trainer.add_callback(clock)
         parts = trainer.packs.parts

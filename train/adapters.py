@@ -9,10 +9,24 @@ over tens of thousands of tokens, are made in pieces, which a GPU's units share.
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
+
+from .config import TrainConfig
 
 SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that read one input, by their names in transformers
 PIECES = 32
+
+
+def adapter_config(config: TrainConfig) -> Any:
+    """Return the adapter that a run trains, as PEFT wants it."""
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
 
 
 class Products(torch.autograd.Function):

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from . import head
-from .adapters import fuse_adapters
+from .adapters import adapter_config, fuse_adapters
 from .config import TrainConfig
 
 REPLAYED = (2, 4)  # layers in the two replays that the whole depth follows from
@@ -233,8 +233,6 @@ def bare_model(settings: Any, load: Load) -> Any:
     if load.adapter:
         from peft import get_peft_model
 
-        from .sft import adapter_config
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             adapted = get_peft_model(model, adapter_config(TrainConfig(lora_rank=load.rank)))
@@ -394,3 +392,16 @@ def _batch(load: Load) -> dict[str, Any]:
         "input_ids": places, "position_ids": places, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": load.tokens,
         "max_length_k": load.tokens, "score_at": scored, "targets": scored, "static": load.compiled, "alone": False,
     }  # fmt: skip
+
+
+def token_flops(model: Any, mean_length: float) -> float:
+    """Return the operations that training takes for a token: 6 for each weight of a matrix product, 4 for a frozen one, and attention.
+
+    Kaplan et al. 2020, arXiv 2001.08361, section 2.1; attention over half of a row on average, 12 · layers · width · length / 2.
+    """
+    config = model.config.get_text_config()
+    embedding = model.get_input_embeddings().weight
+    tied = getattr(config, "tie_word_embeddings", False)
+    weights = [each for each in model.parameters() if each.dim() > 1 and (tied or each is not embedding)]
+    products = sum(each.numel() * (6 if each.requires_grad else 4) for each in weights)
+    return products + 6 * config.num_hidden_layers * config.hidden_size * mean_length

@@ -16,7 +16,7 @@ from ..core.models import context_length, load_settings, resolve_model
 from ..core.progress import duration
 from .config import TrainConfig
 from .data import DataReport
-from .memory import Load, Memory, bare_model, gathered, predict
+from .memory import Load, Memory, bare_model, gathered, predict, token_flops
 from .prepared import load_rows
 
 log = logging.getLogger(__name__)
@@ -224,8 +224,6 @@ def _option(
     settings: Any, report: DataReport, config: TrainConfig, card: Card, tokens: int, dtype: str, known: dict[Load, Memory]
 ) -> Option:
     import torch
-
-    from .trainer import token_flops
 
     half = torch.bfloat16 if card.bfloat16 else torch.float16
     weights = getattr(torch, dtype) if card.bfloat16 or not config.adapter else half

@@ -16,11 +16,11 @@ from trl.trainer.utils import disable_dropout_in_model
 from ..core.errors import UserError
 from ..core.files import write_atomically
 from .checkpoints import last_checkpoint
+from .collective import over_processes
 from .config import PreferenceConfig, TrainConfig
 from .data import Row
 from .head import log_likelihoods, scored_states, weighted_loss
 from .packing import Packs, collate
-from .processes import over_processes
 from .trainer import Trainer
 
 REFERENCE = "reference.npz"  # among the checkpoints: a run that goes on has no untrained model to ask

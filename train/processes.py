@@ -16,8 +16,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,8 @@ from ..core.chat import load_chat
 from ..core.errors import Diverged, UserError
 from ..core.files import read_json, write_json
 from ..core.models import ModelRef
+from .adapters import adapter_config
+from .collective import PATIENCE, over_processes
 from .config import TrainConfig
 from .data import TrainingData
 from .rendering import end_with_parent
@@ -32,7 +32,6 @@ from .rendering import end_with_parent
 log = logging.getLogger(__name__)
 
 JOB, STATUS, TRAINED = "job.pickle", "status.json", "trained.pt"
-PATIENCE = timedelta(hours=1)  # with which the processes wait for one that writes a checkpoint, or answers prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,36 +115,16 @@ def wait_for_last(room: Path) -> None:
 
 def with_weights(job: Job, weights: dict[str, Any]) -> Any:
     """Return the start model with the trained weights in it."""
-    from .sft import load_start
+    from .local import load_start
 
     model, _ = load_start(job.start, job.config, job.own, job.device)
     if job.config.adapter:
         from peft import get_peft_model
 
-        from .sft import adapter_config
-
         model = get_peft_model(model, adapter_config(job.config))
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     assert not unknown, unknown
     return model if job.config.qlora else model.to(job.device)
-
-
-def over_processes(*numbers: float) -> tuple[float, ...]:
-    """Return the sum of each number over all processes. The machines' processors do it: no GPU is waited for."""
-    import torch
-
-    if not torch.distributed.is_initialized():
-        return numbers
-    total = torch.tensor(numbers, dtype=torch.float64)
-    torch.distributed.all_reduce(total, group=_processors())
-    return tuple(total.tolist())
-
-
-@cache
-def _processors() -> Any:
-    import torch
-
-    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def start(count: int, folders: Sequence[Path]) -> None:
@@ -194,7 +173,7 @@ def _do(job: Job, folder: Path) -> None:
     """Do one process's part of a job; the first of them writes how it ended."""
     import torch
 
-    from .sft import run_trainer
+    from .local import run_trainer
     from .sharded import whole_weights
     from .trainer import unwrapped
 

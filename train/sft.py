@@ -4,7 +4,6 @@ import gc
 import importlib.util
 import logging
 import math
-import os
 import shutil
 import signal
 import threading
@@ -19,12 +18,11 @@ from ..core.chat import Chat, load_chat
 from ..core.config import to_mapping
 from ..core.errors import UserError, missing_package
 from ..core.files import read_json, read_json_lines, write_atomically, write_json
-from ..core.hardware import half_precision, measured_peak, pick_device
+from ..core.hardware import half_precision, pick_device
 from ..core.models import ModelRef, context_length, load_model, load_settings, model_identity, resolve_model
 from ..core.progress import duration
 from ..core.run import Run, is_done, mark_done
 from .card import write_card
-from .checkpoints import clear_after, last_checkpoint
 from .config import PreferenceConfig, TrainConfig
 from .data import DataReport, TrainingData, fingerprint
 from .disk import room_on_disk
@@ -282,7 +280,9 @@ def _choose(settings: Any, report: DataReport, config: TrainConfig, device: str,
     usual = Choice(batch_tokens=config.batch_tokens or most, checkpointing=bool(config.gradient_checkpointing), parallel=ways(config)[0])
     if card is None:
         return usual
-    weights, half = _formats(config, own, device)
+    from .local import formats
+
+    weights, half = formats(config, own, device)
     try:
         choice = choose(settings, report, config, card, dtype=weights, half=half, most=most)
     except (
@@ -325,6 +325,7 @@ def _trained(
     deadline: float | None,
 ) -> tuple[Any, bool]:  # fmt: skip
     """Train, here or on several processes; return the trained model as it was loaded, and whether it was asked to stop after that."""
+    from .local import run_trainer
     from .processes import Job, train_on_processes
     from .trainer import unwrapped
 
@@ -335,102 +336,12 @@ def _trained(
     return train_on_processes(job), False
 
 
-def load_start(start: ModelRef, config: TrainConfig, own: Any, device: str) -> tuple[Any, Any]:
-    """Return the model that training begins with, and the 16-bit format that its forward pass computes in (None: its weights')."""
-    weights, half = _formats(config, own, device)
-    return (_load_quantised(start, half, device) if config.qlora else load_model(start, dtype=str(weights).removeprefix("torch."))), half
-
-
-def run_trainer(
-    room: Path, start: ModelRef, chat: Chat, data: TrainingData, config: TrainConfig, device: str, own: Any, tokens: int,
-    deadline: float | None,
-) -> Any:  # fmt: skip
-    """Train in this process, from the last checkpoint if there is one; return the trainer."""
-    from .preference import PreferenceTrainer
-    from .processes import over_processes
-    from .sampling import Sampler
-    from .trainer import Trainer, Watch, make_trainer
-
-    model, half = load_start(start, config, own, device)
-    watch = Watch(room / "metrics.jsonl", chat, save_minutes=config.save_minutes, peak=measured_peak(device), deadline=deadline)
-    told = os.environ.get("TENSORBOARD_LOGGING_DIR")
-    os.environ["TENSORBOARD_LOGGING_DIR"] = told or str(room / "tensorboard")  # where transformers looks, once
-    trainer = make_trainer(
-        model, chat, data.train, data.validation, config, checkpoints=room / "checkpoints", device=device, half=half,
-        batch_tokens=tokens, watch=watch, peft_config=adapter_config(config) if config.adapter else None,
-        kind=PreferenceTrainer if isinstance(config, PreferenceConfig) else Trainer,
-    )  # fmt: skip
-    if not told:
-        del os.environ["TENSORBOARD_LOGGING_DIR"]
-    watch.rows_of = lambda step: [data.train[row].source for row in trainer.update(step - 1)]
-    if config.samples and data.validation:
-        trainer.add_callback(Sampler(room / "samples.jsonl", chat, data.validation, config.samples))
-    checkpoint = last_checkpoint(room / "checkpoints")
-    if checkpoint:
-        log.info("going on from step %s", checkpoint.name.rpartition("-")[2])
-    over_processes(0)  # all have looked
-    if trainer.args.process_index == 0:
-        clear_after(room / "checkpoints", checkpoint)
-    try:
-        with room_on_disk(room / "checkpoints"):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        watch.close()
-    if watch.late and trainer.state.global_step < trainer.state.max_steps:
-        raise KeyboardInterrupt(
-            f"The {config.max_hours:g} hours of max_hours are over at step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; a"
-            " checkpoint is saved: the same command goes on from here."
-        )
-    stands = is_done(room / "checkpoints" / f"checkpoint-{trainer.state.global_step}")
-    stopped, stands = map(bool, over_processes(watch.stopped, stands))
-    if stopped and stands:
-        raise KeyboardInterrupt
-    trainer.asked_to_stop = stopped  # after the last step, which is in no checkpoint: the model is saved first
-    return trainer
-
-
 def _start(ref: ModelRef, chat: Chat, config: TrainConfig, folder: Path) -> ModelRef:
     """Return the changed start model, made once."""
     if not is_done(folder):
         make_start(load_model(ref), chat, str(config.init), folder)
         mark_done(folder)
     return resolve_model(folder)
-
-
-def _formats(config: TrainConfig, own: Any, device: str) -> tuple[Any, Any]:
-    """Return the number format of the weights, and the 16-bit one that the forward pass computes in (None: that of the weights).
-
-    Weights that are trained are float32 unless bfloat16 is asked for: steps of a small learning rate are lost in 8 bits of mantissa.
-    """
-    import torch
-
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype), None
-    return own if config.adapter else torch.float32, half_precision(device)
-
-
-def _load_quantised(ref: ModelRef, half: Any, device: str) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    name, arguments = ref.pretrained()
-    kind = half or torch.float32
-    packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind)
-    place = {"": "cpu" if device == "cpu" else torch.cuda.current_device()}
-    return AutoModelForCausalLM.from_pretrained(name, quantization_config=packed, device_map=place, dtype=kind, **arguments)
-
-
-def adapter_config(config: TrainConfig) -> Any:
-    """Return the adapter that a run trains, as PEFT wants it."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
 
 
 def _results(metrics: Path, data: TrainingData) -> dict[str, Any]:

@@ -112,3 +112,8 @@ def sharded_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
             if isinstance(weight, DTensor) and isinstance(each, torch.Tensor) and each.shape == weight.shape:
                 values[name] = distribute_tensor(each, weight.device_mesh, weight.placements, src_data_rank=None)
     return state
+
+
+def sharing(kind: type[Trainer]) -> type[Trainer]:
+    """Return the trainer of a kind whose processes share the weights."""
+    return ShardedTrainer if kind is Trainer else type(kind.__name__, (ShardedTrainer, kind), {})

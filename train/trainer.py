@@ -29,12 +29,12 @@ from ..core.progress import Progress
 from .adapters import fuse_adapters
 from .attention import attends_packed, use_own_attention, use_packed_attention
 from .checkpoints import mark_whole
+from .collective import over_processes
 from .config import TrainConfig
 from .data import Row
 from .head import loss_sum
-from .memory import decoder_layers
+from .memory import decoder_layers, token_flops
 from .packing import Packs
-from .processes import over_processes
 from .recorded import Recorded
 
 log = logging.getLogger(__name__)
@@ -290,10 +290,6 @@ def make_trainer(
         arguments = arguments_of(config, checkpoints, device, half, packs.parts // workers, steps, bool(validation), **pack)
         _ = arguments.n_gpu  # looks for cards
         arguments._n_gpu = 1  # one process, one card: replicas inside a process would each get a part of a pack
-    if config.gpus > 1 and config.parallel == "fsdp":
-        from .sharded import ShardedTrainer  # which this file's Trainer is the base of
-
-        kind = type(kind.__name__, (ShardedTrainer, kind), {}) if kind is not Trainer else ShardedTrainer
     experts = model.config.get_text_config()
     routed = {name: getattr(experts, name) for name in ("output_router_logits", "router_aux_loss_coef") if hasattr(experts, name)}
     trainer = kind(
@@ -380,19 +376,6 @@ def keeps_rows_apart(model: Any, rows: Sequence[Row], chat: Chat) -> bool:
     log.warning("%s does not keep rows apart that stand end to end (%s): each row is a forward pass of its own, which is slower",
                 type(model).__name__, told)  # fmt: skip
     return False
-
-
-def token_flops(model: Any, mean_length: float) -> float:
-    """Return the operations that training takes for a token: 6 for each weight of a matrix product, 4 for a frozen one, and attention.
-
-    Kaplan et al. 2020, arXiv 2001.08361, section 2.1; attention over half of a row on average, 12 · layers · width · length / 2.
-    """
-    config = model.config.get_text_config()
-    embedding = model.get_input_embeddings().weight
-    tied = getattr(config, "tie_word_embeddings", False)
-    weights = [each for each in model.parameters() if each.dim() > 1 and (tied or each is not embedding)]
-    products = sum(each.numel() * (6 if each.requires_grad else 4) for each in weights)
-    return products + 6 * config.num_hidden_layers * config.hidden_size * mean_length
 
 
 def compile_layers(model: Any) -> None:

@@ -8,7 +8,8 @@ from sftkit.core.chat import load_chat
 from sftkit.core.errors import UserError
 from sftkit.core.models import load_model, resolve_model
 from sftkit.train.config import TrainConfig
-from sftkit.train.sft import load_start, train
+from sftkit.train.local import load_start
+from sftkit.train.sft import train
 
 SETTINGS = {"learning_rate": 1e-2, "epochs": 3.0, "validation": 0.1, "dtype": "float32", "stop_check": 0}
 
@@ -52,8 +53,8 @@ def test_float16_trains_the_adapter_in_float32(tmp_path, tiny_model) -> None:
     pytest.importorskip("bitsandbytes", reason="pip install 'sftkit[quant]'")
     from contextlib import closing
 
+    from sftkit.train.adapters import adapter_config
     from sftkit.train.data import Row
-    from sftkit.train.sft import adapter_config
     from sftkit.train.trainer import Watch, make_trainer
 
     settings = TrainConfig(**SETTINGS, qlora=True)

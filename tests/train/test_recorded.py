@@ -158,7 +158,7 @@ def test_memory_that_runs_out_while_recording_is_told_as_anywhere(graphs: Graphs
 def test_a_run_from_recordings_learns_what_a_run_learns(
     tiny_model: Path, tmp_path: Path, graphs: Graphs, lora: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sftkit.train.sft import adapter_config
+    from sftkit.train.adapters import adapter_config
 
     rows, ref = [row(20 + place % 30, place) for place in range(96)], resolve_model(str(tiny_model))
     config = TrainConfig(batch_size=16, batch_tokens=256, eval_steps=3, logging_steps=1, warmup=0.0, lora=lora, learning_rate=1e-2)

@@ -221,11 +221,11 @@ def test_asked_to_stop_after_the_last_step_the_model_is_saved_and_nothing_is_tra
 
 
 def test_a_folder_in_which_nothing_was_trained_takes_other_settings(tmp_path: Path, tiny_model: Path, chats, monkeypatch, caplog) -> None:
-    from sftkit.train import sft
+    from sftkit.train import local
 
     caplog.set_level("INFO", logger="sftkit")
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "run_trainer", lambda *_: pytest.fail("this way", pytrace=False))
+        patch.setattr(local, "run_trainer", lambda *_: pytest.fail("this way", pytrace=False))
         with pytest.raises(pytest.fail.Exception):
             train(chats(40), str(tiny_model), tmp_path / "run", config(init="prune:0"))
     result = train(chats(30), str(tiny_model), tmp_path / "run", config(init="prune:1", epochs=1.0))
