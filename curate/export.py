@@ -82,7 +82,8 @@ def export(run: Run, out: Path, config: ExportConfig) -> Exported:
     counts = Counter(reason for _, reason in refused)
     result = Exported(out, found + len(refused), found, dict(counts.most_common()))
     if not found:
-        raise UserError(f"{run.path}: no row can be written as {config.format}: {', '.join(f'{r} {n:,}' for r, n in counts.items())}")
+        reasons = ", ".join(f"{r} {n:,}" for r, n in counts.items()) or "no row is left"
+        raise UserError(f"{run.path}: no row can be written as {config.format}: {reasons}")
     if config.format == "llama-factory":
         named = {name: name for name in ("messages", "tools") if name in columns}
         write_json(out / "dataset_info.json", {run.path.name: {**LLAMA_FACTORY, "columns": named}})

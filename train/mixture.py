@@ -28,6 +28,8 @@ def parse_mixture(sources: Sequence[str]) -> list[tuple[str, float | None]]:
         return found
     if len(shares) < len(found):
         missing = next(name for name, share in found if share is None)
+        if re.fullmatch(r".+:-\d*\.?\d+", missing):
+            raise UserError(f"{missing}: expected a share of 0 or more")
         raise UserError(f"{missing}: has no share, and others have; give all one, as {missing}:0.3, or none")
     if not sum(shares):
         raise UserError(f"{', '.join(sources)}: the shares are all 0")

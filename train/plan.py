@@ -121,7 +121,7 @@ class MemoryPlan:
 
 def find_card(text: str) -> Card:
     """Return the card that a name or an amount of memory (24GB) means. Raises UserError for an unknown one."""
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|G)", text.strip(), re.IGNORECASE):
+    if (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|G)", text.strip(), re.IGNORECASE)) and float(match[1]):
         return Card(f"a card of {match[1]} GB", float(match[1]) * 1e9, 0.0)
 
     def plain(name: str) -> str:

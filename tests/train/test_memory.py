@@ -170,6 +170,8 @@ def test_where_nothing_fits_it_says_so(caplog) -> None:
 def test_cards_are_known_by_name_and_by_memory() -> None:
     assert find_card("rtx 3080").name == find_card("3080").name == find_card("NVIDIA GeForce RTX 3080").name == "RTX 3080"
     assert find_card("24GB").memory == 24e9
+    with pytest.raises(UserError, match="0GB"):
+        find_card("0GB")
     assert not find_card("t4").bfloat16
     with pytest.raises(UserError, match="H200"):
         find_card("H20O")

@@ -204,7 +204,11 @@ def test_a_mixture_has_its_proportions_and_as_many_rows_as_it_can(tmp_path, tiny
     assert len(Ledger(tmp_path / "ledger.parquet").read()) == 150
     few = Preparation([f"{one}:0.7", f"{two}:0.3"], chat, TrainConfig(validation=0.0, limit=20), context=512).rows()
     assert few.report.sources == {"one.jsonl": 14, "two.jsonl": 6}
-    for wrong, message in (([f"{one}:0.7", str(two)], "has no share, and others have"), ([f"{one}:0", f"{two}:0"], "all 0")):
+    for wrong, message in (
+        ([f"{one}:0.7", str(two)], "has no share, and others have"),
+        ([f"{one}:-1", f"{two}:1"], "0 or more"),
+        ([f"{one}:0", f"{two}:0"], "all 0"),
+    ):
         with pytest.raises(UserError, match=message):
             parse_mixture(wrong)
 
