@@ -30,6 +30,7 @@ from .adapters import fuse_adapters
 from .attention import attends_packed, use_own_attention, use_packed_attention
 from .checkpoints import mark_whole
 from .collective import over_processes
+from .compiling import can_compile
 from .config import TrainConfig
 from .data import Row
 from .head import loss_sum
@@ -282,7 +283,8 @@ def make_trainer(
     workers = int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1
     told: dict[str, Any] = {"batch_tokens": batch_tokens, "pad": chat.pad_id, "alone": alone, "workers": workers}
     steps = math.ceil(len(train) / config.batch_size) * config.epochs
-    compiled = not alone and (device != "cpu" and steps >= COMPILED_STEPS if config.compile is None else config.compile)
+    fit = config.compile is None and device != "cpu" and steps >= COMPILED_STEPS
+    compiled = not alone and bool(config.compile or (fit and can_compile(device)))
     packs = kind.make_packs(train, batch_size=config.batch_size, seed=config.seed, epochs=epochs, **told)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers 5.24 renames gradient_checkpointing, 5.17 knows no other name

@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from datasets import Dataset
 from sftkit.core.chat import load_chat
 from sftkit.core.models import load_model, resolve_model
 from sftkit.train.attention import packed_attention, use_own_attention, use_packed_attention
+from sftkit.train.compiling import can_compile
 from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row
 from sftkit.train.head import LinearCrossEntropy, _losses, _losses_in_place, loss_sum, piece_rows
@@ -257,6 +259,28 @@ def test_every_run_of_a_process_is_compiled_for_its_own_shape(tiny_model: Path, 
                 trainer.train()
         found.append(counter.frame_count - before)
     assert found == [2, 2]  # before attention and after it, which goes row by row here
+
+
+@pytest.mark.parametrize("wanted", [None, True])
+def test_where_code_cannot_be_compiled_a_run_goes_on_without(
+    tiny_model: Path, tmp_path: Path, wanted: bool | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr("sftkit.train.compiling.torch", SimpleNamespace(**{**vars(torch), "compile": fail}))
+    can_compile.cache_clear()
+    ref = resolve_model(tiny_model)
+    chat = load_chat(ref)
+    watch = Watch(tmp_path / "metrics.jsonl", chat, save_minutes=60)
+    trainer = make_trainer(
+        load_model(ref), chat, ROWS[:64], [], TrainConfig(batch_size=4, epochs=20, compile=wanted), checkpoints=tmp_path / "a" / "b" / "c",
+        device="cuda", half=None, batch_tokens=512, watch=watch,
+    )  # fmt: skip
+    compiled = any(each._compiled_call_impl is not None for each in trainer.model.modules())
+    assert compiled is trainer.records is bool(wanted)  # who asks for it is told what is missing
+    assert ("Failed to find C compiler" in caplog.text) is not compiled
+    can_compile.cache_clear()
 
 
 def test_nothing_is_compiled_for_the_lengths_of_rows() -> None:
