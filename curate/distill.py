@@ -328,8 +328,12 @@ class Distillation:
         return first[: PROBE - len(self._checked)]
 
     def _look_at_first(self, seen: Probe) -> None:
-        """Tell what the first answers show. Raises UserError where most have no finite probability: the rest would be no better."""
-        if self._broken >= FEWEST and 2 * self._broken > len(self._checked):
+        """Tell what the first answers show. Raises UserError where most have no finite probability: the rest would be no better.
+
+        More than max_failed, that is: who bears any failure (teachers compared) goes on.
+        """
+        borne = max(0.5, self.teacher.config.max_failed) * len(self._checked)
+        if self._broken >= FEWEST and self._broken > borne:
             raise UserError(
                 f"{self.teacher.config.teacher}: {NOT_FINITE} for tokens of {self._broken} of the first {len(self._checked)} answers: its"
                 " weights are damaged, or its numbers too large for the format it runs in (dtype). What finished is kept"

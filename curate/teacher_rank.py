@@ -57,6 +57,7 @@ class TeacherRank:
     model: str
     answers: int
     failed: int
+    not_asked: int  # of prompts that others are asked: too long for its context, or refused by its template
     stopped: Measure  # share that was not cut
     accepted: Measure  # share that was not cut and passes
     tokens: Measure  # of an answer, accepted or not
@@ -70,8 +71,9 @@ def rank_teachers(source: str | Path, out: Path, config: RankConfig) -> list[Tea
     """Let each teacher answer the same prompts, score the answers, and return the teachers, best first; out/ranking.json has it too.
 
     Each has a run folder of its own in out/teachers, durable and resumed as any distillation; a teacher who fails at some
-    prompts stays in the ranking, and its failures count as not accepted. The order is that of the accepted share, then of the
-    student's log-probability, then of the tokens of an accepted answer. Intervals are from 10,000 bootstrap samples of prompts.
+    prompts stays in the ranking. Its failures count as not accepted, and so do prompts that are asked of others but do not fit its
+    own context. The order is that of the accepted share, then of the student's log-probability, then of the tokens of an accepted
+    answer. Intervals are from 10,000 bootstrap samples of prompts.
     """
     for name, options in config.scorers.items():
         open_scorer(name, options)
@@ -83,6 +85,11 @@ def rank_teachers(source: str | Path, out: Path, config: RankConfig) -> list[Tea
     prompts = _choose(source, out, config)
     tables = {name: _answers(prompts, out, name, model, config) for name, model in config.teachers.items()}
     everyone = sorted(set().union(*(table["example_id"].to_list() for table in tables.values())))
+    unasked = {name: [each for each in everyone if each not in set(table["example_id"])] for name, table in tables.items()}
+    tables = {
+        name: pl.concat([table, pl.DataFrame({"example_id": unasked[name] * config.k}, {"example_id": pl.String})], how="diagonal")
+        for name, table in tables.items()
+    }
     sums = {name: _sums(table, everyone, config.prices.get(name)) for name, table in tables.items()}
     shares = {name: _ratio(each, "accepted", "wanted").value or 0.0 for name, each in sums.items()}
     fits = {name: _ratio(each, "logprob", "scored").value for name, each in sums.items()}
@@ -99,7 +106,8 @@ def rank_teachers(source: str | Path, out: Path, config: RankConfig) -> list[Tea
                 name=name,
                 model=config.teachers[name],
                 answers=table.filter(pl.col("num_tokens").is_not_null()).height,
-                failed=table["num_tokens"].null_count(),
+                failed=table["num_tokens"].null_count() - config.k * len(unasked[name]),
+                not_asked=config.k * len(unasked[name]),
                 stopped=_ratio(each, "stopped", "wanted"),
                 accepted=_ratio(each, "accepted", "wanted"),
                 tokens=_ratio(each, "tokens", "answered"),
@@ -123,7 +131,9 @@ def tell(ranking: Sequence[TeacherRank]) -> str:
             facts.append(f"cost of an accepted answer {each.cost_per_accepted.write('.6f')}")
         if each.student_logprob.value is not None:
             facts.append(f"the student's log-probability {each.student_logprob.write('.3f')}")
-        lines.append("   " + ", ".join(facts) + (f"; {each.failed:,} failed" if each.failed else ""))
+        gone = f"; {each.failed:,} failed" if each.failed else ""
+        gone += f"; {each.not_asked:,} not asked, which count as not accepted" if each.not_asked else ""
+        lines.append("   " + ", ".join(facts) + gone)
         if place > 1:
             behind = each.behind_best
             clear = behind.low is not None and behind.low > 0

@@ -116,11 +116,17 @@ def test_a_model_without_finite_probabilities_is_noticed_before_the_rest_is_aske
     assert set(stored(tmp_path / "run")["text"]) <= {f"answer {number}" for number in range(60)}
 
 
+def test_who_bears_any_failure_is_not_stopped_by_numbers(tmp_path: Path, prompts: Path, server: Served) -> None:
+    server.broken = set(range(60))
+    result = distill(prompts, tmp_path / "run", config(logprobs=True, max_failed=1.0))
+    assert (result.samples, sum(result.failed.values())) == (0, 120)
+
+
 def test_the_few_that_failed_so_before_say_nothing_of_the_model_when_they_are_asked_again(
     tmp_path: Path, prompts: Path, server: Served
 ) -> None:
     server.broken = set(range(25))
-    wanted = config(k=8, logprobs=True, max_failed=1.0)
+    wanted = config(k=8, logprobs=True, max_failed=0.5)
     before = distill(prompts, tmp_path / "run", wanted)
     assert sum(before.failed.values()) == 200
     again = distill(prompts, tmp_path / "run", wanted)  # asks these 200 alone, and all fail once more

@@ -163,3 +163,19 @@ def test_a_teacher_without_accepted_answers_is_last_and_says_so(tmp_path: Path, 
     assert all(each.tokens_per_accepted.value is None for each in ranking)
     assert "that may be chance" in tell(ranking)
     assert "tokens an accepted answer –" in tell(ranking)
+
+
+def test_prompts_that_one_teacher_cannot_take_count_for_all(tmp_path: Path, other: Path, config: Callable[..., RankConfig]) -> None:
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": 4096}))
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "word " * (700 if number % 2 else 1) + str(number)}) + "\n" for number in range(8)))
+    anything = {"some": {"scorer": "regex", "pattern": ""}}
+    ranking = rank_teachers(path, tmp_path / "rank", config(k=2, scorers=anything, accept="some>=0"))
+    by_name = {each.name: each for each in ranking}
+    assert {name: (each.answers, each.failed, each.not_asked) for name, each in by_name.items()} == {"tiny": (8, 0, 8), "sharp": (16, 0, 0)}
+    with SampleStore(tmp_path / "rank" / "teachers" / "tiny" / "curate" / "samples.sqlite") as store:
+        stopped = (store.frame()["finish_reason"] == "stop").sum()
+    assert by_name["tiny"].stopped.value == pytest.approx(stopped / 16)
+    assert by_name["tiny"].accepted.value == pytest.approx(stopped / 16)
+    assert "8 not asked, which count as not accepted" in tell(ranking)
