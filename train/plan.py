@@ -18,6 +18,7 @@ from .config import TrainConfig
 from .data import DataReport
 from .memory import Load, Memory, bare_model, gathered, predict, token_flops
 from .prepared import load_rows
+from .recorded import can_record
 
 log = logging.getLogger(__name__)
 
@@ -212,7 +213,7 @@ def load_of(report: DataReport, config: TrainConfig, tokens: int, *, dtype: Any,
     """Return what a step is made of, by the settings of a run. `dtype`: of the weights, `half`: what is computed in."""
     compiled = _steps(report, config) >= COMPILED_STEPS if config.compile is None else config.compile
     update = config.batch_size * report.tokens / report.train_rows
-    stays = compiled and config.gpus == 1  # recorded passes add to gradients that stand, an update's only pass too
+    stays = compiled and can_record(config, half)  # such passes add to gradients that stand, an update's only pass too
     return Load(
         tokens=tokens, scored=max(1, round(tokens * report.trained_share)), accumulates=update > tokens or stays, adapter=config.adapter,
         quantised=config.qlora, rank=config.lora_rank, checkpointing=bool(config.gradient_checkpointing), compiled=compiled, dtype=dtype,

@@ -12,9 +12,21 @@ from typing import Any
 
 import torch
 
+from .config import PreferenceConfig, TrainConfig
+
 log = logging.getLogger(__name__)
 
 _failed: list[Any] = []  # graphs that were not recorded to their end: PyTorch's allocator of pinned memory goes on asking them
+
+
+def can_record(config: TrainConfig, half: Any) -> bool:
+    """Say whether compiled passes of such a run are recorded: not where the host has a say. `half`: the 16-bit format computed in.
+
+    Activations computed twice ask for random numbers' state, float16 looks at gradients, processes meet, and pairs have no shape of
+    their own.
+    """
+    apart = config.gpus > 1 or isinstance(config, PreferenceConfig)
+    return not apart and not config.gradient_checkpointing and half is not torch.float16
 
 
 class Recorded:

@@ -36,7 +36,7 @@ from .data import Row
 from .head import loss_sum
 from .memory import decoder_layers, token_flops
 from .packing import Packs
-from .recorded import Recorded
+from .recorded import Recorded, can_record
 
 log = logging.getLogger(__name__)
 
@@ -332,10 +332,7 @@ def make_trainer(
     if compiled:
         torch.compiler.reset()  # what was compiled before, for other shapes: after eight forms of a piece of code no more are made
         compile_layers(base)
-    # not where the host has a say: activations computed twice ask for random numbers' state, float16 looks at gradients, processes meet,
-    # and pairs have no shape of their own
-    plain = half is not torch.float16 and not config.gradient_checkpointing and kind is Trainer
-    trainer.records = compiled and device != "cpu" and workers == 1 and plain
+    trainer.records = compiled and device != "cpu" and workers == 1 and can_record(config, half)
     quieten(trainer)
     return trainer
 

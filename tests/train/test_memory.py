@@ -9,7 +9,7 @@ import torch
 from sftkit.core.errors import UserError
 from sftkit.core.models import load_settings, resolve_model
 from sftkit.train import head, memory, plan, trainer
-from sftkit.train.config import TrainConfig
+from sftkit.train.config import PreferenceConfig, TrainConfig
 from sftkit.train.data import DataReport
 from sftkit.train.head import loss_sum
 from sftkit.train.memory import Load, bare_model, decoder_layers, predict, saved_by
@@ -113,6 +113,21 @@ REPORT = DataReport(
     rows=1000, train_rows=1000, validation_rows=0, rejected={}, tokens=400_000, trained_tokens=200_000, longest=900, max_length=2048,
     end_of_turn="<|im_end|>",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "half", "stand"),
+    [
+        (TrainConfig(compile=True), HALF, True),
+        (TrainConfig(), HALF, False),  # not compiled
+        (TrainConfig(compile=True), torch.float16, False),
+        (TrainConfig(compile=True, gradient_checkpointing=True), HALF, False),
+        (TrainConfig(compile=True, gpus=2), HALF, False),
+        (PreferenceConfig(compile=True), HALF, False),
+    ],
+)
+def test_gradients_stand_through_a_whole_updates_pass_where_it_is_recorded(config: TrainConfig, half: torch.dtype, stand: bool) -> None:
+    assert plan.load_of(REPORT, config, 1 << 20, dtype=HALF, half=half).accumulates is stand
 
 
 def test_the_largest_pass_that_fits_is_taken_and_activations_are_computed_twice_only_where_needed() -> None:
