@@ -1,5 +1,6 @@
 """Compare settings: one run for each combination on the same rows and tokens, and a table of held-out losses with intervals."""
 
+import gc
 import itertools
 import logging
 import math
@@ -144,6 +145,7 @@ def sweep(
                 said = str(error)
                 write_json(out / name / DIVERGED, {"given": given, "said": said})
         if said:
+            gc.collect()  # the model that diverged
             log.warning("%s: %s; the other runs go on", name, said)
             facts[name] = {"tokens": 0, "seconds": 0.0, "diverged": said}
             losses[name] = np.full(len(rows), math.nan)

@@ -1,12 +1,15 @@
 """A sweep: the same rows for all, the better setting found, and intervals that are those of the textbook."""
 
 import json
+import weakref
+from typing import Any
 
 import numpy as np
 import pytest
 from sftkit.core.errors import UserError
 from sftkit.train.config import TrainConfig
 from sftkit.train.sweep import mean_and_margin, parse_variations, sweep
+from sftkit.train.trainer import make_trainer
 
 
 def test_the_better_setting_has_the_lower_held_out_loss(tmp_path, tiny_model, chats, cli) -> None:
@@ -33,7 +36,16 @@ def test_the_better_setting_has_the_lower_held_out_loss(tmp_path, tiny_model, ch
     assert (tmp_path / "sweep" / "learning_rate-0.003" / "train" / "done.json").stat().st_mtime_ns == before
 
 
-def test_a_run_that_diverges_is_told_of_and_stops_no_other(tmp_path, tiny_model, chats) -> None:
+def test_a_run_that_diverges_is_told_of_and_stops_no_other(tmp_path, tiny_model, chats, monkeypatch) -> None:
+    trainers: list[weakref.ref[Any]] = []
+
+    def made(*told: Any, **named: Any) -> Any:
+        assert not [each for each in trainers if each()], "what a run before it held stands in the next one's way"
+        trainer = make_trainer(*told, **named)
+        trainers.append(weakref.ref(trainer))
+        return trainer
+
+    monkeypatch.setattr("sftkit.train.local.make_trainer", made)
     settings = TrainConfig(validation=0.2, dtype="float32", epochs=4.0, logging_steps=1, max_grad_norm=1e9, warmup=0.0)
     arguments = (str(chats(60)), str(tiny_model), tmp_path / "sweep", settings, {"learning_rate": [1e30, 1e-3]})
     found = sweep(*arguments)
@@ -47,6 +59,7 @@ def test_a_run_that_diverges_is_told_of_and_stops_no_other(tmp_path, tiny_model,
     before = (tmp_path / "sweep" / broken.name / "train" / "metrics.jsonl").stat().st_mtime_ns
     assert sweep(*arguments).summary() == found.summary()
     assert (tmp_path / "sweep" / broken.name / "train" / "metrics.jsonl").stat().st_mtime_ns == before  # not trained again
+    assert len(trainers) == 2
     with pytest.raises(UserError, match="all 1 runs diverged, as learning_rate-1e\\+30: step 2"):
         sweep(*arguments[:-1], {"learning_rate": [1e30]})
 
