@@ -145,13 +145,13 @@ def sweep(
                 said = str(error)
                 write_json(out / name / DIVERGED, {"given": given, "said": said})
         if said:
-            gc.collect()  # the model that diverged
             log.warning("%s: %s; the other runs go on", name, said)
             facts[name] = {"tokens": 0, "seconds": 0.0, "diverged": said}
             losses[name] = np.full(len(rows), math.nan)
         else:
             losses[name] = _held_out(result.run, rows)
             facts[name] = {"tokens": result.tokens, "seconds": result.seconds}
+        gc.collect()  # the model that diverged, or was asked: they stand in circles, and on the card beside the next run's
     first = next((name for name in runs if "diverged" not in facts[name]), None)
     if first is None:
         raise UserError(f"all {len(runs)} runs diverged, as {next(iter(runs))}: {next(iter(facts.values()))['diverged']}")

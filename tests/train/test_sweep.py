@@ -2,22 +2,44 @@
 
 import json
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from sftkit.core.errors import UserError
+from sftkit.core.models import load_model
 from sftkit.train.config import TrainConfig
 from sftkit.train.sweep import mean_and_margin, parse_variations, sweep
 from sftkit.train.trainer import make_trainer
 
 
-def test_the_better_setting_has_the_lower_held_out_loss(tmp_path, tiny_model, chats, cli) -> None:
+@pytest.fixture
+def alone(monkeypatch) -> list[weakref.ref[Any]]:
+    """Return the trainers, and the models that rows were held out from, of which none may stand when a run begins."""
+    held: list[weakref.ref[Any]] = []
+
+    def noted(name: str, plain: Callable[..., Any], begins: bool) -> None:
+        def made(*told: Any, **named: Any) -> Any:
+            assert not (begins and [each for each in held if each()]), "what the run before held stands in this one's way"
+            found = plain(*told, **named)
+            held.append(weakref.ref(found))
+            return found
+
+        monkeypatch.setattr(name, made)
+
+    noted("sftkit.train.local.make_trainer", make_trainer, begins=True)
+    noted("sftkit.train.sweep.load_model", load_model, begins=False)
+    return held
+
+
+def test_the_better_setting_has_the_lower_held_out_loss(tmp_path, tiny_model, chats, cli, alone) -> None:
     settings = tmp_path / "settings.yaml"
     settings.write_text("{validation: 0.2, dtype: float32, epochs: 3}")
     arguments = ["--model", tiny_model, "-o", tmp_path / "sweep", "--config", settings, "--vary", "learning_rate=1e-5,3e-3"]
     code, out, err = cli("train", "sweep", chats(60), *arguments)
     assert code == 0, err
+    assert len(alone) == 4
     found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     best, worst = found["runs"]
     assert (best["name"], found["first"], found["rows"]) == ("learning_rate-0.003", "learning_rate-1e-05", 12)
@@ -36,16 +58,7 @@ def test_the_better_setting_has_the_lower_held_out_loss(tmp_path, tiny_model, ch
     assert (tmp_path / "sweep" / "learning_rate-0.003" / "train" / "done.json").stat().st_mtime_ns == before
 
 
-def test_a_run_that_diverges_is_told_of_and_stops_no_other(tmp_path, tiny_model, chats, monkeypatch) -> None:
-    trainers: list[weakref.ref[Any]] = []
-
-    def made(*told: Any, **named: Any) -> Any:
-        assert not [each for each in trainers if each()], "what a run before it held stands in the next one's way"
-        trainer = make_trainer(*told, **named)
-        trainers.append(weakref.ref(trainer))
-        return trainer
-
-    monkeypatch.setattr("sftkit.train.local.make_trainer", made)
+def test_a_run_that_diverges_is_told_of_and_stops_no_other(tmp_path, tiny_model, chats, alone) -> None:
     settings = TrainConfig(validation=0.2, dtype="float32", epochs=4.0, logging_steps=1, max_grad_norm=1e9, warmup=0.0)
     arguments = (str(chats(60)), str(tiny_model), tmp_path / "sweep", settings, {"learning_rate": [1e30, 1e-3]})
     found = sweep(*arguments)
@@ -59,7 +72,7 @@ def test_a_run_that_diverges_is_told_of_and_stops_no_other(tmp_path, tiny_model,
     before = (tmp_path / "sweep" / broken.name / "train" / "metrics.jsonl").stat().st_mtime_ns
     assert sweep(*arguments).summary() == found.summary()
     assert (tmp_path / "sweep" / broken.name / "train" / "metrics.jsonl").stat().st_mtime_ns == before  # not trained again
-    assert len(trainers) == 2
+    assert len(alone) == 3
     with pytest.raises(UserError, match="all 1 runs diverged, as learning_rate-1e\\+30: step 2"):
         sweep(*arguments[:-1], {"learning_rate": [1e30]})
 
