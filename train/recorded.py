@@ -109,12 +109,22 @@ class Recorded:
                 raise
             if isinstance(within, torch.OutOfMemoryError) or not isinstance(within, Exception | None):
                 raise within from None
-            self._fails = True
-            told = " ".join(str(within or error).split())[:160]
-            log.warning("passes cannot be recorded for this model (%s): each is launched by the host", told)
-            return False
+            return self._give_up(within or error)
+        known = {id(each) for each, _ in self._learned}
+        if late := [each for each in self._parameters if each.grad is not None and id(each) not in known]:
+            for each in late:  # their gradients were to be what each replay leaves of its own pass, until zero_grad took them off
+                each.grad = None
+            self.drop()
+            return self._give_up("weights without a gradient in the first pass have one in the next")
         self._graph = graph
         return True
+
+    def _give_up(self, reason: object) -> bool:
+        """Record no more, and say why."""
+        self._fails = True
+        told = " ".join(str(reason).split())[:160]
+        log.warning("passes cannot be recorded for this model (%s): each is launched by the host", told)
+        return False
 
 
 def _end(graph: Any, pool: tuple[int, int]) -> None:

@@ -145,6 +145,25 @@ def test_ctrl_c_while_recording_is_not_taken_for_what_cannot_be_recorded(graphs:
         passes({"x": torch.ones(3)}, torch.tensor(1.0))
 
 
+def test_weights_that_learn_later_than_in_the_first_pass_are_not_recorded(graphs: Graphs, caplog: pytest.LogCaptureFixture) -> None:
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+
+    def step(inputs: dict[str, Any], count: torch.Tensor) -> torch.Tensor:
+        loss = sum((weight * inputs["x"]).sum() for weight in weights[: 1 if passes == 0 else 2]) / count
+        loss.backward()
+        return loss.detach()
+
+    graphs.recorded = Recorded(step, weights)
+    for passes in range(6):
+        graphs.recorded({"x": torch.ones(3)}, torch.tensor(1.0))
+        if passes % 2:
+            torch.testing.assert_close(weights[1].grad, torch.full((3,), 1.0 if passes == 1 else 2.0))
+            for weight in weights:
+                weight.grad = None
+    assert (graphs.recordings, graphs.replays) == (1, 0)
+    assert "weights without a gradient in the first pass" in caplog.text
+
+
 def test_memory_that_runs_out_while_recording_is_told_as_anywhere(graphs: Graphs) -> None:
     weight = torch.nn.Parameter(torch.ones(3))
     passes, graphs.error = recorded(graphs, weight), torch.OutOfMemoryError("no room")
