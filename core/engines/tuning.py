@@ -56,7 +56,7 @@ def tune(
     """Measure tokens per second with the settings of STEPS, remember the best by model and card, and return them in a config.
 
     Each trial opens the engine, answers `requests` over and over, with other random numbers each time, and counts the answers
-    that finish within `seconds` after `warm_up`. The first trial is the config as it is. A setting that cannot be run (too
+    that finish within `seconds` after `warm_up`, as `rate` says. The first trial is the config as it is. A setting that cannot be run (too
     little memory) is told and left out. Raises UserError when not even the first can be run.
     """
     name = choose(config)
@@ -117,31 +117,56 @@ def _measure(
 
 
 def rate(engine: Engine, requests: Sequence[Request], warm_up: float, seconds: float) -> float:
-    """Return the tokens per second of the answers that finish within `seconds`, after a warm-up in which none are counted."""
+    """Return the tokens per second of the answers that finish within `seconds`, after a warm-up in which none are counted.
+
+    Answers come in waves: what the engine has taken at the end of the warm-up goes by first (for `seconds` at most), and the count
+    ends with a whole number of times as many (for thrice as long at most; a warning tells where not even one of them came).
+    """
     begin = time.perf_counter() + warm_up
-    end = begin + seconds
+    latest = begin + seconds  # of the time that the count begins
     tokens, first, last = 0, None, begin
+    asked = answered = counted = under_way = passing = 0
+    done = False
 
     def feed() -> Iterator[Request]:
+        nonlocal asked
         for number in itertools.count():
             for request in requests:
-                if time.perf_counter() > end:
+                if done or (first is None and time.perf_counter() > latest):
                     return
+                asked += 1
                 yield replace(request, key=f"{number}/{request.key}", seed=(request.seed + number) % 2**63)
 
     stream = engine.generate(feed())
     for completion in stream:
         now = time.perf_counter()
-        if now > end and first is not None:
-            break
-        if now > begin:
-            if first is not None:
-                tokens += completion.num_tokens
-                last = now
-            first = now if first is None else first  # the time is counted from an answer to an answer
+        answered += 1
+        if now <= begin:
+            continue
+        if first is None:
+            if now > latest:
+                break
+            first, under_way = now, asked - answered  # the time is counted from an answer to an answer
+            passing = under_way
+        elif passing and now <= latest:
+            first, passing = now, passing - 1
+        else:
+            passing = 0
+            tokens, counted, last = tokens + completion.num_tokens, counted + 1, now
+            whole = counted % max(1, under_way) == 0  # waves, about
+            if now >= first + seconds and (whole or now > first + 3 * seconds):
+                break
+    done = True
     stream.close()  # type: ignore[attr-defined]
     if first is None or last <= first:
         raise UserError(f"no two answers came within {seconds:g} s: give shorter answers, or more seconds")
+    if counted < under_way:
+        log.warning(
+            "warning: of %s requests under way %s were answered in %.0f s: the next rate may be far off; give more seconds",
+            f"{under_way:,}",
+            f"{counted:,}",
+            last - first,
+        )
     return tokens / (last - first)
 
 

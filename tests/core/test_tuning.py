@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,34 @@ def test_the_fastest_is_remembered_for_this_model_and_card(engines: Callable[[di
     assert tuned(replace(CONFIG, dtype="bfloat16"), "sha256:m").batch_tokens == CONFIG.batch_tokens
     server = EngineConfig(engine="openai", base_url="http://localhost:1")
     assert tuned(server, "openai:x") == server
+
+
+def test_answers_that_come_in_waves_are_counted_by_the_wave(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock(monkeypatch)
+
+    class Waves(Paced):
+        """Takes 100 requests, tells one answer after 3 s, and all others at once after 6 s."""
+
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            waiting = iter(requests)
+            while wave := list(islice(waiting, 100)):
+                for place, request in enumerate(wave):
+                    self.clock.now += 3.0 * (place < 2)
+                    yield Completion(key=request.key, num_tokens=10)
+
+    for warm_up, seconds in [(4.0, 6.0), (2.0, 6.0), (20.0, 10.0), (2.0, 4.0)]:
+        clock.now = 0.0
+        assert tuning.rate(Waves(clock, 0), WORK, warm_up, seconds) == pytest.approx(1000 / 6.0, rel=0.02)
+    assert not caplog.records
+
+    class Ahead(Paced):
+        """Takes 100 requests at once, and answers one a second."""
+
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            return super().generate(list(islice(requests, 100)))
+
+    assert tuning.rate(Ahead(clock, 1.0), WORK, 2.0, 5.0) == pytest.approx(10)
+    assert "of 97 requests under way 16 were answered in 16 s: the next rate may be far off" in caplog.text
 
 
 def test_what_cannot_be_tuned(engines: Callable[[dict[int, float]], list[Paced]]) -> None:
