@@ -23,9 +23,9 @@ def can_record(config: TrainConfig, half: Any) -> bool:
     """Say whether compiled passes of such a run are recorded: not where the host has a say. `half`: the 16-bit format computed in.
 
     Activations computed twice ask for random numbers' state, float16 looks at gradients, processes meet, and pairs have no shape of
-    their own.
+    their own. Kernels for 4 bits are another package's, which a recording would lack without a word if they chose their own stream.
     """
-    apart = config.gpus > 1 or isinstance(config, PreferenceConfig)
+    apart = config.gpus > 1 or config.qlora or isinstance(config, PreferenceConfig)
     return not apart and not config.gradient_checkpointing and half is not torch.float16
 
 

@@ -123,6 +123,7 @@ REPORT = DataReport(
         (TrainConfig(compile=True), torch.float16, False),
         (TrainConfig(compile=True, gradient_checkpointing=True), HALF, False),
         (TrainConfig(compile=True, gpus=2), HALF, False),
+        (TrainConfig(compile=True, qlora=True), HALF, False),
         (PreferenceConfig(compile=True), HALF, False),
     ],
 )
