@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from row_blocks import blocks_of_rows
 from sftkit.train import row_attention
 from sftkit.train.attention import _one_row, _varlen
 from sftkit.train.row_attention import Tiles, attend_rows, tiles_for
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
 SHAPES = {"135m": (9, 3, 64, 65536), "0.5b": (14, 2, 64, 32768), "0.6b": (16, 8, 128, 32768), "1.5b": (12, 2, 128, 16384)}
 ALIKE = (512, 1024, 2048, 4096)
 REPEATS, HELD = 20, 4_000_000  # runs of a median; clock ticks that the card is held up for, two milliseconds
-BLOCK = 128
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -125,17 +125,7 @@ def by_ours(inputs: Inputs, lengths: list[int]) -> Callable[[], torch.Tensor]:
 
 def by_flex(inputs: Inputs, lengths: list[int]) -> Callable[[], torch.Tensor]:
     """Attend by flex_attention, compiled, with the blocks of 128 keys that each block of queries needs."""
-    bounds, total = bounds_of(lengths), sum(lengths)
-    row = torch.repeat_interleave(torch.arange(len(lengths), device="cuda"), bounds.diff(), output_size=total)
-    places = torch.arange(total // BLOCK, device="cuda")
-    first = bounds[row[places * BLOCK]] // BLOCK
-    needed = (places - first + 1).to(torch.int32)[None, None]
-    which = ((first[:, None] + places) % len(places)).to(torch.int32)[None, None]
-
-    def sees(_batch: Any, _head: Any, query: Any, key: Any) -> Any:
-        return (row[query] == row[key]) & (query >= key)
-
-    mask = BlockMask.from_kv_blocks(needed, which, BLOCK_SIZE=BLOCK, mask_mod=sees)
+    mask = blocks_of_rows(bounds_of(lengths), sum(lengths))
     return lambda: compiled_flex(*inputs, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
 

@@ -33,6 +33,7 @@ from unittest import mock
 
 import torch
 from datasets import Dataset
+from row_blocks import BLOCK, blocks_of_rows
 from sftkit.core.chat import Chat, load_chat
 from sftkit.core.formats import read_examples
 from sftkit.core.hardware import measured_peak
@@ -45,7 +46,7 @@ from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row
 from sftkit.train.memory import token_flops
 from sftkit.train.trainer import Watch, make_trainer
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, TrainerCallback
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -55,7 +56,7 @@ warnings.simplefilter("ignore")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU runs the shape `tiny`, to see that the script is sound
 STEPS = 24
-BLOCK, SHORT = 128, 256
+SHORT = 256
 
 SHAPES: dict[str, Any] = {
     "lora-tiny": lambda: LlamaConfig(
@@ -212,22 +213,6 @@ def attend_by_blocks(model: Any) -> None:
         return arguments, {**named, "block_mask": blocks_of_rows(named["cu_seq_lens_q"], named["input_ids"].shape[1])}
 
     model.base_model.register_forward_pre_hook(add_blocks, with_kwargs=True)
-
-
-def blocks_of_rows(bounds: torch.Tensor, width: int) -> BlockMask:
-    """Return which blocks of keys each block of queries needs, of rows end to end: those from where its first row begins to itself."""
-    count = width // BLOCK
-    lengths = bounds.diff()
-    row = torch.repeat_interleave(torch.arange(len(lengths), device=bounds.device), lengths, output_size=width)
-    places = torch.arange(count, device=bounds.device)
-    first = bounds[row[places * BLOCK]] // BLOCK
-    needed = (places - first + 1).to(torch.int32)[None, None]
-    which = ((first[:, None] + places) % count).to(torch.int32)[None, None]
-
-    def sees(batch: Any, head: Any, query: Any, key: Any) -> Any:
-        return (row[query] == row[key]) & (query >= key)
-
-    return BlockMask.from_kv_blocks(needed, which, BLOCK_SIZE=BLOCK, mask_mod=sees)
 
 
 def flex_rows(

@@ -1,7 +1,7 @@
 """One forward and backward pass, recorded as a CUDA graph and played again: the host gives thousands of kernels to the card in one call.
 
-Where passes are short the host's own time is what counts: launching the kernels of 30 layers, forward and back, took 150 ms of Python on
-the host of an H200 that computed them in 90. Packs of one shape make every pass the same sequence of kernels on the same places in
+Where passes are short the host's own time is what counts: on one H200's host a pass of 16,384 tokens took 138 ms where half of one of
+32,768 took 106 (Qwen2.5-0.5B). Packs of one shape make every pass the same sequence of kernels on the same places in
 memory, so that it can be recorded. What a graph computed in stays its own until it is dropped.
 """
 
