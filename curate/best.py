@@ -10,7 +10,7 @@ from .decide_config import BestConfig, Gate, parse_gate
 from .decided import Outcome, decision_table, record
 from .rows import input_rows, row_name
 from .score import read_score
-from .scored import best_first, columns_for, score_values, sort_columns
+from .scored import best_first, columns_for, reason_of_none, score_values, sort_columns
 
 
 def best(run: Run, config: BestConfig) -> Outcome:
@@ -22,7 +22,8 @@ def best(run: Run, config: BestConfig) -> Outcome:
     (no_answer: none); those with another answer lose (not_majority: score is the share of their answer, threshold that of
     the winning one). A tie between answers goes to the one whose best row is better. Better is: higher by the scores in
     order, no value last; then shorter; then the lower index. Where the best is not `min_margin` above the median of those left
-    (Llama 3's rejection sampling), none is kept (low_margin). Losers (not_best) name the winner as their witness.
+    (Llama 3's rejection sampling), none is kept (low_margin). Losers name the winner as their witness: not_best, or unscored:NAME
+    where they have no value of the first score and the winner has one. A note counts what has no value, and says why.
     """
     gates = [parse_gate(text) for text in config.gate]
     scores = columns_for(run, [*config.by, *(gate.name for gate in gates)])
@@ -47,11 +48,12 @@ def best(run: Run, config: BestConfig) -> Outcome:
     table = _in_band(table, config)
     if config.majority:
         table = _voted(table, config.min_share)
+    unscored = _without_score(run, rows, config, table)
     table = _chosen(table, config).sort("place")
 
     without = table.group_by("example_id").agg((pl.col("rule").is_null()).any().alias("kept"))["kept"].not_().sum()
     num_prompts = rows["example_id"].n_unique()
-    notes = [f"{without:,} of {num_prompts:,} prompts have no eligible sample"] if without else []
+    notes = [*([f"{without:,} of {num_prompts:,} prompts have no eligible sample"] if without else []), *unscored]
     if rows["sample_index"].null_count() == len(rows):
         notes.append("these rows are not samples of one prompt each: every row stood alone")
     told = {name: pl.col(name) for name in ("score", "threshold", "witness_id")}
@@ -125,6 +127,19 @@ def _voted(table: pl.DataFrame, min_share: float) -> pl.DataFrame:
     return table.with_columns(_reject(lost, "not_majority", pl.col("share"), share, pl.col("winner first")))
 
 
+def _without_score(run: Run, rows: pl.DataFrame, config: BestConfig, table: pl.DataFrame) -> list[str]:
+    """Return a note for each score to choose by that some eligible rows of the table do not have: how many, and the reason of most."""
+    eligible = table.filter(pl.col("rule").is_null())["place"].to_list()
+    notes = []
+    for name in (each.removeprefix("-") for each in config.by if each != "random"):
+        lacking = score_values(run, rows, name)[eligible].is_null()
+        if not 0 < lacking.sum() < len(eligible):  # where none has it, `sort_columns` has said so
+            continue
+        why = reason_of_none(run, rows[eligible].filter(lacking), name)
+        notes.append(f"{lacking.sum():,} of {len(eligible):,} eligible rows have no score {name!r} and come last by it{why and f': {why}'}")
+    return notes
+
+
 def _chosen(table: pl.DataFrame, config: BestConfig) -> pl.DataFrame:
     """Reject all but the best eligible rows of each prompt; the rows come best first."""
     eligible = pl.col("rule").is_null()
@@ -139,6 +154,8 @@ def _chosen(table: pl.DataFrame, config: BestConfig) -> pl.DataFrame:
     rank = eligible.cast(pl.Int64).cum_sum().over("example_id")
     first = [pl.col(name).filter(eligible).first().over("example_id").alias(f"best {name}") for name in ("own", "name")]
     table = table.with_columns(rank.alias("rank of prompt"), *first)
-    return table.with_columns(
-        _reject(pl.col("rank of prompt") > config.keep, "not_best", pl.col("own"), pl.col("best own"), pl.col("best name"))
-    )
+    lost, told = pl.col("rank of prompt") > config.keep, (pl.col("own"), pl.col("best own"), pl.col("best name"))
+    if config.by:
+        lacks = pl.col("own").is_null() & pl.col("best own").is_not_null()
+        table = table.with_columns(_reject(lost & lacks, f"unscored:{config.by[0].removeprefix('-')}", *told))
+    return table.with_columns(_reject(lost, "not_best", *told))

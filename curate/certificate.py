@@ -161,7 +161,8 @@ def _representatives(ledger: pl.DataFrame) -> Iterator[Check]:
     for stage, rule in (("best", "not_best"), ("select", "not_selected")):
         part = ledger.filter(pl.col("stage") == stage)
         kept = set(_ids(part.filter(pl.col("action") == "kept")))
-        removed = part.filter((pl.col("rule") == rule) & pl.col("witness_id").is_not_null())
+        lost = (pl.col("rule") == rule) | pl.col("rule").str.starts_with("unscored:")
+        removed = part.filter(lost & pl.col("witness_id").is_not_null())
         if removed.is_empty():
             continue
         faults = [

@@ -47,6 +47,15 @@ def score_values(run: Run, rows: pl.DataFrame, name: str) -> pl.Series:
     return column.cast(pl.Float64).fill_nan(None).alias(name)
 
 
+def reason_of_none(run: Run, rows: pl.DataFrame, name: str) -> str:
+    """Return why most of some rows, which have no value of a score, have none; empty where that is not known."""
+    if name in READ_OFF and not score_path(run, name).exists():
+        return UNTOLD if name == "logprob" else ""
+    told = read_score(run, rows, name)["detail"].drop_nulls()
+    told = told.filter(told != "")
+    return "" if told.is_empty() else str(told.mode(maintain_order=True)[0])
+
+
 def sort_columns(run: Run, rows: pl.DataFrame, by: Sequence[str], seed: int = 0) -> pl.DataFrame:
     """Return a column per name in `by`, turned so that higher is better: `-NAME` is negated, `random` is drawn by row and seed."""
     columns = []
@@ -56,8 +65,10 @@ def sort_columns(run: Run, rows: pl.DataFrame, by: Sequence[str], seed: int = 0)
         else:
             values = score_values(run, rows, name.removeprefix("-"))
             if values.null_count() == len(values):
-                told = f"; {UNTOLD}" if values.name == "logprob" else ""
-                log.warning("none of %s rows has a score %r, so it puts none before another%s", f"{len(rows):,}", values.name, told)
+                why = reason_of_none(run, rows, values.name) if len(values) else ""
+                log.warning(
+                    "none of %s rows has a score %r, so it puts none before another%s", f"{len(rows):,}", values.name, why and f"; {why}"
+                )
         columns.append((-values if name.startswith("-") else values).alias(str(place)))
     return pl.DataFrame(columns)
 

@@ -9,6 +9,7 @@ import pytest
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate.best import best
+from sftkit.curate.certificate import check_run
 from sftkit.curate.config import ScoreConfig
 from sftkit.curate.decide_config import BestConfig, parse_gate
 from sftkit.curate.rows import load_rows, row_ids
@@ -75,6 +76,30 @@ def test_the_duplicated_best_row_is_kept_once(toy_run: Callable[..., Run], rejec
     best(run, BestConfig(by=("-num_chars",)))
     assert kept(run) == ["a/0"]
     assert rejections(run, "best")["a/1"] == ("not_best", 4, 4, "a/0")
+
+
+def test_rows_without_the_score_come_last_and_are_said(
+    toy_run: Callable[..., Run], rejections: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [
+        *samples("a", "1", "longer", logprob=[None, -2.0]),  # the shorter has none
+        *samples("b", "1", "longer", logprob=[None, None]),  # none has one: the shorter
+        *samples("c", "1", logprob=[None], finish_reason=["length"]),  # not eligible, and not counted
+    ]
+    run = toy_run(rows)
+    outcome = best(run, BestConfig(by=("logprob",)))
+    assert kept(run) == ["a/1", "b/0"]
+    assert rejections(run, "best")["a/0"] == ("unscored:logprob", None, -2.0, "a/1")
+    assert rejections(run, "best")["b/1"] == ("not_best", None, None, "b/0")
+    (note,) = [each for each in outcome.notes if "logprob" in each]
+    assert note.startswith("3 of 4 eligible rows have no score 'logprob' and come last by it: the teacher told none")
+    assert all(not check.faults for check in check_run(run))
+    assert best(run, BestConfig(by=("num_chars",))).notes == ("1 of 3 prompts have no eligible sample",)
+
+    stored = toy_run(samples("a", "1", "2", "no", reference=["1", None, "1"]), "stored")
+    numeric(stored)
+    (note,) = best(stored, BestConfig(by=("numeric",))).notes
+    assert note.startswith("1 of 3 eligible rows have no score 'numeric' and come last by it: ")
 
 
 def test_keep_m(toy_run: Callable[..., Run], rejections: Callable) -> None:
@@ -275,7 +300,8 @@ def by_the_rules(
             first = eligible[0]
             own, best_own = (columns[0][row], columns[0][first]) if columns else (None, None)
             kept_too = config.keep_all or rank < config.keep
-            found[names[row]] = ("", None, None, None) if kept_too else ("not_best", own, best_own, names[first])
+            rule = "not_best" if own is not None or best_own is None else f"unscored:{config.by[0].removeprefix('-')}"
+            found[names[row]] = ("", None, None, None) if kept_too else (rule, own, best_own, names[first])
     return found
 
 
