@@ -14,10 +14,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ..core.chat import load_chat
 from ..core.errors import Diverged, UserError
@@ -48,10 +50,10 @@ class Job:
     deadline: float | None  # as time.monotonic() counts, which is the same in all processes of a machine
 
 
-def train_on_processes(job: Job) -> Any:
-    """Train on `job.config.gpus` processes; return the trained model, on this one.
+def train_on_processes(job: Job) -> tuple[Any, bool]:
+    """Train on `job.config.gpus` processes; return the trained model, on this one, and whether it was asked to stop meanwhile.
 
-    Raises what a process raised: UserError, OutOfMemoryError, or KeyboardInterrupt where it was stopped with a checkpoint.
+    Raises what a process raised: UserError, OutOfMemoryError, or KeyboardInterrupt where it was stopped, with a checkpoint as a rule.
     """
     folder = job.room / "processes"
     folder.mkdir(exist_ok=True)
@@ -66,19 +68,41 @@ def train_on_processes(job: Job) -> Any:
             command,
             env=environment, preexec_fn=end_with_parent, start_new_session=True, pass_fds=(lock,),
         )  # fmt: skip
-        here = threading.current_thread() is threading.main_thread()
-        told = (signal.SIGINT, signal.SIGTERM) if here else ()
-        former = {each: signal.signal(each, lambda *_: process.send_signal(signal.SIGTERM)) for each in told}
-        try:
+        with _passing_stops_on(process) as asked:
             code = process.wait()
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
-    return outcome(job, code)
+    return outcome(job, code, asked=bool(asked)), bool(asked)
 
 
-def outcome(job: Job, code: int) -> Any:
-    """Return the model that a job's processes trained, given torchrun's exit code, or raise what a process raised."""
+@contextmanager
+def _passing_stops_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Pass Ctrl-C and SIGTERM on to the processes that torchrun began, and yield a list of those that came; the second one kills.
+
+    Not to torchrun, which gives them 30 s and then kills them in the middle of a checkpoint.
+    """
+    came: list[int] = []
+
+    def stop(number: int, _frame: Any) -> None:
+        came.append(number)
+        with suppress(psutil.NoSuchProcess):
+            whole, again = psutil.Process(process.pid), len(came) > 1
+            for each in [*whole.children(recursive=again), *([whole] if again else [])] or [whole]:
+                with suppress(psutil.NoSuchProcess):
+                    each.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+
+    here = threading.current_thread() is threading.main_thread()
+    former = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)} if here else {}
+    try:
+        yield came
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def outcome(job: Job, code: int, *, asked: bool = False) -> Any:
+    """Return the model that a job's processes trained, given torchrun's exit code, or raise what a process raised.
+
+    `asked`: to stop. Before they train, and a second time, that ends them without a word.
+    """
     import torch
 
     folder = job.room / "processes"
@@ -89,6 +113,8 @@ def outcome(job: Job, code: int) -> Any:
         raise torch.OutOfMemoryError(status["said"])
     if status["ended"] == "stopped":
         raise KeyboardInterrupt(*([status["said"]] if status["said"] else []))
+    if status["ended"] != "done" and asked:
+        raise KeyboardInterrupt
     if status["ended"] != "done":
         raise UserError(f"training on {job.config.gpus} processes ended {status['ended']}; what they said stands above")
     return with_weights(job, torch.load(folder / TRAINED, map_location="cpu", weights_only=True))

@@ -40,7 +40,6 @@ FREE = (  # settings that do not decide what the model becomes
 PREVIEW_ROWS = 20
 CPU_TOKENS, GPU_TOKENS = 2048, 32_768  # in one forward pass, to begin with
 HIGH_RATE = 0.01
-AFTER_SAVING = "stopping when the model is saved; once more stops at once"
 SAVED = "saved.json"  # the final model stands and was held against the trained one; gone when all is done
 
 
@@ -252,6 +251,7 @@ def _make_final(
 @contextmanager
 def _undisturbed(asked: bool) -> Iterator[None]:
     """Let a block end before Ctrl-C or SIGTERM stops this process, as it may have `asked` before; asked again, it stops at once."""
+    from .trainer import AFTER_SAVING
 
     def ask(_number: int, _frame: Any) -> None:
         nonlocal asked
@@ -260,8 +260,6 @@ def _undisturbed(asked: bool) -> Iterator[None]:
         asked = True
         log.info(AFTER_SAVING)
 
-    if asked:
-        log.info(AFTER_SAVING)
     here = threading.current_thread() is threading.main_thread()
     former = {each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)} if here else {}
     try:
@@ -333,7 +331,7 @@ def _trained(
         trainer = run_trainer(room, start, chat, data, config, device, own, tokens, deadline)
         return unwrapped(trainer), trainer.asked_to_stop
     job = Job(room=room, start=start, data=data, config=config, device=device, own=own, tokens=tokens, deadline=deadline)
-    return train_on_processes(job), False
+    return train_on_processes(job)
 
 
 def _start(ref: ModelRef, chat: Chat, config: TrainConfig, folder: Path) -> ModelRef:

@@ -41,6 +41,7 @@ from .recorded import Recorded, can_record
 log = logging.getLogger(__name__)
 
 NAMED = 8  # rows in an error
+AFTER_SAVING = "stopping when the model is saved; once more stops at once"
 COMPILED_STEPS = 300  # a run that is shorter does not earn the minute that compiling takes
 
 
@@ -160,6 +161,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.stopped = False  # by a signal
         self.late = False  # stopped by the deadline
         self.rows_of: Callable[[int], Sequence[str]] = lambda step: ()  # where the rows of a step stand, as file:row
+        self._trained = False  # the last step is done
         self._sound = 0  # the last step whose numbers were logged and finite
         self._deadline = deadline
         self._tokens, self._seconds = 0, 0.0  # of the training steps, in this process
@@ -178,6 +180,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         steps = [line for line in kept if "loss" in line]
         self._before = (steps[-1]["num_tokens"], steps[-1]["seconds"]) if steps else (0, 0.0)
         self._sound = state.global_step
+        self._trained = state.global_step >= state.max_steps
         if state.is_world_process_zero:
             write_json_lines(self.metrics, kept)
             self._progress = Progress("train", total=state.max_steps, unit="steps", done=state.global_step).__enter__()
@@ -187,9 +190,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def _stop(self, number: int, _frame: Any) -> None:
         if self.stopped:  # asked a second time
             if torch.distributed.is_initialized():
-                return  # by torchrun, which asks twice and kills after 30 s: the checkpoint is being written
+                return  # by torchrun, which ends with its parent and asks twice: the checkpoint is being written
             raise KeyboardInterrupt
-        log.info("stopping after this step, with a checkpoint; once more stops at once")
+        log.info(AFTER_SAVING if self._trained else "stopping after this step, with a checkpoint; once more stops at once")
         self.stopped = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -201,6 +204,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._seconds += time.monotonic() - self._step_began
         if self._progress:
             self._progress.advance()
+        self._trained = state.global_step >= state.max_steps
         self.late = self._deadline is not None and time.monotonic() > self._deadline
         due = time.monotonic() - self._saved > self._save_seconds
         # what one process wants, all have to do, at the same step
@@ -211,6 +215,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             control.should_save = True
         if control.should_save or state.global_step in (1, state.max_steps):
             control.should_log = True  # what is gone on from, the first and the last step are always in metrics.jsonl
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop without an evaluation where an epoch is broken off: it is evaluated at its own end."""
+        if (self.stopped or self.late) and not (self._trained or state.epoch == round(state.epoch)):
+            control.should_evaluate = False
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark a checkpoint as whole: only such a one is resumed from."""
@@ -262,8 +271,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         """End the progress and give the signals back."""
         if self._progress:
             self._progress.__exit__()
-        for number, former in self._former.items():
-            signal.signal(number, former)
+        for number, former in self._former.items():  # of several processes the parent has been asked, too: these go on to the end
+            signal.signal(number, signal.SIG_IGN if torch.distributed.is_initialized() else former)
 
 
 def make_trainer(

@@ -3,14 +3,17 @@
 import itertools
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from sftkit.core.errors import UserError
 from sftkit.core.models import load_model, resolve_model
@@ -65,8 +68,8 @@ def test_two_processes_train_as_one_in_every_way_and_one_goes_on_from_their_chec
         (folder / processes.JOB).write_bytes(pickle.dumps(job))
         raise Put
 
-    def take(job: processes.Job) -> Any:
-        return processes.outcome(job, done.returncode)
+    def take(job: processes.Job) -> tuple[Any, bool]:
+        return processes.outcome(job, done.returncode), False
 
     def diverge(do: Any) -> None:
         monkeypatch.setattr(processes, "train_on_processes", do)
@@ -106,6 +109,59 @@ def test_two_processes_train_as_one_in_every_way_and_one_goes_on_from_their_chec
             assert max(float((first[name] - other[name]).abs().max()) for name in first) < 1e-3, way
         assert (two / "train" / "adapter" / "adapter_model.safetensors").exists() == lora
         assert not (two / "train" / "processes").exists()
+
+
+CHILD = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: open(sys.argv[1] + "/came", "a").write("x"))
+open(sys.argv[1] + "/begun", "w")
+while True:
+    time.sleep(0.05)
+"""
+
+
+def test_a_stop_goes_to_the_processes_and_not_to_torchrun_and_a_second_one_kills(tmp_path: Path) -> None:
+    """torchrun kills what it has asked to stop after 30 s; here a program that waits for another is in its place."""
+    run = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', *sys.argv[1:]]))"
+    process = subprocess.Popen([sys.executable, "-c", run, CHILD, str(tmp_path)], start_new_session=True)
+    with processes._passing_stops_on(process) as asked:
+        wait_for(tmp_path / "begun")
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(tmp_path / "came")
+        assert process.poll() is None
+        assert len(asked) == 1
+        (child,) = psutil.Process(process.pid).children()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert process.wait(30) == -signal.SIGKILL
+        child.wait(30)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def wait_for(place: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not place.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_asked_to_stop_after_the_last_step_the_parent_saves_the_model_and_stops(tmp_path, tiny_model, chats, monkeypatch, caplog) -> None:
+    rows, start = chats(30), resolve_model(tiny_model)
+
+    def train_(asked: bool) -> Any:
+        monkeypatch.setattr(processes, "train_on_processes", lambda job: (load_model(start), asked))
+        monkeypatch.setattr("sftkit.train.sft._results", lambda *_: pytest.fail("went on") if asked else {"validation": None})
+        return train(rows, str(tiny_model), tmp_path / "run", TrainConfig(**SETTINGS, gpus=2))
+
+    with pytest.raises(KeyboardInterrupt):
+        train_(asked=True)
+    assert (tmp_path / "run" / "train" / "saved.json").exists()
+    job = processes.Job(room=tmp_path, start=start, data=None, config=TrainConfig(gpus=2), device="cpu", own=None, tokens=1, deadline=None)
+    (tmp_path / "processes").mkdir()
+    with pytest.raises(UserError, match="ended with exit code 1"):
+        processes.outcome(job, 1)
+    with pytest.raises(KeyboardInterrupt):
+        processes.outcome(job, 1, asked=True)
 
 
 @pytest.mark.slow

@@ -212,6 +212,8 @@ def test_asked_to_stop_after_the_last_step_the_model_is_saved_and_nothing_is_tra
             patch.setattr(place, name, asked(number, calls, name, getattr(place, name)))
             with pytest.raises(KeyboardInterrupt):
                 train(data, str(tiny_model), tmp_path / name, config(epochs=1.0))
+        told = [each for each in caplog.messages if each.startswith("stopping ")]
+        assert told == ([] if name == "check_stops" else [trainer.AFTER_SAVING])
         assert (tmp_path / name / "train" / "saved.json").exists()
         with monkeypatch.context() as patch:
             patch.setattr(sft, "_trained", lambda *_: pytest.fail("trained again"))

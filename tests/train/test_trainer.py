@@ -303,6 +303,14 @@ def test_alone_each_row_is_a_pack_of_the_same_updates() -> None:
     assert made[0]["alone"]
 
 
+@pytest.mark.parametrize(("epoch", "late", "wanted"), [(1.5, True, False), (1.5, False, True), (2.0, True, True)])
+def test_a_run_that_stops_within_an_epoch_does_not_evaluate_first(tmp_path: Path, epoch: float, late: bool, wanted: bool) -> None:
+    watch = Watch(tmp_path / "metrics.jsonl", SimpleNamespace(), save_minutes=60)
+    watch.late, control = late, SimpleNamespace(should_evaluate=True)
+    watch.on_epoch_end(None, SimpleNamespace(epoch=epoch), control)
+    assert control.should_evaluate is wanted
+
+
 def test_losses_are_those_of_trls_own_trainer(tmp_path: Path, tiny_model: Path) -> None:
     """The same updates of the same weights: packed, in several forward passes, here; padded, in one, there."""
     settings = TrainConfig(
