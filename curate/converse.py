@@ -9,7 +9,7 @@ from typing import Any
 from ..core.example import Decision, Example, Message, content_id
 from .config import GrowConfig
 from .distill import Distillation, wanted_sample
-from .prompts import Prompt
+from .prompts import Prompt, unasked
 from .rows import message_text
 
 SPEAKER = re.compile(r"^\s*\**(?:user|human)\**\s*:\**\s*", re.IGNORECASE)
@@ -39,11 +39,12 @@ def converse(
 ) -> tuple[list[dict[str, Any]], list[Decision], int, int, Counter[str]]:
     """Return the rows of conversations that end with a user's turn, a decision on each seed, the requests, their tokens, and the errors.
 
-    A conversation is left out as soon as a turn is cut (`truncated`), has no words (`empty`), does not fit the context with an
-    answer (`prompt_too_long`) or gets no answer (failed). The user's turns are asked for in words, with the whole conversation:
-    that works with a server too. A seed's own answers stay; it is answered where it ends with the user.
+    A conversation is left out without a user (`no_user_turn`, `blank_prompt`), and as soon as a turn is cut (`truncated`), has no
+    words (`empty`), does not fit the context with an answer (`prompt_too_long`) or gets no answer (failed). The user's turns are asked
+    for in words, with the whole conversation: that works with a server too. A seed's own answers stay; it is answered where it ends
+    with the user.
     """
-    talks = [_Talk(each, list(each.messages)) for each in seeds]
+    talks = [_Talk(each, list(each.messages), unasked(each.messages)) for each in seeds]
     asked = tokens = 0
     for number in range(config.rounds or ROUNDS):
         for role in ("assistant", "user"):

@@ -362,6 +362,7 @@ class Distillation:
                 sampling=wanted.sampling,
                 seed=wanted.seed,
                 logprob=config.logprobs or wanted.key in self._checked,
+                tools=wanted.prompt.tools,
             )
 
     def _sample(self, wanted: Wanted, completion: Completion, sampling_key: str) -> Sample:
@@ -455,7 +456,7 @@ def _num_matched(pattern: Pattern | None, texts: Iterable[str]) -> int | None:
 
 def wanted_sample(teacher: Teacher, prompt: Prompt, index: int, sampling: Sampling) -> Wanted:
     """Return a sample to be had, with its key and its seed."""
-    decisive: dict[str, Any] = {"prompt": prompt.ids or prompt.messages, "model_identity": teacher.identity, "index": index}
+    decisive: dict[str, Any] = {"prompt": prompt.ids or prompt.sent, "model_identity": teacher.identity, "index": index}
     # the longest length decides what is stored, not how it begins: asked again for more tokens, the same answer goes on
     stream = sample_key(sampling=replace(sampling, max_new_tokens=0), **decisive)
     return Wanted(sample_key(sampling=sampling, **decisive), prompt, index, sampling, sample_seed(stream))

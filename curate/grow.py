@@ -23,7 +23,7 @@ from .config import DistillConfig, GrowConfig
 from .converse import ROUNDS, converse
 from .distill import Distillation, Teacher, Wanted, has_begun, wanted_sample
 from .growth import Ask, Text, fault, open_method, read_answer, read_passages
-from .prompts import Prompt
+from .prompts import Prompt, unasked
 from .rouge import RougePool
 from .rows import message_text
 
@@ -135,8 +135,8 @@ def grow(source: str | Path | None, out: Path, config: GrowConfig) -> GrowResult
 def _converse(source: str | Path | None, out: Path, config: GrowConfig) -> GrowResult:
     if source is None:
         raise UserError("converse: needs seed prompts")
-    seeds = list({each.id: each for each in islice(iterate_examples(source), config.limit) if _has_user(each)}.values())
-    if not seeds:
+    seeds = list({each.id: each for each in islice(iterate_examples(source), config.limit)}.values())
+    if all(unasked(each.messages) for each in seeds):
         raise UserError(f"{source}: holds no prompt of a user to go on from")
     with closing(Teacher.find(_asking(config))) as teacher, Run.create(out) as run:
         marks = {"teacher_identity": teacher.identity, "seeds_id": content_id([{"seeds": [each.id for each in seeds]}])}
@@ -148,10 +148,6 @@ def _converse(source: str | Path | None, out: Path, config: GrowConfig) -> GrowR
 
 def _configure(run: Run, settings: dict[str, Any]) -> None:
     run.configure("grow", settings, free=FREE if has_begun(run) else ("*",))
-
-
-def _has_user(example: Example) -> bool:
-    return any(each["role"] == "user" for each in example.messages)
 
 
 def _finish(
@@ -258,11 +254,14 @@ def _seeds(source: str | Path | None, config: GrowConfig) -> list[Text]:
         raise UserError(f"{config.method}: needs {what}")
     if config.method == "documents":
         return read_passages(Path(source), config.chunk_words)
-    seeds = []
+    seeds, total = [], 0
     for example in islice(iterate_examples(source), config.limit):
+        total += 1
         user = next((each for each in example.messages if each["role"] == "user"), None)
         if user is not None and (text := message_text(user).strip()):
             seeds.append(Text(content_id([{"role": "user", "content": text}]), text))
+    if len(seeds) < total:
+        log.warning("%s of %s seeds have no words of a user and are left out", f"{total - len(seeds):,}", f"{total:,}")
     seeds = list({each.id: each for each in seeds}.values())
     if not seeds:
         raise UserError(f"{source}: holds no prompt of a user to grow from")

@@ -11,7 +11,7 @@ import polars as pl
 
 from ..core.chat import Chat
 from ..core.errors import UserError
-from ..core.example import Decision, Example, Message, content_id, tools_of
+from ..core.example import Decision, Example, Message, Tool, content_id, tools_of
 from ..core.files import write_atomically
 from ..core.formats import split_prompt
 from ..core.run import Run
@@ -31,6 +31,16 @@ class Prompt:
     messages: list[Message]
     reference: str | None  # the answer that the file has for it
     ids: tuple[int, ...] = ()
+
+    @property
+    def tools(self) -> tuple[Tool, ...]:
+        """Return the functions that can be called."""
+        return tools_of(self.example.meta)
+
+    @property
+    def sent(self) -> list[Message]:
+        """Return what decides the answers where a server renders: the messages, and the functions where there are any."""
+        return [*self.messages, {"tools": list(self.tools)}] if self.tools else self.messages
 
 
 def check_growth(run: Run, examples: Sequence[Example], source: str | Path, *, limited: bool) -> None:
@@ -52,15 +62,16 @@ def check_growth(run: Run, examples: Sequence[Example], source: str | Path, *, l
 def choose_prompts(run: Run, examples: Sequence[Example], chat: Chat | None, context: int | None, config: DistillConfig) -> list[Prompt]:
     """Decide which prompts are asked, record it, and return them in the order of the file.
 
-    Rules: `no_user_turn`, `refused_by_template`, `prompt_too_long` (with max_new_tokens it exceeds the context), and
-    `duplicate_prompt`, whose witness is the first of those that are asked the same; one that was asked before stays.
+    Rules: `no_user_turn`, `blank_prompt` (it ends with the user, who says nothing), `refused_by_template`, `prompt_too_long` (with
+    max_new_tokens it exceeds the context), and `duplicate_prompt`, whose witness is the first of those that are asked the same; one
+    that was asked before stays.
     Raises UserError if none is left.
     """
     kept_before = set(run.ledger.read().filter((pl.col("stage") == STAGE) & (pl.col("action") == "kept"))["example_id"])
     prompts = [_prompt(each, config.system) for each in examples]
-    offered = sum(bool(tools_of(each.meta)) for each in examples)
-    if offered and not (chat and chat.writes_tools):
-        why = f"{chat.name}'s template does not write them" if chat else "a served model is not told of them"
+    offered = sum(bool(each.tools) for each in prompts)
+    if offered and chat and not chat.writes_tools:
+        why = f"{chat.name}'s template does not write them"
         log.warning("%s of %s prompts say which functions can be called (tools): %s", f"{offered:,}", f"{len(examples):,}", why)
     first: dict[object, str] = {}
     decisions: dict[int, Decision] = {}
@@ -87,6 +98,13 @@ def choose_prompts(run: Run, examples: Sequence[Example], chat: Chat | None, con
     return [prompt for prompt, decision in zip(prompts, decided, strict=True) if decision.action == "kept"]
 
 
+def unasked(messages: Sequence[Message]) -> str:
+    """Return the rule by which nothing is asked: there is no user's turn, or it is the last one and has no text; else an empty string."""
+    if not any(each["role"] == "user" for each in messages):
+        return "no_user_turn"
+    return "blank_prompt" if messages[-1]["role"] == "user" and not message_text(messages[-1]).strip() else ""
+
+
 def _prompt(example: Example, system: str | None) -> Prompt:
     if not any(each["role"] == "user" for each in example.messages):
         return Prompt(example, example.messages, None)
@@ -102,17 +120,17 @@ def _decide(
     def rejected(rule: str, score: float | None = None, threshold: float | None = None, witness: str | None = None) -> Decision:
         return Decision(prompt.example.id, None, STAGE, "rejected", rule, score, threshold, witness)
 
-    if not any(each["role"] == "user" for each in prompt.messages):
-        return prompt, rejected("no_user_turn")
+    if rule := unasked(prompt.messages):
+        return prompt, rejected(rule)
     if chat is not None:
         try:
-            ids = tuple(chat.prompt(prompt.messages, thinking=config.thinking, tools=tools_of(prompt.example.meta)))
+            ids = tuple(chat.prompt(prompt.messages, thinking=config.thinking, tools=prompt.tools))
         except UserError as error:
             return prompt, rejected(f"refused_by_template: {' '.join(str(error).split())}")
         if context is not None and len(ids) + config.max_new_tokens > context:
             return prompt, rejected("prompt_too_long", len(ids) + config.max_new_tokens, context)
         prompt = replace(prompt, ids=ids)
-    asked = prompt.ids or content_id(prompt.messages)
+    asked = prompt.ids or content_id(prompt.sent)
     witness = first.setdefault(asked, prompt.example.id)
     if witness != prompt.example.id:
         return prompt, rejected("duplicate_prompt", witness=witness)

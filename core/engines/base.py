@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 from ..chat import Chat
 from ..config import setting
 from ..errors import UserError
-from ..example import Message
+from ..example import Message, Tool
 
 EXECUTORS = ("local", "ray")
 ENGINES = ("auto", "transformers", "vllm", "openai")
@@ -84,6 +84,7 @@ class Request:
     sampling: Sampling
     seed: int  # of this sample alone, below 2**63
     logprob: bool = True  # whether its log-probability is wanted, which costs throughput; an engine that has it anyway tells it
+    tools: tuple[Tool, ...] = ()  # functions that can be called: what a server is told; the ids hold them already
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

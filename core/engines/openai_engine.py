@@ -23,7 +23,7 @@ import httpx
 from ..chat import Chat
 from ..errors import UserError, unknown_name
 from .base import NOT_FINITE, Completion, EngineConfig, Request, ScoreRequest, TokenLogprobs
-from .servers import Server, address_of, error_of, key_of_servers
+from .servers import Names, Server, address_of, answer_of, error_of, key_of_servers, written_call
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ DISPENSABLE = {  # what is left out from the first refusal on, and what is lost 
 }
 UNCOUNTED = "the server does not tell how many tokens the answer has (no usage, no log-probabilities)"
 NO_TOKEN = "the server ended the answer before its first token"
+NO_PARSER = re.compile(r"auto\W{0,3}tool.choice|tool.call.parser")  # vLLM's words, started without
 NO_NUMBER = "not JSON compliant"  # Python's word, and so that of vLLM's server, for a NaN among the log-probabilities
 DECISIVE = ("temperature", "top_p", "response_format", "stop")
 REFUSAL = re.compile(
@@ -79,6 +80,8 @@ class OpenAIEngine:
         self._refused: set[str] = set()  # names of DISPENSABLE
         self._length = "max_tokens"
         self._counts = True  # tells how many tokens an answer has; where not, its log-probabilities do
+        self._parses = True  # finds the calls in an answer of a model that was told of functions
+        self._names = Names(model)
         self.steps = 0  # answers
 
     def close(self) -> None:
@@ -97,6 +100,7 @@ class OpenAIEngine:
         waiting: Iterator[Request] | None = iter(requests)
         under_way = failing = 0
         ahead = 2 * self._concurrency * len(self._servers)
+        held: list[Completion] = []
         with _Connection(self._servers, self._concurrency) as connection:
             while True:
                 while waiting is not None and under_way < ahead:
@@ -109,6 +113,7 @@ class OpenAIEngine:
                     if connection.has_finished():  # a slow source must not hold back what is there
                         break
                 if not under_way:
+                    yield from held
                     return
                 completion, exhausted = connection.next_finished()
                 under_way -= 1
@@ -120,7 +125,10 @@ class OpenAIEngine:
                         f"{places}: has stopped answering: {failing} requests in a row failed, the last with: {completion.error};"
                         " what finished is kept, and the same command goes on from here"
                     )
-                yield completion
+                held.append(completion)
+                if not self._names.in_doubt(self._servers):
+                    yield from held
+                    held.clear()
 
     async def _answer(self, connection: "_Connection", request: Request) -> tuple[Completion, bool]:
         """Return the completion, and whether all attempts failed for a fault of the servers."""
@@ -167,9 +175,11 @@ class OpenAIEngine:
         except TimeoutError:
             return _Fault(f"no whole answer within {LONGEST_ANSWER:g} s")
         if response.is_success:
-            found = self._read(request, response)
+            answer = answer_of(response)
+            found = self._read(request, answer)
             if found is None:
                 return _Fault(f"an answer that is not of the protocol: {server.told(response)}")
+            self._names.heed(server, answer.get("model"))
             uncounted = found.error == UNCOUNTED and not self._counts  # from now on log-probabilities are asked for, which can be counted
             return None if uncounted and "logprobs" not in {*body, *self._refused} else found
         if self._adapts(server, body, response):
@@ -202,6 +212,10 @@ class OpenAIEngine:
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         if sampling.stop:
             body["stop"] = list(sampling.stop)
+        if request.tools:
+            body["tools"] = list(request.tools)
+            if not self._parses:
+                body["tool_choice"] = "none"
         return {name: value for name, value in body.items() if name not in self._refused}
 
     def _adapts(self, server: Server, body: dict[str, Any], response: httpx.Response) -> bool:
@@ -209,6 +223,10 @@ class OpenAIEngine:
         if response.status_code not in (400, 422):
             return False
         said = response.text[:4000].lower()
+        if "tools" in body and "tool_choice" not in body and NO_PARSER.search(said):
+            # told so, vLLM writes the functions into the prompt all the same, and leaves calls in the text as the model writes them
+            self._parses = False
+            return True
         if not REFUSAL.search(said):
             return False
         if "max_tokens" in body and "max_completion_tokens" in said:
@@ -238,13 +256,13 @@ class OpenAIEngine:
                 f" {serves}: check the teacher's name and the address"
             )
 
-    def _read(self, request: Request, response: httpx.Response) -> Completion | None:
+    def _read(self, request: Request, answer: Any) -> Completion | None:
         """Return the completion that an answer holds; None where it is not of the protocol."""
         try:
-            answer = response.json()
             choice = answer["choices"][0]
             message, reason = choice["message"], choice["finish_reason"]
             text = message.get("content")
+            calls = [written_call(each["function"]) for each in message.get("tool_calls") or []]
             listed = (choice.get("logprobs") or {}).get("content") or []
             logprobs = [math.nan if each["logprob"] is None else float(each["logprob"]) for each in listed]  # null: some servers' NaN
             counted = (answer.get("usage") or {}).get("completion_tokens")
@@ -252,6 +270,8 @@ class OpenAIEngine:
             thoughts = message.get("reasoning_content") or message.get("reasoning")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             return None
+        if calls:
+            text, reason = "\n".join([text, *calls] if text else calls), "stop" if reason == "tool_calls" else reason
         if counted == 0 and (text or thoughts):  # no count
             counted = None
         self._counts = self._counts and isinstance(counted, int)

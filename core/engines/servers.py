@@ -1,7 +1,11 @@
 """Servers that speak OpenAI's protocol: their addresses, the key for them, what they say, and how much each has to do."""
 
+import contextlib
+import json
+import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +13,10 @@ import httpx
 
 from ..errors import UserError
 
+log = logging.getLogger(__name__)
+
 KEY = "OPENAI_API_KEY"
+SECONDS_IN_DOUBT = 60.0  # for which answers are held back until each server has told in which model's name it answers
 
 
 @dataclass(slots=True)
@@ -74,6 +81,43 @@ class Server:
         return None
 
 
+class Names:
+    """In which model's name each of some servers answers."""
+
+    def __init__(self, asked: str) -> None:
+        self._asked = asked
+        self._found: dict[str, str] = {}  # by address
+        self._told = {asked}
+        self._since: float | None = None  # when the doubt began
+
+    def heed(self, server: Server, name: object) -> None:
+        """Take note of the name in an answer. Raises UserError where two servers answer in different names.
+
+        Another name than was asked for is told alone: many servers have a longer one, with the model's version.
+        """
+        name = name if isinstance(name, str) and name else self._asked
+        if self._found.get(server.url) == name:
+            return
+        self._found[server.url] = name
+        for url, other in self._found.items():
+            if other != name:
+                raise UserError(
+                    f"base_url: {url} answers in the name of {other!r}, and {server.url} in that of {name!r}: several addresses are for one"
+                    " and the same model; leave out the one that serves another. What finished is kept"
+                )
+        if name not in self._told:
+            self._told.add(name)
+            log.warning("%s answers in the name of %r; make sure that it is %r, which was asked for", server.url, name, self._asked)
+
+    def in_doubt(self, servers: Sequence[Server]) -> bool:
+        """Say whether answers come in another name than was asked for while a server that works has not answered, for a while at most."""
+        if all(each == self._asked for each in list(self._found.values())):
+            return False
+        self._since = time.monotonic() if self._since is None else self._since
+        late = any(each.url not in self._found and not each.load.faults for each in servers)
+        return late and time.monotonic() - self._since < SECONDS_IN_DOUBT
+
+
 def address_of(text: str) -> str:
     """Return the canonical form of a server's address, by which its samples are known."""
     try:
@@ -93,6 +137,23 @@ def key_of_servers() -> str | None:
     if not key.isascii() or not key.isprintable() or " " in key:
         raise UserError(f"{KEY}: holds characters that no key has; set it again (its value is not shown here)")
     return key or None
+
+
+def answer_of(response: httpx.Response) -> Any:
+    """Return what an answer holds; None where it is no JSON."""
+    try:
+        return response.json()
+    except ValueError:
+        return None
+
+
+def written_call(function: dict[str, Any]) -> str:
+    """Return a call as text, as models of Qwen's and Hermes' kind write it: the server has taken it out of the text."""
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError):  # the model's own mistake, which stands as it was made
+            arguments = json.loads(arguments)
+    return f"<tool_call>\n{json.dumps({'name': function['name'], 'arguments': arguments}, ensure_ascii=False)}\n</tool_call>"
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain, repeat
+from typing import Any
 
 import pytest
 from faulty_proxy import FAULTS, FaultyProxy, storm
-from openai_server import Server, answer, fault
+from openai_server import Reply, Server, answer, fault
 from sftkit.core.engines import openai_engine
 from sftkit.core.engines.base import Completion, EngineConfig, Request, Sampling
 from sftkit.core.engines.registry import open_engine
@@ -162,6 +164,70 @@ def test_all_servers_must_serve_the_model(server: Server, proxied: Proxied) -> N
     other.models = (200, {}, {"data": [{"id": "m", "max_model_len": 100}]})
     assert open_engine("m", EngineConfig(base_url=f"{server.url}, {other.url}")).context_length == 100
     other.close()
+
+
+def in_name(name: str, text: str = "hello") -> Reply:
+    """Return an answer in a model's name."""
+    status, headers, content = answer(text)
+    return status, headers, {**content, "model": name}
+
+
+@pytest.mark.parametrize("late", ["m", "imposter"])
+def test_servers_that_answer_in_different_names_are_not_mixed(server: Server, late: str) -> None:
+    """Whichever answers first, nothing of the wrong one is given."""
+    other = Server()
+
+    def replying(name: str) -> Callable[[dict[str, Any]], Reply]:
+        def reply(body: dict[str, Any]) -> Reply:
+            threading.Event().wait(0.3 * (name == late))
+            return in_name(name, name)
+
+        return reply
+
+    server.reply, other.reply = replying("m"), replying("imposter")
+    engine = open_engine("m", EngineConfig(base_url=f"{server.url},{other.url}", concurrency=4))
+    given: list[str] = []
+    with pytest.raises(UserError) as error:
+        given.extend(each.text for each in engine.generate(request(f"prompt {number}") for number in range(1000)))
+    other.close()
+    names = sorted([(server.url, "m"), (other.url, "imposter")], key=lambda each: each[1] == late)
+    (first, its), (second, anothers) = names
+    assert f"{first} answers in the name of {its!r}, and {second} in that of {anothers!r}" in str(error.value)
+    assert "imposter" not in given
+
+
+def test_another_name_than_was_asked_for_is_told_once(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    server.reply = lambda body: in_name("m-2026-01-01")
+    assert len(list(open_engine("m", EngineConfig(base_url=server.url)).generate(request(str(number)) for number in range(9)))) == 9
+    (told,) = caplog.records
+    assert told.getMessage() == f"{server.url} answers in the name of 'm-2026-01-01'; make sure that it is 'm', which was asked for"
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}
+CALLED = '<tool_call>\n{"name": "weather", "arguments": {"city": "臺北"}}\n</tool_call>'
+
+
+def test_a_server_is_told_of_functions_and_its_calls_are_text(server: Server) -> None:
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": '{"city": "臺北"}'}}]
+    said = {"role": "assistant", "content": None, "tool_calls": calls}
+    server.reply = lambda body: answer(message=said, finish_reason="tool_calls") if "tools" in body else answer("none")
+    engine = open_engine("m", EngineConfig(base_url=server.url))
+    (found,) = engine.generate([replace(request("Weather?"), tools=(TOOL,))])
+    assert (found.text, found.finish_reason, server.asked[-1]["tools"]) == (CALLED, "stop", [TOOL])
+    (found,) = engine.generate([request("Weather?")])
+    assert found.text == "none"
+    said["content"], calls[0]["function"]["arguments"] = "Let me look.", "{no JSON"
+    (found,) = engine.generate([replace(request("Weather?"), tools=(TOOL,))])
+    assert found.text == 'Let me look.\n<tool_call>\n{"name": "weather", "arguments": "{no JSON"}\n</tool_call>'
+
+
+def test_a_server_that_does_not_look_for_calls_leaves_them_in_the_text(server: Server) -> None:
+    refusal = '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'  # vLLM's
+    server.reply = lambda body: answer(CALLED) if body.get("tool_choice") == "none" else fault(400, refusal)
+    engine = open_engine("m", EngineConfig(base_url=server.url, concurrency=1))
+    found = list(engine.generate(replace(request(f"Weather {number}?"), tools=(TOOL,)) for number in range(3)))
+    assert [each.text for each in found] == [CALLED] * 3
+    assert len(server.asked) == 4
 
 
 def test_a_schema_is_sent_and_its_refusal_ends_the_run(server: Server) -> None:

@@ -269,21 +269,23 @@ def test_prompts_that_are_not_asked_have_their_reason(tmp_path: Path, settings: 
         {"messages": [{"role": "system", "content": "Be brief."}, question]},
         {"prompt": "word " * 700},
         {"messages": [question]},
+        {"prompt": " \n"},
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": ""}]},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with caplog.at_level(logging.INFO, logger="sftkit"):
         result = distill(path, run, settings(system="Be brief."))
     assert result.prompts == 1
-    assert result.rejected == {"duplicate_prompt": 3, "no_user_turn": 1, "prompt_too_long": 1}
-    decided = ledger(run, "prompts")
-    assert decided["rule"].to_list() == ["", "no_user_turn", "duplicate_prompt", "duplicate_prompt", "prompt_too_long", "duplicate_prompt"]
+    assert result.rejected == {"duplicate_prompt": 3, "blank_prompt": 2, "no_user_turn": 1, "prompt_too_long": 1}
+    decided, again = ledger(run, "prompts"), "duplicate_prompt"
+    assert decided["rule"].to_list() == ["", "no_user_turn", again, again, "prompt_too_long", again, "blank_prompt", "blank_prompt"]
     first = decided["example_id"][0]
-    assert decided["witness_id"].to_list() == [None, None, first, first, None, first]
+    assert decided["witness_id"].to_list() == [None, None, first, first, None, first, None, None]
     assert decided["threshold"][4] == 512
     assert decided["score"][4] > 512 + 12
-    assert "5 of 6 prompts are not asked: 3 duplicate_prompt, 1 no_user_turn, 1 prompt_too_long" in caplog.text
+    assert "7 of 8 prompts are not asked: 3 duplicate_prompt, 2 blank_prompt, 1 no_user_turn, 1 prompt_too_long" in caplog.text
     asked = pl.read_parquet(run / "curate" / "prompts.parquet")
-    assert asked["reference"].to_list() == [None, None, "2", None, None, None]
+    assert asked["reference"].to_list() == [None, None, "2", *[None] * 5]
     assert asked["source"].to_list()[2].endswith("p.jsonl:3")
 
 
@@ -528,6 +530,22 @@ def test_a_server_is_sent_messages_and_keyed_by_them(tmp_path: Path, settings: A
     assert set(stored(tmp_path / "run")["key"]).isdisjoint(stored(tmp_path / "other")["key"])
     with pytest.raises(UserError, match="thinking: a server renders for itself"):
         distill(path, tmp_path / "thinking", settings(thinking=True, **asked))
+
+
+def test_a_server_is_told_of_functions_which_decide_the_answer(tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server()
+    monkeypatch.setattr(distill_module, "open_engine", lambda *arguments, **keywords: server)
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    rows = [{"prompt": "What is 1 plus 1?", **more} for more in ({}, {"tools": json.dumps([tool["function"]])}, {"tools": [tool]})]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {"teacher": "m", "engine": {"engine": "openai", "base_url": "http://localhost:1/v1"}}
+    assert distill(path, tmp_path / "run", settings(**asked)).rejected == {"duplicate_prompt": 1}
+    plain, told = server.asked
+    assert (plain.tools, told.tools) == ((), (tool,))
+    assert plain.key != told.key
+    keyed = sample_key(prompt=plain.messages, model_identity=server.identity, sampling=plain.sampling, index=0)
+    assert keyed == plain.key, "samples of prompts without functions are known as before there were any"
 
 
 def test_thoughts_are_kept_apart_and_put_before_the_answer_when_asked(

@@ -240,6 +240,9 @@ def test_a_conversation_goes_on_in_both_roles(tmp_path: Path, seeds: Path, monke
     assert len({each.partition("in which the user ")[2].partition(".")[0] for each in follow_ups}) > 1
     teacher.cut = True
     assert grow(seeds, tmp_path / "cut", wanted).rejected == {"truncated": 3}
+    with open(seeds, "a") as file:
+        file.write(json.dumps({"prompt": " "}) + "\n")
+    assert grow(seeds, tmp_path / "blank", wanted).rejected == {"truncated": 3, "blank_prompt": 1}
 
 
 def test_failed_requests_are_counted(tmp_path: Path, seeds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
