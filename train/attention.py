@@ -8,9 +8,9 @@ import inspect
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from itertools import pairwise
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -22,13 +22,14 @@ except ImportError:  # no Triton: PyTorch without CUDA, or not on Linux
 
 log = logging.getLogger(__name__)
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 NAME = "sftkit_packed"
 # By heads of at most so many numbers, the length up to which tiles are cut from the pack; longer rows fill those that PyTorch gives each.
 SHORT = {64: 2048, 128: 1024, 256: 512}
 CLOSE = 0.02  # of a tensor's length: how far sound kernels may be from float32; 16-bit rounding alone takes them 0.005 away
+
+_answers: dict[tuple[Any, ...], Any] = {}  # of what is tried once
 
 
 def use_packed_attention(model: Any, typical: int | None = None) -> None:
@@ -102,26 +103,26 @@ def _takes_tiles(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, wi
     return tiles_are_sound(value.dtype, value.device, query.shape[1], key.shape[1], query.shape[-1], window is not None)
 
 
-@torch.compiler.assume_constant_result
+def tried_once(work: Callable[..., T]) -> Callable[..., T]:
+    """Let a function run once for the same arguments, in a thread of its own; compiled code takes its answer as a constant.
+
+    The caller's thread may record a forward pass, or compute activations a second time.
+    """
+
+    @torch.compiler.assume_constant_result
+    @wraps(work)
+    def ask(*told: Any) -> T:
+        if (work, told) not in _answers:
+            with ThreadPoolExecutor(1) as thread:
+                _answers[work, told] = thread.submit(work, *told).result()
+        return _answers[work, told]
+
+    return ask
+
+
+@tried_once
 def tiles_are_sound(dtype: torch.dtype, device: torch.device, heads: int, groups: int, size: int, windowed: bool) -> bool:
     """Say whether our kernels compute on this card, with this Triton, what plain attention does, forward and back: by trying, once."""
-    return _tried(dtype, device, heads, groups, size, windowed)
-
-
-def apart(work: Callable[P, T]) -> Callable[P, T]:
-    """Let a function run in a thread of its own: the caller's may record a forward pass, or compute activations a second time."""
-
-    @wraps(work)
-    def run(*told: P.args, **named: P.kwargs) -> T:
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(work, *told, **named).result()
-
-    return run
-
-
-@cache
-@apart
-def _tried(dtype: torch.dtype, device: torch.device, heads: int, groups: int, size: int, windowed: bool) -> bool:
     places, window, scale = [0, 1, 131, 134, 234, 320, 320], 50 if windowed else 0, size**-0.5
     bounds = torch.tensor(places, dtype=torch.int32, device=device)
     rng = torch.Generator(device).manual_seed(0)
@@ -189,15 +190,9 @@ def _varlen(
     return out
 
 
-@torch.compiler.assume_constant_result
+@tried_once
 def groups_heads(dtype: torch.dtype, device: torch.device) -> bool:
     """Say whether the kernel takes fewer heads of keys than of queries where it has no word for it (2.11), forward and back: by trying."""
-    return _groups_heads(dtype, device)
-
-
-@cache
-@apart
-def _groups_heads(dtype: torch.dtype, device: torch.device) -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
     with torch.random.fork_rng(devices=[device]):

@@ -159,11 +159,11 @@ def test_short_rows_are_given_to_it_and_long_ones_to_pytorch(monkeypatch, window
     bounds = torch.tensor([0, 30, 32, 48], dtype=torch.int32)
     monkeypatch.setattr(attention, "_has_kernel", lambda *_: True)
     monkeypatch.setattr(attention, "_varlen", lambda query, *_: torch.zeros_like(query))
-    attention._tried.cache_clear()
+    attention._answers.clear()
     found, _ = packed_attention(None, *inputs, cu_seq_lens_q=bounds, max_length_q=30, sliding_window=window, scaling=0.3)
     rows = [_one_row(*(each[:, :, a:b].float() for each in inputs), 0.3, window, None) for a, b in pairwise(bounds.tolist())]
     torch.testing.assert_close(found.float(), torch.cat(rows, dim=2).transpose(1, 2), rtol=1e-2, atol=2e-3)
-    assert attention._tried.cache_info().currsize == 1
+    assert list(attention._answers.values()) == [True]
     for length, short in ((2048, True), (2049, False)):
         for told in ({"max_length_q": length}, {"max_length_q": 30 if length > 2048 else 9999, "typical": length}):
             other, _ = packed_attention(None, *inputs, cu_seq_lens_q=bounds, sliding_window=window, **told)
@@ -184,11 +184,11 @@ def test_kernels_that_are_wrong_on_a_card_are_not_trained_with(monkeypatch, capl
     monkeypatch.setattr(row_attention, "attend_rows", faulty)
     monkeypatch.setattr(attention, "_has_kernel", lambda *_: True)
     monkeypatch.setattr(attention, "_varlen", lambda query, *_: torch.zeros_like(query))
-    attention._tried.cache_clear()
+    attention._answers.clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             found, _ = packed_attention(None, *inputs, cu_seq_lens_q=bounds, max_length_q=30)
             assert not found.any()
-    attention._tried.cache_clear()
+    attention._answers.clear()
     assert len(caplog.messages) == 1
     assert {"wrong": "5.0%", "not a number": "nan%", "raises": "shared memory"}[fault] in caplog.messages[0]
