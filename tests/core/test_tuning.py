@@ -1,6 +1,7 @@
 """Tuning: what is tried, what is remembered for which model and card, and what it leaves alone."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -80,14 +81,31 @@ def test_the_fastest_is_remembered_for_this_model_and_card(engines: Callable[[di
     engines({16_384: 0.1, 4096: 0.05, 1024: 0.06, 65_536: 0.0499})
     trials.clear()
     assert tune("model", CONFIG, WORK, warm_up=5, seconds=10, tell=trials.append).batch_tokens == 4096
-    # smaller still is tried since smaller was faster; 65536 is faster by less than the noise
-    assert [each.settings["batch_tokens"] for each in trials] == [16_384, 4096, 1024, 65_536]
+    # what is faster is measured in turns with the best; smaller still is tried since smaller was faster; 65536 is faster by too little
+    assert [each.settings["batch_tokens"] for each in trials] == [16_384, 4096, *[16_384, 4096] * 2, 1024, 65_536]
     assert tuned(CONFIG, "sha256:m").batch_tokens == 4096
     assert tuned(replace(CONFIG, batch_tokens=999), "sha256:m").batch_tokens == 999  # what is given is meant
     assert tuned(CONFIG, "sha256:other") == CONFIG
     assert tuned(replace(CONFIG, dtype="bfloat16"), "sha256:m").batch_tokens == CONFIG.batch_tokens
     server = EngineConfig(engine="openai", base_url="http://localhost:1")
     assert tuned(server, "openai:x") == server
+
+
+@pytest.mark.parametrize(("of_4096", "chosen"), [((120, 119, 118), 4096), ((120, 119, 111), 16_384), ((120, 108, 120), 16_384)])
+def test_what_is_faster_by_chance_is_not_taken(
+    of_4096: tuple[int, ...], chosen: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The defaults were between 95 and 110 tokens/s: with other work beside them, the same settings differ so."""
+    monkeypatch.setenv("SFTKIT_CACHE", str(tmp_path / "cache"))
+    paces = {16_384: iter([95, 110, 104]), 4096: iter(of_4096), 1024: iter([90]), 65_536: iter([111])}
+    trials: list[Trial] = []
+
+    def measure(model: str, config: EngineConfig, *_: object) -> tuple[Trial, str]:
+        return Trial({}, next(paces[config.batch_tokens]), 1.0), "sha256:m"
+
+    monkeypatch.setattr(tuning, "_measure", measure)
+    best = tune("model", CONFIG, WORK, tell=trials.append)
+    assert (best.batch_tokens, tuned(CONFIG, "sha256:m").batch_tokens) == (chosen, chosen)
 
 
 def test_answers_that_come_in_waves_are_counted_by_the_wave(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -136,6 +154,7 @@ def test_the_command_with_a_real_model(tmp_path: Path, tiny_model: Path, monkeyp
     arguments = ["curate", "tune", str(prompts), "--teacher", str(tiny_model), "--engine", "transformers", "--max-new-tokens", "8"]
     result = CliRunner().invoke(sftkit, [*arguments, "--seconds", "2"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("tokens/s") in (3, 4)  # the smallest only if smaller was faster
+    assert result.stdout.count("tokens/s") >= 3  # more where one seemed faster
+    assert re.search(r"^distill takes batch_tokens \d+$", result.stdout, re.MULTILINE)
     (found,) = (tmp_path / "cache" / "tuning").iterdir()
     assert json.loads(found.read_text())["tokens_per_second"] > 0
