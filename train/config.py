@@ -6,13 +6,17 @@ from typing import Any
 from ..core.config import setting
 from ..core.errors import UserError, unknown_name
 
+MOST_RATE = 1.0  # AdamW moves each weight by so much a step: no model bears that
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How a model is fine-tuned. The loss is -log P(answer | prompt), averaged over the assistant's tokens of a step."""
 
     epochs: float = setting(1.0, "Passes over the data.")
-    learning_rate: float | None = setting(None, "Highest learning rate; 2e-5, with LoRA 2e-4, when not given; of pairs 1e-6 and 1e-5.")
+    learning_rate: float | None = setting(
+        None, "Highest learning rate, at most 1; 2e-5, with LoRA 2e-4, when not given; of pairs 1e-6 and 1e-5."
+    )
     batch_size: int = setting(8, "Rows in one step of the optimizer, however many forward passes they take.")
     batch_tokens: int | None = setting(None, "Most tokens in one forward pass; by the memory plan, and halved when memory runs out.")
     schedule: str = setting("cosine", "How the learning rate falls.", choices=("cosine", "linear", "constant"))
@@ -96,8 +100,9 @@ class TrainConfig:
             raise UserError(f"max_hours: expected more than 0, found {self.max_hours:g}")
         if not self.epochs > 0:
             raise UserError(f"epochs: expected more than 0, found {self.epochs:g}")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise UserError(f"learning_rate: expected more than 0, as 2e-5, found {self.learning_rate:g}")
+        if self.learning_rate is not None and not 0 < self.learning_rate <= MOST_RATE:
+            usual = "2e-5 is usual, with LoRA 2e-4, of pairs 1e-6"
+            raise UserError(f"learning_rate: expected more than 0 and at most {MOST_RATE:g}, found {self.learning_rate:g}; {usual}")
         if self.qlora and self.parallel == "fsdp":
             raise UserError("parallel: fsdp does not take 4-bit weights apart; leave qlora out, or take ddp")
         for name in ("validation", "warmup", "lora_dropout"):

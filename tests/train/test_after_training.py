@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import resource
 import subprocess
 import sys
@@ -104,8 +105,8 @@ def test_samples_change_nothing_of_the_training(tmp_path: Path, tiny_model: Path
 
 
 def test_a_rate_that_ruins_the_model_is_told_of(tmp_path: Path, tiny_model: Path, chats, said: pytest.LogCaptureFixture) -> None:
-    train(chats(16), str(tiny_model), tmp_path / "run", config(epochs=1.0, stop_check=0, learning_rate=10.0))
-    assert "learning rate 10: is far above what models bear" in said.text
+    train(chats(16), str(tiny_model), tmp_path / "run", config(epochs=2.0, stop_check=0, learning_rate=0.5))
+    assert "learning rate 0.5: is far above what models bear" in said.text
     assert "on rows that it did not learn from the model is worse than before; lower the learning rate" in said.text
 
 
@@ -194,10 +195,11 @@ def test_a_token_beyond_the_vocabulary_is_named_with_its_row(tiny_model: Path, c
 
 
 def test_learning_rates_and_formats_that_cannot_work_are_said(said: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(UserError, match="learning_rate: expected more than 0, as 2e-5, found 0"):
-        config(learning_rate=0.0)
-    _check_settings(config(learning_rate=10.0), "cpu", None)
-    assert "learning rate 10: is far above what models bear" in said.text
+    for rate in (0.0, 10.0, math.nan):
+        with pytest.raises(UserError, match=f"learning_rate: expected more than 0 and at most 1, found {rate:g}; 2e-5 is usual"):
+            config(learning_rate=rate)
+    _check_settings(config(learning_rate=0.5), "cpu", None)
+    assert "learning rate 0.5: is far above what models bear" in said.text
     with pytest.raises(UserError, match="dtype bfloat16: this GPU does not compute in it; leave dtype out"):
         _check_settings(config(dtype="bfloat16"), "cuda", torch.float16)
     _check_settings(config(dtype="bfloat16"), "cpu", None)
@@ -228,7 +230,8 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path, tiny_model:
     assert (steps[0], steps[-1]) == (1, 8)
 
 
-def test_a_loss_that_is_no_number_names_the_rows(tmp_path: Path, tiny_model: Path, chats) -> None:
+def test_a_loss_that_is_no_number_names_the_rows(tmp_path: Path, tiny_model: Path, chats, monkeypatch) -> None:
+    monkeypatch.setattr("sftkit.train.config.MOST_RATE", math.inf)
     wild = config(learning_rate=1e30, warmup=0.0, max_grad_norm=1e30, logging_steps=1, batch_size=4, validation=0.0)
     path = chats(16)
     with pytest.raises(UserError, match=r"is not a finite number .* it learned from .*chats\.jsonl:\d+") as error:

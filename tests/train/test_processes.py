@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -72,6 +73,7 @@ def test_two_processes_train_as_one_in_every_way_and_one_goes_on_from_their_chec
         return processes.outcome(job, done.returncode), False
 
     def diverge(do: Any) -> None:
+        monkeypatch.setattr("sftkit.train.config.MOST_RATE", math.inf)
         monkeypatch.setattr(processes, "train_on_processes", do)
         train_(tmp_path / "wild", False, False, gpus=2, learning_rate=1e30, max_grad_norm=1e30, warmup=0.0)
 

@@ -247,7 +247,7 @@ def test_a_run_that_is_refused_leaves_the_ledger_of_the_one_that_stands_there(tm
 
 
 def test_a_model_that_became_worse_is_not_said_to_need_more(tmp_path: Path, tiny_model: Path, chats, caplog) -> None:
-    train(chats(40), str(tiny_model), tmp_path / "run", config(learning_rate=10.0, epochs=1.0))
+    train(chats(40), str(tiny_model), tmp_path / "run", config(learning_rate=0.5, epochs=1.0))
     assert "validation loss rose from" in caplog.text
     assert "train longer" not in caplog.text
 

@@ -1,6 +1,7 @@
 """A sweep: the same rows for all, the better setting found, and intervals that are those of the textbook."""
 
 import json
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +59,8 @@ def test_the_better_setting_has_the_lower_held_out_loss(tmp_path, tiny_model, ch
     assert (tmp_path / "sweep" / "learning_rate-0.003" / "train" / "done.json").stat().st_mtime_ns == before
 
 
-def test_a_run_that_diverges_is_told_of_and_stops_no_other(tmp_path, tiny_model, chats, alone) -> None:
+def test_a_run_that_diverges_is_told_of_and_stops_no_other(tmp_path, tiny_model, chats, alone, monkeypatch) -> None:
+    monkeypatch.setattr("sftkit.train.config.MOST_RATE", math.inf)
     settings = TrainConfig(validation=0.2, dtype="float32", epochs=4.0, logging_steps=1, max_grad_norm=1e9, warmup=0.0)
     arguments = (str(chats(60)), str(tiny_model), tmp_path / "sweep", settings, {"learning_rate": [1e30, 1e-3]})
     found = sweep(*arguments)
