@@ -14,13 +14,13 @@ from ..core.ledger import Ledger
 from .config import PreferenceConfig, TrainConfig
 from .data import DataReport, Outcome, Row, TrainingData, key_of, outcomes
 from .mixture import Mixture
+from .thoughts import IN_TEXT, Lost, Thoughts
 
 log = logging.getLogger(__name__)
 
 STAGE = "train_data"
 END_COVERAGE = 0.999  # share of the rows whose answer's end must be trained on, or the model would not learn to stop
 NO_MIXTURE = Mixture()
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what a template may know a turn's thoughts as
 NAMED = 3  # rows that a warning names
 CURES = {
     "no_assistant_turn": "nothing in them is learned: give rows with answers, or have a teacher write them (sftkit curate distill)",
@@ -99,6 +99,8 @@ def prepare(
     if vocabulary is not None:
         _check_vocabulary(rows, chat, vocabulary)
     train, validation = split(rows, config.validation, config.seed)
+    asked = {hash(row.prompt()) for row in train} if validation else set()
+    repeated = [row.source for row in validation if hash(row.prompt()) in asked]
     report = DataReport(
         rows=len(examples),
         train_rows=len(train),
@@ -109,13 +111,15 @@ def prepare(
         longest=max(sum(map(len, row.sides())) for row in rows),
         max_length=None if limit == 1 << 62 else limit,
         end_of_turn=str(chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn)),
+        overlong=config.overlong,
         split=num_split,
+        repeated=len(repeated),
         sources=_sources(kept),
         licences=dict(Counter(str(each.meta["license"]) for each in kept if each.meta.get("license")).most_common()),
         warnings=(
-            *_warnings(left_out, cures, kept, train, validation, chat),
+            *_warnings(left_out, cures, kept, repeated, chat),
             *_half_used(kept, config),
-            *_unwritten_thoughts(kept, chat),
+            *_unwritten_thoughts(kept, chat, config.train_on),
             *mixture.warnings(places),
         ),
     )
@@ -154,12 +158,9 @@ def _longer(config: TrainConfig, limit: int, context: int | None) -> str:
 
 
 def _warnings(
-    left_out: dict[str, list[str]], cures: dict[str, str], kept: Sequence[Example], train: Sequence[Row], validation: Sequence[Row],
-    chat: Chat,
-) -> list[str]:  # fmt: skip
+    left_out: dict[str, list[str]], cures: dict[str, str], kept: Sequence[Example], again: Sequence[str], chat: Chat
+) -> list[str]:
     told = [f"{_rows(places)} left out as {rule} ({_named(places)}): {cures[rule]}" for rule, places in left_out.items() if rule in cures]
-    asked = {hash(row.prompt()) for row in train} if validation else set()
-    again = [row.source for row in validation if hash(row.prompt()) in asked]
     if again:
         told.append(
             f"{_rows(again)} to validate on ask what a training row asks ({_named(again)}), so eval_loss will be too good:"
@@ -195,25 +196,28 @@ def _half_used(kept: Sequence[Example], config: TrainConfig) -> list[str]:
     return [f"{_rows(pairs)} with a rejected answer, too, which is not learned from ({_named(pairs)}): sftkit train preference does that"]
 
 
-def _unwritten_thoughts(kept: Sequence[Example], chat: Chat) -> list[str]:
-    """Say which rows have thoughts apart from their answers that the template leaves out."""
+def _unwritten_thoughts(kept: Sequence[Example], chat: Chat, train_on: str) -> list[str]:
+    """Say which rows have thoughts that the template leaves out: in every answer, or in those before the last question."""
+    thoughts = Thoughts(chat, train_on)
+    found: dict[Lost, list[str]] = {}
+    for example in kept:
+        for each in thoughts.lost(example):
+            found.setdefault(each, []).append(example.source)
     told = []
-    for name in THOUGHTS:
-        places = [each.source for each in kept if any(str(message.get(name) or "").strip() for message in each.messages)]
-        if places and not _writes(chat, name):
+    for lost, places in sorted(found.items(), key=lambda each: (each[0].earlier, each[0].kind)):
+        if not lost.earlier:
+            cure = "" if lost.kind == IN_TEXT else ", or put them before the answer's text, as <think>...</think>"
             told.append(
-                f"{_rows(places)} with thoughts ({name}), which the template of {chat.name} does not write ({_named(places)}): they are not"
-                " learned; give a model whose template does, or put them before the answer's text, as <think>...</think>"
+                f"{_rows(places)} with thoughts ({lost.kind}), which the template of {chat.name} does not write ({_named(places)}): they"
+                f" are not learned; give a model whose template does{cure}"
+            )
+        elif Lost(lost.kind, earlier=False) not in found:
+            told.append(
+                f"{_rows(places)} with thoughts ({lost.kind}) in answers before the last, which the template of {chat.name} leaves out"
+                f" there ({_named(places)}): these answers are learned without a thought; train on last answers only (train_on: last), and"
+                " give each answer with a thought as the last of a row of its own"
             )
     return told
-
-
-def _writes(chat: Chat, name: str) -> bool:
-    turns: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", name: "thoughtful"}]
-    try:
-        return "thoughtful" in chat.decode(chat.render(turns).ids)
-    except UserError:
-        return False
 
 
 def _rows(places: Sequence[str]) -> str:

@@ -97,7 +97,9 @@ class DataReport:
     longest: int  # tokens of a row, of a pair's two together
     max_length: int | None
     end_of_turn: str
+    overlong: str = "drop"  # what was done with longer rows
     split: int = 0  # rows that were cut between their turns
+    repeated: int = 0  # validation rows that ask what a training row asks
     sources: dict[str, int] = field(default_factory=dict)  # rows from each file, trained on or validated on
     licences: dict[str, int] = field(default_factory=dict)  # rows by their column `license`, where they have one
     warnings: tuple[str, ...] = ()  # each names rows and the cure

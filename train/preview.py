@@ -51,13 +51,19 @@ def report_lines(data: TrainingData) -> list[tuple[str, str]]:
     """Return the report for people, as (name, value)."""
     report = data.report
     rejected = ", ".join(f"{count:,} {rule}" for rule, count in report.rejected.items()) or "none"
+    rows = report.train_rows + report.validation_rows
+    ended = rows / (rows + report.rejected.get("no_end_of_turn", 0))
+    longer, empty = (report.rejected.get(rule, 0) for rule in ("over_max_length", "empty_answer"))
     return [
         ("rows", f"{report.rows:,} read, {report.train_rows:,} to train on, {report.validation_rows:,} to validate on"),
         ("left out", rejected),
         ("tokens", f"{report.tokens:,}, of which {report.trained_tokens:,} ({report.trained_share:.1%}) are trained on"),
         ("longest row", f"{report.longest:,} tokens" + (f" of {report.max_length:,} allowed" if report.max_length else "")),
-        ("each answer ends with", report.end_of_turn),
-        *(("cut between turns", f"{report.split:,} rows") for _ in range(bool(report.split))),
+        ("longer rows", f"{longer:,} left out, {report.split:,} cut between turns (overlong: {report.overlong})"),
+        ("each answer ends with", f"{report.end_of_turn}, which is trained on in {ended:.2%} of the rows; others are left out"),
+        ("empty answers", f"{empty:,} rows left out" if empty != 1 else "1 row left out"),
+        ("two BOS tokens", "none: rows that begin with two are left out"),
+        ("prompts of validation rows that are trained on, too", f"{report.repeated:,}"),
         *(("mind", warning) for warning in report.warnings),
     ]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import trl
 from sftkit.core.chat import Chat, load_chat
 from sftkit.core.errors import UserError
 from sftkit.core.example import tools_of
@@ -134,6 +135,26 @@ def test_functions_that_can_be_called_stand_before_the_question_or_it_is_said_th
     told = {row.source: "add_up" in tokenizer.decode(row.ids[: row.answer_start]) for row in first.train}
     assert [told[f"{path}:{n + 1}"] for n in range(6)] == [False, True] * 3
     assert check_parity(first.train, knowing) == check_parity(again.train, knowing)  # the second time from the cache
+
+
+@pytest.mark.parametrize("kind", ["reasoning_content", "text"])
+def test_thoughts_of_earlier_answers_that_the_template_leaves_out_are_told_of(chats, tiny_model: Path, kind: str) -> None:
+    """Qwen3 writes the thoughts after the last question alone: the answers before it are learned without."""
+
+    def thinking(answer: str) -> dict[str, str]:
+        return {**ASSISTANT(answer), kind: "hmm"} if kind != "text" else ASSISTANT(f"<think>\nhmm\n</think>\n\n{answer}")
+
+    tokenizer = load_tokenizer(resolve_model(tiny_model))
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
+    qwen3 = Chat(tokenizer, name="qwen3")
+    several = [USER("a"), thinking("b"), USER("c"), thinking("d")]
+    path = chats(3, [USER("a"), thinking("b")], several, [*several, USER("e"), ASSISTANT("f")], [*several[:2], USER("c"), ASSISTANT("d")])
+    name = "reasoning_content" if kind != "text" else "<think> in the text"
+    (told,) = prepare(read_examples(path), qwen3, config(), context=512).report.warnings
+    assert told.startswith(f"3 rows with thoughts ({name}) in answers before the last, which the template of qwen3 leaves out there")
+    assert [f"chats.jsonl:{place}" in told for place in range(4, 8)] == [False, True, True, True]
+    assert "train on last answers only (train_on: last)" in told
+    assert not prepare(read_examples(path), qwen3, config(train_on="last"), context=512).report.warnings
 
 
 def test_thoughts_that_the_template_leaves_out_are_told_of(chat: Chat, chats, tiny_model: Path) -> None:
