@@ -32,6 +32,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import psutil
 from sftkit.core.hardware import visible_gpus
 
@@ -127,8 +128,9 @@ class Lane:
         return found, [moment - when for key, when in self.finished() if key not in found]
 
     def order(self) -> list[str]:
-        """Return the ids in its data set."""
-        return [json.loads(line)["id"] for line in (self.folder / "curate" / "dataset.jsonl").read_text().splitlines()]
+        """Return the samples that it accounts for, as ID/INDEX."""
+        found = pl.read_parquet(self.folder / "ledger.parquet").filter(pl.col("stage") == "distill")
+        return [f"{name}/{index}" for name, index in found.select("example_id", "sample_index").iter_rows()]
 
 
 def as_command(journal: str, arguments: list[str]) -> None:

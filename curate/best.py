@@ -16,14 +16,14 @@ from .scored import best_first, columns_for, reason_of_none, score_values, sort_
 def best(run: Run, config: BestConfig) -> Outcome:
     """Keep the best samples of each prompt, as the stage "best"; an imported row without sample index is a prompt of its own.
 
-    Not eligible, in this order: cut answers (rule truncated), rows without an answer (no_response), a gate not passed
-    (gate:NAME) or without a value (unscored). Of a prompt whose share of samples that are eligible lies outside the band none
-    is kept (min_pass_rate, max_pass_rate). With `majority`, the eligible samples vote with the answer they give
-    (no_answer: none); those with another answer lose (not_majority: score is the share of their answer, threshold that of
-    the winning one). A tie between answers goes to the one whose best row is better. Better is: higher by the scores in
-    order, no value last; then shorter; then the lower index. Where the best is not `min_margin` above the median of those left
-    (Llama 3's rejection sampling), none is kept (low_margin). Losers name the winner as their witness: not_best, or unscored:NAME
-    where they have no value of the first score and the winner has one. A note counts what has no value, and says why.
+    Not eligible, in this order: cut answers (rule truncated), rows without an answer (no_response), a gate not passed (gate:NAME) or
+    without a value (unscored). Of a prompt whose share of samples that are eligible lies outside the band none is kept (min_pass_rate,
+    max_pass_rate); those that `distill` left out since they were cut count among them. With `majority`, the eligible samples vote with the
+    answer they give (no_answer: none); those with another answer lose (not_majority: score is the share of their answer, threshold that of
+    the winning one). A tie between answers goes to the one whose best row is better. Better is: higher by the scores in order, no value
+    last; then shorter; then the lower index. Where the best is not `min_margin` above the median of those left (Llama 3's rejection
+    sampling), none is kept (low_margin). Losers name the winner as their witness: not_best, or unscored:NAME where they have no value of
+    the first score and the winner has one. A note counts what has no value, and says why.
     """
     gates = [parse_gate(text) for text in config.gate]
     scores = columns_for(run, [*config.by, *(gate.name for gate in gates)])
@@ -45,7 +45,7 @@ def best(run: Run, config: BestConfig) -> Outcome:
         table = table.with_columns(own=pl.lit(None, pl.Float64), better=pl.lit(None, pl.Float64))
     order = best_first(columns, ties=[lengths, rows["sample_index"].fill_null(-1)])
     table = _with_ineligible(table, gates, values)[order].with_columns(place=pl.Series(order))
-    table = _in_band(table, config)
+    table = _in_band(table, config, _cut(run))
     if config.majority:
         table = _voted(table, config.min_share)
     unscored = _without_score(run, rows, config, table)
@@ -95,8 +95,15 @@ def _reject(case: pl.Expr, rule: str, score: pl.Expr, threshold: pl.Expr, witnes
     return [pl.when(case).then(what).otherwise(pl.col(name)).alias(name) for name, what in found.items()]
 
 
-def _in_band(table: pl.DataFrame, config: BestConfig) -> pl.DataFrame:
-    rate = pl.col("rule").is_null().mean().over("example_id")
+def _cut(run: Run) -> pl.DataFrame:
+    """Return how many samples of each prompt `distill` left out since they were cut."""
+    found = run.ledger.scan().filter((pl.col("stage") == "distill") & (pl.col("rule") == "truncated"))
+    return found.group_by("example_id").agg(pl.len().alias("cut")).collect()
+
+
+def _in_band(table: pl.DataFrame, config: BestConfig, cut: pl.DataFrame) -> pl.DataFrame:
+    table = table.join(cut, on="example_id", how="left", maintain_order="left")
+    rate = (pl.col("rule").is_null().sum() / (pl.len() + pl.col("cut").first().fill_null(0))).over("example_id")
     for rule, bound, outside in (
         ("min_pass_rate", config.min_pass_rate, pl.Expr.lt),
         ("max_pass_rate", config.max_pass_rate, pl.Expr.gt),

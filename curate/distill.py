@@ -40,6 +40,7 @@ FREE = (  # settings that do not decide what a sample is
     *("want_format", "stop_below", "reasoning", "price_input", "price_output", "price_hour"),
 )
 PROBE = 50  # prompts
+TRUNCATED = "truncated"  # the rule of answers that were cut: no later step takes them
 BUDGET = "budget"  # the rule of samples that were not asked for, because a budget was used up
 
 
@@ -75,6 +76,8 @@ class DistillResult:
             lines.append("new: none, everything that was asked for is there" if asked == self.samples else "new: none")
         if self.cost is not None:
             lines.append(f"cost: {self.cost:,.4f}")
+        if self.cut:
+            lines.append(f"left out: {self.cut:,} cut answers (truncated); retry_truncated asks for them once more, with twice the tokens")
         if self.rejected:
             lines.append("prompts not asked: " + ", ".join(f"{count:,} {rule}" for rule, count in self.rejected.items()))
         if self.failed:
@@ -390,14 +393,17 @@ class Distillation:
         )
 
     def finish(self, new_samples: int, new_tokens: int, seconds: float) -> DistillResult:
-        """Record the stage `distill` and make the samples the run's data set. Raises TooManyFailures afterwards."""
+        """Record the stage `distill` and make the samples that were not cut the run's data set. Raises TooManyFailures afterwards."""
         config = self.teacher.config
         stored, failures = self.samples(), self.store.failures()
-        have = set(zip(stored["example_id"], stored["sample_index"], strict=True))
+        have = {row[:2]: row[2:] for row in stored.select("example_id", "sample_index", "finish_reason", "num_tokens").iter_rows()}
         errors = dict(zip(failures["key"], failures["error"], strict=True))
         decisions = []
         for each in self.wanted:
-            if each.row in have:
+            reason, tokens = have.get(each.row, (None, None))
+            if reason == "length":
+                decisions.append(Decision(*each.row, "distill", "rejected", TRUNCATED, tokens))
+            elif reason is not None:
                 decisions.append(Decision(*each.row, "distill", "kept"))
             else:
                 rule = f"error: {errors[each.key]}" if each.key in errors else BUDGET

@@ -7,11 +7,13 @@ from collections.abc import Callable
 import polars as pl
 import pytest
 from sftkit.core.errors import UserError
+from sftkit.core.example import Decision
 from sftkit.core.run import Run
 from sftkit.curate.best import best
 from sftkit.curate.certificate import check_run
 from sftkit.curate.config import ScoreConfig
 from sftkit.curate.decide_config import BestConfig, parse_gate
+from sftkit.curate.decided import record
 from sftkit.curate.rows import load_rows, row_ids
 from sftkit.curate.score import read_score, score
 
@@ -207,6 +209,18 @@ def test_prompts_outside_the_band_of_pass_rates_are_left_out(toy_run: Callable[.
     assert found["a/0"] == ("min_pass_rate", 0.25, 0.3, None)
     assert found["a/1"][0] == "gate:numeric", "what did not pass keeps its own reason"
     assert {found[f"c/{index}"] for index in range(4)} == {("max_pass_rate", 1.0, 0.9, None)}
+
+
+def test_answers_that_were_cut_count_among_those_of_a_prompt(toy_run: Callable[..., Run], rejections: Callable) -> None:
+    run = graded(toy_run)
+    names = [(name, index) for name in "abc" for index in range(4)]
+    cut = [("c", 2), ("c", 3)]
+    actions = [("rejected", "truncated") if name in cut else ("kept", "") for name in names]
+    record(run, "distill", names, [Decision(*name, "distill", *each) for name, each in zip(names, actions, strict=True)])
+    best(run, BestConfig(gate=("numeric",), keep_all=True, max_pass_rate=0.6))
+    assert kept(run) == ["a/0", "b/0", "b/1", "c/0", "c/1"], "2 of 4 of c are right, not 2 of 2"
+    best(run, BestConfig(gate=("numeric",), keep_all=True, min_pass_rate=0.3, max_pass_rate=0.4))
+    assert rejections(run, "best")["c/0"] == ("max_pass_rate", 0.5, 0.4, None)
 
 
 def test_the_best_must_be_above_the_median_by_the_margin(toy_run: Callable[..., Run], rejections: Callable) -> None:

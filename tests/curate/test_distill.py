@@ -118,14 +118,19 @@ def test_k_samples_of_each_prompt_and_all_of_them_in_the_ledger(tmp_path: Path, 
     assert result.cut == samples.filter(pl.col("finish_reason") == "length").height
     assert ledger(run, "prompts")["action"].to_list() == ["kept"] * 5
     decided = ledger(run, "distill")
-    assert decided["action"].to_list() == ["kept"] * 15
+    asked = pl.read_parquet(run / "curate" / "prompts.parquet")["example_id"].to_list()
+    assert decided.select("example_id", "sample_index").rows() == [(name, index) for name in asked for index in range(3)]
+    told = {(row["example_id"], row["sample_index"]): row for row in samples.iter_rows(named=True)}
+    kept = [row for row in decided.select("example_id", "sample_index").rows() if told[row]["finish_reason"] == "stop"]
+    assert 0 < len(kept) < 15
+    assert decided.filter(pl.col("action") == "kept").select("example_id", "sample_index").rows() == kept
+    assert decided.filter(pl.col("action") != "kept").select("action", "rule", "score").unique().rows() == [("rejected", "truncated", 12)]
     rows = data_set(run)
-    assert [each["id"] for each in rows] == [f"{a}/{b}" for a, b in zip(decided["example_id"], decided["sample_index"], strict=True)]
-    texts = dict(zip(zip(samples["example_id"], samples["sample_index"], strict=True), samples["text"], strict=True))
-    system, user, answer = rows[4]["messages"]
+    assert [each["id"] for each in rows] == [f"{name}/{index}" for name, index in kept]  # cut answers are in no data set
+    system, user, answer = rows[0]["messages"]
     assert (system["role"], system["content"]) == ("system", "Be brief.")
-    assert (user["role"], user["content"]) == ("user", "What is 1 plus 1?")
-    assert answer == {"role": "assistant", "content": texts[decided["example_id"][4], 1]}
+    assert (user["role"], user["content"]) == ("user", f"What is {asked.index(kept[0][0])} plus {asked.index(kept[0][0])}?")
+    assert answer == {"role": "assistant", "content": told[kept[0]]["text"]}
     assert samples["model"].unique().to_list() == [str(settings().teacher)]
 
 
@@ -183,7 +188,7 @@ def test_topping_up_generates_only_the_new_samples(tmp_path: Path, settings: Any
     distill(path, tmp_path / "whole", settings(k=5))
     assert data_set(run) == data_set(tmp_path / "whole")
     fewer = distill(path, run, settings(k=2))
-    assert (fewer.samples, fewer.new_samples, len(data_set(run)), stored(run).height) == (8, 0, 8, 20)
+    assert (fewer.samples, fewer.new_samples, ledger(run, "distill").height, stored(run).height) == (8, 0, 8, 20)
 
 
 def test_other_settings_are_refused_in_the_same_folder_and_have_other_keys_in_a_new_one(tmp_path: Path, settings: Any) -> None:
@@ -306,7 +311,7 @@ def test_failures_are_kept_counted_and_tried_again(tmp_path: Path, settings: Any
     failed = decided.filter(pl.col("action") == "failed")
     assert failed.select("sample_index", "rule").rows() == [(0, "error: timed out after 60 s"), (1, "error: timed out after 60 s")]
     assert decided.height == 20
-    assert len(data_set(run)) == stored(run).height == 18
+    assert stored(run).height == 18
 
     tolerant = distill(path, run, settings(k=2, max_failed=0.1))
     assert tolerant.failed == {"timed out after 60 s": 2}
@@ -424,8 +429,10 @@ def test_cut_answers_are_asked_once_more_and_go_on_where_they_were_cut(tmp_path:
     second = distill(path, run, settings(k=2, max_new_tokens=6, retry_truncated=True))
     assert (second.samples, second.new_samples) == (24, len(cut))
     assert len(stored(run)) == 24 + len(cut)  # what was committed stays
-    rows = {each["id"]: each["messages"][-1]["content"] for each in data_set(run)}
+    every = load_rows(Run.open(run), all=True, columns=["example_id", "sample_index", "response"])
+    rows = {f"{name}/{index}": text for name, index, text in every.iter_rows()}
     assert len(rows) == 24
+    assert len(data_set(run)) == 24 - second.cut > 24 - first.cut
     longer = {(row["example_id"], row["sample_index"]): row for row in stored(run).iter_rows(named=True) if row["num_tokens"] > 6}
     assert sorted(longer) == sorted(cut)
     for key, row in before.items():
@@ -437,7 +444,7 @@ def test_cut_answers_are_asked_once_more_and_go_on_where_they_were_cut(tmp_path:
     assert (third.new_samples, len(between.asked)) == (0, asked)
     told = sorted(each.summary().partition("): ")[2] for each in explain(run, {}))
     assert told == ["asked once more for answers that were cut, and used in their place", "nothing differs, they would be used"]
-    assert ledger(run, "distill")["action"].to_list() == ["kept"] * 24
+    assert Counter(ledger(run, "distill")["action"]) == {"kept": 24 - second.cut, "rejected": second.cut}
 
 
 def test_a_budget_of_time_stops_asking_and_is_no_failure(tmp_path: Path, settings: Any) -> None:
@@ -468,7 +475,7 @@ def test_more_prompts_are_growth_and_other_prompts_are_refused(
         with pytest.raises(UserError, match=rf"holds other prompts: 1 of its 4 are not in .*{other.name}.*What is . plus .\?"):
             distill(other, run, settings())
     limited = distill(path, run, settings(limit=3))  # a limit is a wish for fewer
-    assert (limited.samples, limited.new_samples, len(data_set(run)), stored(run).height) == (3, 0, 3, 4)
+    assert (limited.samples, limited.new_samples, ledger(run, "distill").height, stored(run).height) == (3, 0, 3, 4)
 
 
 def test_a_prompt_that_has_samples_stays_when_the_same_one_comes_before_it(tmp_path: Path, settings: Any, between: Between) -> None:
@@ -480,7 +487,7 @@ def test_a_prompt_that_has_samples_stays_when_the_same_one_comes_before_it(tmp_p
     result = distill(path, run, settings())
     assert (result.new_samples, result.samples, len(between.asked)) == (0, 1, 1)
     assert ledger(run, "prompts")["rule"].to_list() == ["duplicate_prompt", ""]
-    assert len(data_set(run)) == 1
+    assert ledger(run, "distill").height == 1
 
 
 def test_settings_that_make_no_sense_are_refused(settings: Any) -> None:

@@ -91,6 +91,7 @@ def test_ten_kills_lose_nothing_and_change_nothing(tmp_path: Path, tiny_model: P
     alike = [key for key, row in columns[0].items() if row[:7] == columns[1][key][:7]]
     assert len(alike) >= 0.99 * num_wanted
     assert max(abs(columns[0][key][7] - columns[1][key][7]) for key in alike) < 1e-3  # log-probability, within rounding
-    lines = [(each / "curate" / "dataset.jsonl").read_bytes().splitlines() for each in (run, whole)]
-    assert [json.loads(line)["id"] for line in lines[0]] == [json.loads(line)["id"] for line in lines[1]]
-    assert sum(one != other for one, other in zip(*lines, strict=True)) == num_wanted - len(alike)
+    ledgers = [pl.read_parquet(each / "ledger.parquet").filter(pl.col("stage") == "distill") for each in (run, whole)]
+    ids = [each.select("example_id", "sample_index").rows() for each in ledgers]
+    assert ids[0] == ids[1]
+    assert len(ids[0]) == num_wanted
