@@ -59,7 +59,9 @@ class DistillConfig(Sampling):
     )
     retry_truncated: bool = setting(False, "Ask once more for each cut answer, with twice the tokens; the longer one then counts.")
     budget_tokens: int | None = setting(None, "Most tokens generated into this run folder, over all calls.")
-    budget_hours: float | None = setting(None, "Longest time of asking in one call, in hours; what is under way then still finishes.")
+    budget_hours: float | None = setting(
+        None, "Longest time of asking in one call, in hours; what is under way then has a minute, or a twentieth of it, to finish."
+    )
     budget_cost: float | None = setting(None, "Most that this run folder may cost, over all calls, by the prices below.")
     price_input: float = setting(0.0, "Price of a million tokens of prompts; the currency is yours.")
     price_output: float = setting(0.0, "Price of a million tokens of answers.")

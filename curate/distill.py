@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -22,14 +22,13 @@ from ..core.errors import TooManyFailures, UserError
 from ..core.example import Decision, Sample
 from ..core.formats import iterate_examples
 from ..core.models import context_length, load_settings, model_identity, resolve_model
-from ..core.patterns import Pattern, SlowPattern
 from ..core.progress import Progress, duration
 from ..core.reasoning import CLOSE, OPEN, split_reasoning
 from ..core.run import Run
 from ..core.store import SampleStore, decisive_settings, sample_key, sample_seed
 from .config import DistillConfig, format_pattern
 from .decided import record
-from .probe import FEWEST, Probe
+from .probe import FEWEST, Probe, num_matched
 from .prompts import Prompt, check_growth, choose_prompts
 from .rows import message_text
 
@@ -40,6 +39,7 @@ FREE = (  # settings that do not decide what a sample is
     *("want_format", "stop_below", "reasoning", "price_input", "price_output", "price_hour"),
 )
 PROBE = 50  # prompts
+SECONDS_TO_FINISH, SHARE_TO_FINISH = 60.0, 0.05  # of a budget of time: what is under way then has the longer of these
 TRUNCATED = "truncated"  # the rule of answers that were cut: no later step takes them
 BUDGET = "budget"  # the rule of samples that were not asked for, because a budget was used up
 
@@ -53,6 +53,7 @@ class DistillResult:
     rejected: dict[str, int]  # prompts that were not sent, by rule
     samples: int
     cut: int  # of the samples: reached max_new_tokens
+    cure: str  # what helps these
     matched: int | None  # of the samples: hold the wanted format; None where none is wanted, or its pattern takes too long
     tokens: int
     failed: dict[str, int]  # samples, by error
@@ -77,7 +78,7 @@ class DistillResult:
         if self.cost is not None:
             lines.append(f"cost: {self.cost:,.4f}")
         if self.cut:
-            lines.append(f"left out: {self.cut:,} cut answers (truncated); retry_truncated asks for them once more, with twice the tokens")
+            lines.append(f"left out: {self.cut:,} cut answers (truncated); {self.cure}")
         if self.rejected:
             lines.append("prompts not asked: " + ", ".join(f"{count:,} {rule}" for rule, count in self.rejected.items()))
         if self.failed:
@@ -295,7 +296,8 @@ class Distillation:
                 before = None
                 while waiting and len(waiting) != before:  # a round that asked for nothing: the budget is used up
                     before = len(waiting)
-                    for completion in engine.generate(self._ask(waiting)):
+                    stream = engine.generate(self._ask(waiting))
+                    for completion in stream:
                         wanted = self._asked.pop(completion.key)
                         if enough is not None:
                             self._enough = enough(completion, len(self._asked)) or self._enough
@@ -314,11 +316,23 @@ class Distillation:
                                 seen.add(message_text(wanted.prompt.messages[-1]), sample.text, sample.finish_reason)
                             if not checking:
                                 self._look_at_first(seen)
+                        if self._overdue():
+                            log.warning("%s answers under way are given up: the time is over", f"{len(self._asked):,}")
+                            self._asked.clear()
+                            stream.close()  # type: ignore[attr-defined]
+                            break
                     for key, wanted in self._asked.items():
                         writer.put_failure(key, *wanted.row, "the engine gave no answer")
                     self._asked.clear()
         self._before = time.monotonic() - self._began
         return progress.done - began, progress.tokens, time.monotonic() - start
+
+    def _overdue(self) -> bool:
+        """Say whether what is under way has had long enough to finish after the last moment to ask."""
+        hours = self.teacher.config.budget_hours
+        if self._deadline is None or hours is None or not self._asked:
+            return False
+        return time.monotonic() > self._deadline + max(SECONDS_TO_FINISH, SHARE_TO_FINISH * 3600 * hours)
 
     def _to_check(self, missing: Sequence[Wanted]) -> list[Wanted]:
         """Return the first sample of each of the first prompts, 50 in all calls, but for those that failed by their numbers before.
@@ -419,7 +433,10 @@ class Distillation:
             rejected=dict(zip(rejected["rule"], rejected["rows"], strict=True)),
             samples=stored.height,
             cut=stored.filter(pl.col("finish_reason") == "length").height,
-            matched=_num_matched(format_pattern(config.want_format), stored["text"]),
+            cure="a larger max_new_tokens may end them, in another folder"
+            if config.retry_truncated
+            else "retry_truncated asks for them once more, with twice the tokens",
+            matched=num_matched(format_pattern(config.want_format), stored["text"]),
             tokens=int(stored["num_tokens"].sum()),
             failed={rule.removeprefix("error: "): count for rule, count in rules.most_common()},
             over_budget=over_budget,
@@ -449,15 +466,6 @@ class Distillation:
 def prompt_tokens(prompt: Prompt) -> int:
     """Return the tokens of a prompt; where a server renders, a third of its characters, which is more than most texts have."""
     return len(prompt.ids) or sum(len(message_text(each)) for each in prompt.messages) // 3 + 1
-
-
-def _num_matched(pattern: Pattern | None, texts: Iterable[str]) -> int | None:
-    """Return how many texts hold a pattern. None where there is none, or it takes too long: the samples do not depend on it."""
-    try:
-        return None if pattern is None else sum(pattern.search(text) is not None for text in texts)
-    except SlowPattern as error:
-        log.warning("warning: the answers in the wanted format were not counted: want_format %s", error)
-        return None
 
 
 def wanted_sample(teacher: Teacher, prompt: Prompt, index: int, sampling: Sampling) -> Wanted:

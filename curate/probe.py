@@ -1,11 +1,11 @@
 """What the first answers of a teacher show before the rest is paid for: whether they end, and in the format that is wanted."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..core.errors import UserError
-from ..core.patterns import SlowPattern
+from ..core.patterns import Pattern, SlowPattern
 from ..core.text import shortened
 from .config import DistillConfig, format_pattern
 
@@ -106,6 +106,15 @@ class Probe:
             raise UserError(
                 f"stopped after a probe, as stop_below {self.config.stop_below:g} asks: {'; '.join(faults)}. Its answers are kept"
             )
+
+
+def num_matched(pattern: Pattern | None, texts: Iterable[str]) -> int | None:
+    """Return how many texts hold a pattern. None where there is none, or it takes too long: the samples do not depend on it."""
+    try:
+        return None if pattern is None else sum(pattern.search(text) is not None for text in texts)
+    except SlowPattern as error:
+        log.warning("warning: the answers in the wanted format were not counted: want_format %s", error)
+        return None
 
 
 def tell(examples: Sequence[tuple[str, str, str]]) -> str:

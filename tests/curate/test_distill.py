@@ -7,7 +7,9 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -454,6 +456,30 @@ def test_a_budget_of_time_stops_asking_and_is_no_failure(tmp_path: Path, setting
     assert result.over_budget > 0
     assert "a budget is used up" in result.summary()
     assert distill(path, run, settings(k=2)).samples == 40
+
+
+@pytest.mark.parametrize(("hours", "given"), [(0.01, 4), (1.0, 9)])
+def test_what_is_under_way_when_the_time_is_over_has_a_while_to_finish(
+    hours: float, given: int, tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that takes nine at once and answers one in 30 s, until the time is over and a minute, or a twentieth of it, besides."""
+    now = 0.0
+    monkeypatch.setattr(distill_module, "time", SimpleNamespace(monotonic=lambda: now))
+
+    class Slow(Server):
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            nonlocal now
+            taken = list(islice(requests, 9))
+            for completion in super().generate(taken):
+                now += 30.0
+                yield completion
+            if taken:
+                now = 36_000.0
+
+    monkeypatch.setattr(distill_module, "open_engine", lambda *arguments, **keywords: Slow())
+    asked = {"teacher": "m", "engine": {"engine": "openai", "base_url": "http://localhost:1/v1"}}
+    result = distill(prompts(tmp_path / "p.jsonl", 20), tmp_path / "run", settings(budget_hours=hours, **asked))
+    assert (result.samples, result.over_budget, result.failed) == (given, 20 - given, {})
 
 
 def test_more_prompts_are_growth_and_other_prompts_are_refused(
