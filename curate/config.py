@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..core.checks.schema import check_schema
 from ..core.config import part, setting
 from ..core.engines.base import EngineConfig, Sampling
 from ..core.errors import UserError
@@ -39,6 +40,7 @@ def read_schema(given: str) -> str:
         raise UserError(f"json_schema {given[:60]}: is no JSON ({error})") from None
     if not isinstance(schema, dict):
         raise UserError(f'json_schema {given[:60]}: expected an object, as {{"type": "object"}}, found {type(schema).__name__}')
+    check_schema("", schema)
     return json.dumps(schema, sort_keys=True)
 
 
@@ -76,7 +78,7 @@ class DistillConfig(Sampling):
         None, "What every answer should hold: '####' and a number, boxed (\\boxed{…}), or a regular expression."
     )
     stop_below: float | None = setting(
-        None, "First ask 50 prompts; stop unless this share of the answers ended by themselves and hold the wanted format."
+        None, "First ask 50 prompts; stop unless this share of the answers ended by themselves and hold the wanted format or schema."
     )
     engine: EngineConfig = field(default_factory=EngineConfig, metadata={"help": "How the teacher is run."})
 

@@ -1,9 +1,11 @@
 """What the first answers of a teacher show before the rest is paid for: whether they end, and in the format that is wanted."""
 
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from ..core.checks.schema import check_schema
 from ..core.errors import UserError
 from ..core.patterns import Pattern, SlowPattern
 from ..core.text import shortened
@@ -17,7 +19,7 @@ FEWEST = 20  # answers from which on a share says something
 
 @dataclass(slots=True)
 class Probe:
-    """Answers looked at: how many ended, were cut, and hold the wanted format."""
+    """Answers looked at: how many ended, were cut, and hold the wanted format, or where a JSON schema is given, follow that."""
 
     config: DistillConfig
     answers: int = 0
@@ -38,15 +40,16 @@ class Probe:
             shown.append((prompt, answer, finish_reason))
 
     def _matches(self, answer: str) -> bool | None:
-        """Say whether an answer holds the wanted format; None where none is wanted, or its pattern has taken too long once."""
-        pattern = format_pattern(self.config.want_format)
+        """Say whether an answer is as wanted; None where nothing is wanted, or the pattern of its format has taken too long once."""
+        pattern, schema = format_pattern(self.config.want_format), self.config.json_schema
+        follows = None if schema is None else check_schema(answer, json.loads(schema)) is None
         if pattern is None or self.too_slow:
-            return None
+            return follows
         try:
-            return pattern.search(answer) is not None
+            return pattern.search(answer) is not None and follows is not False
         except SlowPattern as error:
             self.too_slow = f"want_format {error}"
-            return None
+            return follows
 
     @property
     def stopped_share(self) -> float:
@@ -55,8 +58,19 @@ class Probe:
 
     @property
     def matched_share(self) -> float | None:
-        """Return the share that holds the wanted format; None where none is wanted, or its pattern takes too long."""
-        return None if self.config.want_format is None or self.too_slow else self.matched / self.answers
+        """Return the share that is as wanted; None where nothing is wanted, or the pattern of its format takes too long."""
+        return None if not self.wanted or self.too_slow else self.matched / self.answers
+
+    @property
+    def wanted(self) -> str:
+        """Return what is wanted of an answer, for people; empty where nothing is."""
+        given = self.config.want_format
+        return " and ".join(
+            [
+                *([] if given is None else [f"in the wanted format {given!r}"]),
+                *([] if self.config.json_schema is None else ["as the JSON schema says"]),
+            ]
+        )
 
     def examples(self) -> list[tuple[str, str, str]]:
         """Return three answers, those first that are not as wanted."""
@@ -68,7 +82,7 @@ class Probe:
             f"{self.stopped_share:.1%} stopped by themselves, {self.cut / self.answers:.1%} cut at {self.config.max_new_tokens} tokens"
         ]
         if self.matched_share is not None:
-            parts.append(f"{self.matched_share:.1%} in the wanted format {self.config.want_format!r}")
+            parts.append(f"{self.matched_share:.1%} {self.wanted}")
         return f"of {self.answers:,} answers " + ", ".join(parts)
 
     def faults(self, least: float = ENOUGH) -> list[str]:
@@ -81,11 +95,10 @@ class Probe:
         if self.too_slow:
             found.append(self.too_slow)
         if self.matched_share is not None and self.matched_share < least:
-            wanted = self.config.want_format
-            found.append(
-                f"only {self.matched_share:.1%} of the answers are in the wanted format {wanted!r}: ask for it in the system message, best"
-                " with an example, or want the format that this teacher has"
-            )
+            cure = "ask for it in the system message, best with an example, or want the format that this teacher has"
+            if self.config.json_schema is not None:
+                cure = "cut ones seldom are, and some servers do not hold answers to one; `score --with json_schema` finds them"
+            found.append(f"only {self.matched_share:.1%} of the answers are {self.wanted}: {cure}")
         return found
 
     def warn(self) -> None:

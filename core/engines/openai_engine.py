@@ -34,7 +34,8 @@ LONGEST_RETRY_AFTER = 600.0  # seconds; a server that wants more is not waited f
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)  # an answer may stand in the server's queue for minutes
 LONGEST_ANSWER = 1800.0  # seconds, for the whole of it: a server that sends a byte now and then never times out otherwise
 PATIENCE = 600.0  # seconds for which nobody listens at an address before that counts as failing: a server starts anew in minutes
-RETRIED = (408, 409, 425, 429)  # and 5xx
+RETRIED = (408, 409, 425, 429)  # and 5xx but those of NOT_THERE
+NOT_THERE = (404, 405, 501)  # what an address answers that is another's than a model server's, or has no such model
 REASONS: dict[str, Literal["stop", "length"]] = {"stop": "stop", "eos": "stop", "length": "length", "max_tokens": "length"}
 LEAST_LOGPROB = -9999.0  # OpenAI's word for "not among the twenty most probable tokens": no number
 DISPENSABLE = {  # what is left out from the first refusal on, and what is lost with it
@@ -249,7 +250,7 @@ class OpenAIEngine:
         refusal = server.refusal(response)
         if refusal:
             raise refusal
-        if response.status_code in (404, 405):
+        if response.status_code in NOT_THERE:
             serves = f"it serves {', '.join(_nearest(self._model, self._models))}" if self._models else "it does not tell its models"
             raise UserError(
                 f"{server.url}: answers {response.status_code} for the model {self._model!r} ({server.told(response)});"
@@ -435,7 +436,7 @@ def _models(server: Server) -> list[dict[str, Any]]:
     refusal = server.refusal(response)
     if refusal:
         raise refusal
-    if response.status_code in (404, 405, 501):
+    if response.status_code in NOT_THERE:
         log.info("%s does not list its models", server.url)
         return []
     if not response.is_success:

@@ -369,11 +369,13 @@ def test_a_quota_that_is_used_up_ends_everything(server: Server) -> None:
         list(engine(server).generate(request(str(number)) for number in range(1000)))
 
 
-def test_a_model_that_went_away(server: Server) -> None:
+@pytest.mark.parametrize("status", [404, 501])
+def test_a_model_that_went_away(server: Server, status: int) -> None:
     opened = engine(server)
-    server.reply = lambda body: fault(404, "no such model")
-    with pytest.raises(UserError, match=r"answers 404 for the model 'm' \(no such model\); it serves m, other"):
+    server.reply = lambda body: fault(status, "no such model")
+    with pytest.raises(UserError, match=rf"answers {status} for the model 'm' \(no such model\); it serves m, other"):
         answers(opened, ["a"])
+    assert len(server.asked) == 1  # asked again it would be no other
 
 
 def test_a_server_that_stops_answering_ends_the_run(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

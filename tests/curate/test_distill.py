@@ -727,6 +727,24 @@ def test_answers_without_the_wanted_format_are_noticed_at_once(
         settings(want_format="(")
 
 
+def test_answers_that_do_not_follow_the_schema_are_noticed_at_once(
+    tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server that knows no schemas leaves them out of account without a word."""
+    monkeypatch.setattr(distill_module, "open_engine", lambda *arguments, **keywords: Server())
+    asked = {"teacher": "m", "engine": {"engine": "openai", "base_url": "http://localhost:1/v1"}, "json_schema": '{"type": "object"}'}
+    path = prompts(tmp_path / "p.jsonl", 60)
+    distill(path, tmp_path / "run", settings(**asked))
+    assert "only 0.0% of the answers are as the JSON schema says: cut ones seldom are, and some servers do not hold" in caplog.text
+    with pytest.raises(UserError, match=r"stop_below 0\.9 asks: only 0\.0% of the answers are as the JSON schema says"):
+        distill(path, tmp_path / "stopped", settings(stop_below=0.9, **asked))
+    caplog.clear()
+    distill(path, tmp_path / "numbers", settings(**{**asked, "json_schema": '{"not": {"type": "number"}}'}))
+    assert "JSON schema" in caplog.text, "an answer that is no JSON follows no schema"
+    with pytest.raises(UserError, match=r"json schema: is not valid at \$\.type: 'objct'"):
+        settings(json_schema='{"type": "objct"}')
+
+
 def test_a_wanted_format_that_would_backtrack_for_years_ends_and_costs_no_sample(
     tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
