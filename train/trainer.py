@@ -259,11 +259,17 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 file.write(json.dumps(facts) + "\n")
         if numbers:
             learned = [row for step in range(self._sound + 1, state.global_step + 1) for row in self.rows_of(step)]
-            more = f" and {len(learned) - NAMED:,} more" if len(learned) > NAMED else ""
-            told = f"; since the last sound step, {self._sound}, it learned from {', '.join(learned[:NAMED])}{more}" if learned else ""
+            rows = ", ".join(learned[:NAMED]) + (f" and {len(learned) - NAMED:,} more" if len(learned) > NAMED else "")
+            if state.global_step == 0 or (state.global_step == 1 and numbers[0] != "eval_loss"):  # computed before the first update
+                raise Diverged(
+                    f"step {state.global_step}: {numbers[0]} is no finite number before anything was learned: some weights of the start"
+                    " model are none, or too large for its number format; copy its files again, or give dtype: float32"
+                    + (f"; the rows are {rows}" if rows else "")
+                )
             raise Diverged(
                 f"step {state.global_step}: {numbers[0]} is not a finite number any more; lower the learning rate, or use dtype float32."
-                f" The last checkpoint stands before this step{told}"
+                " The last checkpoint stands before this step"
+                + (f"; since the last sound step, {self._sound}, it learned from {rows}" if rows else "")
             )
         self._sound = state.global_step
 
@@ -377,6 +383,8 @@ def keeps_rows_apart(model: Any, rows: Sequence[Row], chat: Chat) -> bool:
     finally:
         use_own_attention(model)
         model.train(training)
+    if losses and math.isnan(losses[0]):
+        return True  # of a broken model nothing can be said, and training says so
     tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 1e-2
     if len(losses) == 2 and abs(losses[1] - losses[0]) <= tolerance * max(losses[0], 1.0):
         return True

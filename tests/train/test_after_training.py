@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import resource
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from sftkit.core.config import to_mapping
 from sftkit.core.errors import UserError
 from sftkit.core.files import read_json_lines, write_json_lines
 from sftkit.core.formats import read_examples
-from sftkit.core.models import load_tokenizer, resolve_model
+from sftkit.core.models import load_model, load_tokenizer, resolve_model
 from sftkit.train.account import prepare
 from sftkit.train.checkpoints import last_checkpoint, mark_whole
 from sftkit.train.config import TrainConfig
@@ -245,6 +246,21 @@ def test_a_loss_that_is_no_number_names_the_rows(tmp_path: Path, tiny_model: Pat
     packs.set_epoch((step - 1) // 4)
     rows = packs.rows()[(step - 1) % 4]
     assert {data.train[row].source for row in rows} == set(str(error.value).partition("it learned from ")[2].split(", "))
+
+
+@pytest.mark.parametrize(("validation", "where"), [(0.0, r"step 1: loss .*the rows are .*chats\.jsonl:\d+"), (0.5, "step 0: eval_loss")])
+def test_a_start_model_that_is_broken_is_told_from_a_rate_that_is_too_high(
+    tmp_path: Path, tiny_model: Path, chats, said: pytest.LogCaptureFixture, validation: float, where: str
+) -> None:
+    chat, model = load_chat(resolve_model(tiny_model)), load_model(resolve_model(tiny_model))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[chat.tokenizer("answer")["input_ids"][0]] = math.nan
+    model.save_pretrained(tmp_path / "broken")
+    chat.save(tmp_path / "broken")
+    with pytest.raises(UserError, match="before anything was learned: some weights of the start model are none") as error:
+        train(chats(16), str(tmp_path / "broken"), tmp_path / "run", config(validation=validation))
+    assert re.match(where, str(error.value))
+    assert "does not keep rows apart" not in said.text
 
 
 def test_a_checkpoint_that_was_cut_off_or_lost_a_file_is_not_gone_on_from(tmp_path: Path, caplog) -> None:
