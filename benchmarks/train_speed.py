@@ -342,8 +342,7 @@ def variants_of(shape: str, *, step_tokens: int, large: bool) -> list[tuple[str,
     }
     small = {"0.5b": (24_576, 32_768), "1.5b": (6_144, 10_240), "lora-0.6b": (24_576, 24_576)}.get(shape)
     found: list[tuple[str, Any]] = []
-    if shape != "1.5b":
-        found += [(name, partial(theirs, name=name)) for name in ("notebook recipe", "TRL defaults", "TRL packing")]
+    found += [(name, partial(theirs, name=name)) for name in ("notebook recipe", "TRL defaults", "TRL packing")]
     found.append(("sftkit fp32 weights", partial(ours, **told)))
     if lora:
         found.append(("sftkit fp32 weights, PEFT's layers", partial(ours, **told, peft=True)))
