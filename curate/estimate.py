@@ -29,7 +29,7 @@ WITHIN = 0.15  # of the tokens of a prompt's answer: two standard errors, up to 
 MOST_PROBED = 250  # prompts
 SECONDS_OF_PACE = 20.0
 FEWEST_FOR_PACE = 1000  # missing samples; for fewer the probe's own rate will do
-SHARE_FOR_PACE = 4  # at most one in so many of them
+SHARE_FOR_PACE = 2  # at most one in so many of them
 
 
 @dataclass(slots=True)
@@ -37,7 +37,8 @@ class Pace:
     """The rate at which an engine with all the work that it can take makes tokens, from the answers as they come.
 
     As many answers as were under way at the first one are let go by: until then the short ones come, and the long ones are still
-    being written. Then tokens and seconds are counted, from an answer to an answer.
+    being written. Then tokens and seconds are counted, from an answer to an answer. Where the answers end before that is enough,
+    those after the ones let go by are what there is: the engine's first steps, in which kernels may be compiled, are not among them.
     """
 
     count: int = 0
@@ -45,6 +46,9 @@ class Pace:
     tokens: int = 0
     begin: float = 0.0
     end: float = 0.0
+    passed: float = 0.0  # when the last of those let go by came
+    last: float = 0.0
+    late: int = 0  # tokens of all that came after it
     after: int = 0  # tokens of what was still under way when nothing more was asked
 
     def __call__(self, completion: Completion, under_way: int) -> bool:
@@ -53,6 +57,11 @@ class Pace:
         self.count += 1
         if self.count == 1:
             self.passing = under_way
+        self.last = now
+        if self.count <= self.passing:
+            self.passed = now
+        else:
+            self.late += completion.num_tokens
         if self.count <= self.passing + 1:
             self.begin = self.end = now
         elif self.end - self.begin < SECONDS_OF_PACE:
@@ -65,6 +74,12 @@ class Pace:
     def rate(self) -> float | None:
         """Return tokens per second; None where the answers were too few."""
         return self.tokens / (self.end - self.begin) if self.end - self.begin >= SECONDS_OF_PACE else None
+
+    @property
+    def rate_to_end(self) -> float | None:
+        """Return tokens per second up to the last answer, for which nothing more was asked; None where too few came to tell."""
+        enough = self.count - self.passing >= self.passing / 2 and self.last > self.passed
+        return self.late / (self.last - self.passed) if enough else None
 
 
 @dataclass(slots=True)
@@ -276,6 +291,6 @@ def _pace(work: Distillation, missing: list[Wanted]) -> tuple[float | None, int,
     pace = Pace()
     first = [each for group in groups for each in group][: len(left) // SHARE_FOR_PACE]
     made, tokens, seconds = work.generate(first, label="pace", enough=pace)
-    if pace.rate is None:  # all of it, its beginning and end included
-        return (tokens / seconds if made else None), made, 0.0
+    if pace.rate is None:  # all of it, its end included, where it is short its beginning, too
+        return pace.rate_to_end or (tokens / seconds if made else None), made, 0.0
     return pace.rate, made, max(0.0, time.monotonic() - pace.end - pace.after / pace.rate)

@@ -674,7 +674,7 @@ def test_a_dry_run_of_much_work_takes_the_pace_of_a_full_engine(
     config = settings(k=4, max_new_tokens=8, engine={"batch_tokens": 256})
     found = estimate(path, run, config)
     assert found.full
-    assert 50 < found.probed == stored(run).height <= 50 + 1150 // 4
+    assert 50 < found.probed == stored(run).height <= 50 + 1150 // 2
     assert found.remaining == 1200 - found.probed
     assert found.seconds == pytest.approx(found.new_tokens / found.tokens_per_second + found.seconds_to_end)
     assert "that it ran at for a while, after" in found.summary()
@@ -701,6 +701,14 @@ def test_a_dry_run_of_much_work_takes_the_pace_of_a_full_engine(
         clock[0] = float(seconds)
         assert pace(Completion(key="k", num_tokens=tokens), 2) is enough
     assert (pace.rate, pace.after) == (pytest.approx(30 / 5), 3)
+
+    pace = estimate_module.Pace()  # answers alike come in waves, here of 4, with 8 asked at a time; the first waits for its kernels
+    monkeypatch.setattr(estimate_module, "SECONDS_OF_PACE", 100.0)
+    for number in range(20):
+        clock[0] = 50.0 + 3 * (number // 4)
+        assert not pace(Completion(key="k", num_tokens=6), 8)
+        assert number > 10 or pace.rate_to_end is None
+    assert (pace.rate, pace.rate_to_end) == (None, pytest.approx(4 * 6 / 3))
 
 
 def test_answers_without_the_wanted_format_are_noticed_at_once(
