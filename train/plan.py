@@ -35,7 +35,8 @@ SHARES = {
     "plain": ((576, 0.24), (896, 0.31), (1536, 0.44)),  # the first is not measured: on the line through the others
 }
 ADAPTER_SHARES = {"compiled": 0.45 / 0.65, "plain": 0.17 / 0.34}  # of a full step's share; measured at a width of 1024
-SHORT_PASS = 0.1  # seconds; the passes behind the shares took more, and in shorter ones a card waits for its host
+SHORT_PASS = 0.1  # seconds; the passes behind the shares took more, and in shorter ones a card waits for a host that launches them
+SHORT_RECORDED = 0.005  # the same where they are recorded: of 2,000 tokens and more, none was slower than long ones
 MATRIX_SHARE = 0.8  # of its data sheet's figure a card reaches in a large matrix product: 795 of 989 TFLOP/s on that H200
 
 
@@ -80,6 +81,7 @@ class Option:
     room: float  # bytes that the card has for it
     tokens_per_second: float  # nan: not known
     hours: float
+    launched: bool  # the host launches each kernel of each pass: none is recorded
 
     @property
     def fits(self) -> bool:
@@ -89,7 +91,7 @@ class Option:
     @property
     def waits(self) -> bool:
         """Say whether a forward pass is so short that the card waits for its host: the speed is then lower than foretold."""
-        return self.batch_tokens < SHORT_PASS * self.tokens_per_second
+        return self.batch_tokens < (SHORT_PASS if self.launched else SHORT_RECORDED) * self.tokens_per_second
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +118,7 @@ class MemoryPlan:
                 f"{each.method:12}{each.dtype:10}{'yes' if each.checkpointing else 'no':15}{each.batch_tokens:14,}"
                 f"{each.memory.peak / 1e9:7.1f} GB{'yes' if each.fits else 'no':>6}{rate:>15}{time:>14}"
             )
-        waits = ["", f"<: passes under {SHORT_PASS:g} s, in which the card waits for its host; a larger batch_size fills them"]
+        waits = ["", "<: passes so short that the card waits for its host; a larger batch_size fills them"]
         return "\n".join([*lines, *(waits if any(each.waits for each in self.options) else []), "", self.basis])
 
 
@@ -228,7 +230,8 @@ def _option(
 
     half = torch.bfloat16 if card.bfloat16 else torch.float16
     weights = getattr(torch, dtype) if card.bfloat16 or not config.adapter else half
-    load = load_of(report, config, tokens, dtype=weights, half=None if dtype == "bfloat16" and not config.adapter else half)
+    computed = None if dtype == "bfloat16" and not config.adapter else half
+    load = load_of(report, config, tokens, dtype=weights, half=computed)
     memory = known[load] = known[load] if load in known else predict(settings, load)
     memory = _shared(memory, settings, load, config) if config.parallel == "fsdp" else memory
     mean = report.tokens / report.train_rows
@@ -240,6 +243,7 @@ def _option(
     return Option(
         method=method, dtype="4 bits" if config.qlora else str(weights).removeprefix("torch."), checkpointing=load.checkpointing,
         batch_tokens=tokens, memory=memory, room=card.memory - CONTEXT, tokens_per_second=rate or math.nan, hours=hours,
+        launched=not (load.compiled and can_record(config, computed)),
     )  # fmt: skip
 
 

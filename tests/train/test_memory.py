@@ -193,6 +193,20 @@ def test_cards_are_known_by_name_and_by_memory() -> None:
         find_card("H20O")
 
 
+def test_a_recorded_pass_may_be_shorter_before_the_card_waits_for_its_host() -> None:
+    usual = {"method": "full", "dtype": "float32", "checkpointing": False, "memory": predict(LLAMA, load()), "room": 1e9, "hours": 1.0}
+
+    def waits(tokens: int, launched: bool) -> bool:
+        return plan.Option(**usual, batch_tokens=tokens, tokens_per_second=400_000.0, launched=launched).waits
+
+    assert [waits(tokens, True) for tokens in (1_024, 4_096, 65_536)] == [True, True, False]
+    assert [waits(tokens, False) for tokens in (1_024, 4_096, 65_536)] == [True, False, False]
+    recorded = plan._option(LLAMA, REPORT, TrainConfig(compile=True, gradient_checkpointing=False), find_card("H200"), 512, "float32", {})
+    assert not recorded.launched
+    twice = plan._option(LLAMA, REPORT, TrainConfig(compile=True, gradient_checkpointing=True), find_card("H200"), 512, "float32", {})
+    assert twice.launched
+
+
 def test_the_command_prints_what_fits(cli, tiny_model, chats) -> None:
     code, out, err = cli("train", "plan", "--data", chats(40), "--model", tiny_model, "--gpu", "RTX 3080")
     assert code == 0, err
@@ -200,7 +214,7 @@ def test_the_command_prints_what_fits(cli, tiny_model, chats) -> None:
     assert {line[0] for line in lines if line} >= {"full", "LoRA", "QLoRA"}
     assert all("yes" in line for line in lines if line and line[0] == "LoRA")
     assert "not measured on this card" in out
-    assert "<: passes under 0.1 s, in which the card waits for its host" in out  # a tiny model's, on any card
+    assert "<: passes so short that the card waits for its host" in out  # a tiny model's, on any card
     several = cli("train", "plan", chats(40), "--model", tiny_model, "--gpu", "24GB", "--gpu", "T4")[1]
     assert several.count("?") > 2
     assert [line.split(":")[0] for line in several.splitlines() if "tokens an epoch" in line] == ["a card of 24 GB", "T4"]
