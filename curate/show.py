@@ -43,6 +43,8 @@ def show(
     """
     if rejected and not is_run(source):
         raise UserError(f"{source}: is no run, so nothing was rejected in it")
+    if is_run(source) and not rejected and _grown_path(Path(source)).exists():
+        source = _grown_path(Path(source))
     shown = list(_of_run(Run.open(Path(source)), limit, wanted, rejected) if is_run(source) else _of_file(source, limit, wanted))
     if wanted and not shown:
         raise UserError(f"{source}: no row {wanted!r}; the ids stand in its ledger and data set")
@@ -53,13 +55,19 @@ def show(
 
 
 def why(run: Run, wanted: str, *, console: Console | None = None) -> None:
-    """Print every decision on a row, in order, those of its training too. Raises UserError for an id that no stage saw."""
+    """Print every decision on a row, in order, those of its training too. Raises UserError for an id that no stage saw.
+
+    A prompt that a teacher has written is known by its own id, too, beside that of the answer that it stood in.
+    """
+    grown = next((each for each in _grown(run) if each["id"].startswith(wanted)), None)
+    if grown is not None:
+        wanted = grown["meta"].get("answer") or grown["meta"]["parents"][0]
     ledgers = [ledger for ledger in (run.ledger, Ledger(run.path / "train" / "ledger.parquet")) if ledger.path.exists()] or [run.ledger]
     decisions = pl.concat([ledgers[0].why(wanted), *(ledger.about(wanted) for ledger in ledgers[1:])])
     witnesses = decisions["witness_id"].drop_nulls().to_list()
-    texts = _prompts(run, [*decisions["example_id"], *witnesses])
+    texts = _prompts(run, [*decisions["example_id"], *witnesses, *([] if grown is None else [grown["id"]])])
     console = console or Console()
-    first = decisions["example_id"][0]
+    first = decisions["example_id"][0] if grown is None else grown["id"]
     console.print(Text(f"{first}: {shortened(texts.get(first, ''), 200)}"), soft_wrap=True)
     several = decisions.select(KEY).n_unique() > 1  # samples of one prompt
     cells = [_decided(row, several=several) for row in decisions.iter_rows(named=True)]
@@ -69,7 +77,8 @@ def why(run: Run, wanted: str, *, console: Console | None = None) -> None:
         console.print(Text(visible(f"  {line}"), style="" if row["action"] == "kept" else "yellow"), soft_wrap=True)
         if row["witness_id"] is not None:  # whole, as it is what one asks about next
             told = shortened(texts.get(row["witness_id"].split("/")[0], ""))
-            console.print(Text(visible(f"      for it stands {row['witness_id']}{told and f': {told}'}")), soft_wrap=True)
+            what = "it comes from" if row["action"] == "kept" else "for it stands"
+            console.print(Text(visible(f"      {what} {row['witness_id']}{told and f': {told}'}")), soft_wrap=True)
 
 
 def _decided(row: Mapping[str, Any], *, several: bool) -> list[str]:
@@ -158,6 +167,8 @@ def _meta(meta: Mapping[str, Any]) -> list[str]:
 
 def _prompts(run: Run, names: Sequence[str]) -> dict[str, str]:
     """Return the first text of the user's of the rows of these names, by example id; a file's own witnesses have none."""
+    if _grown_path(run.path).exists():
+        return {each["id"]: message_text(each["messages"][0]) for each in _grown(run)}
     curate = run.path / "curate"
     path = curate / ("rows.parquet" if (curate / "rows.parquet").exists() else "prompts.parquet")
     wanted = list({name.split("/")[0] for name in names})
@@ -167,6 +178,16 @@ def _prompts(run: Run, names: Sequence[str]) -> dict[str, str]:
         users = [message for message in json.loads(messages) if message.get("role") == "user"]
         texts[example_id] = message_text(users[0]) if users else ""
     return texts
+
+
+def _grown_path(run: Path) -> Path:
+    return run / "curate" / "prompts.jsonl"
+
+
+def _grown(run: Run) -> list[dict[str, Any]]:
+    """Return the prompts that `sftkit curate prompts` has written into a run, none in another run."""
+    path = _grown_path(run.path)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
 
 
 def _number(value: float | None) -> str:

@@ -85,7 +85,9 @@ def numbered(seed: int) -> str:
     return "\n".join(f"{place}. Task: Compare {chance.randrange(10**9)} with {chance.randrange(10**9)} in words." for place in (1, 2))
 
 
-def test_self_instruct_grows_from_seeds_and_from_what_grew(tmp_path: Path, seeds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_instruct_grows_from_seeds_and_from_what_grew(
+    tmp_path: Path, seeds: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., tuple[int, str, str]]
+) -> None:
     teacher = Teacher(monkeypatch, lambda prompt, seed: numbered(seed))
     result = grow(seeds, tmp_path / "run", config(count=100, similarity=0.99))
     assert (result.prompts, result.rounds, len(teacher.asked)) == (100, 2, 64)
@@ -104,6 +106,15 @@ def test_self_instruct_grows_from_seeds_and_from_what_grew(tmp_path: Path, seeds
     assert ledger.filter(pl.col("action") == "kept")["witness_id"][0] == rows[0]["meta"]["parents"][0]
     assert ledger["rule"].value_counts().sort("rule").rows() == [("", 100), ("more_than_wanted", 28)]
     assert [each.id for each in read_examples(str(result.path))] == [each["id"] for each in rows]  # what distill reads
+
+    parent, text = rows[0]["meta"]["parents"][0], rows[0]["messages"][0]["content"]
+    for name in (rows[0]["id"], rows[0]["meta"]["answer"]):
+        code, out, err = cli("curate", "why", name, tmp_path / "run")
+        assert (code, out.splitlines()[1:]) == (0, ["  grow  kept", f"      it comes from {parent}"]), err
+    assert cli("curate", "why", rows[0]["id"], tmp_path / "run")[1].startswith(f"{rows[0]['id']}: {text}")
+    grandchild = next(each for each in rows if each["meta"]["parents"][0] not in ids)
+    assert f"it comes from {grandchild['meta']['parents'][0]}: Compare " in cli("curate", "why", grandchild["id"], tmp_path / "run")[1]
+    assert text in cli("curate", "show", tmp_path / "run")[1]
 
 
 def test_an_interruption_costs_nothing_and_a_larger_count_goes_on(tmp_path: Path, seeds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
