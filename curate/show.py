@@ -77,7 +77,7 @@ def why(run: Run, wanted: str, *, console: Console | None = None) -> None:
         console.print(Text(visible(f"  {line}"), style="" if row["action"] == "kept" else "yellow"), soft_wrap=True)
         if row["witness_id"] is not None:  # whole, as it is what one asks about next
             told = shortened(texts.get(row["witness_id"].split("/")[0], ""))
-            what = "it comes from" if row["action"] == "kept" else "for it stands"
+            what = "it comes from" if (row["stage"], row["action"]) == ("grow", "kept") else "for it stands"
             console.print(Text(visible(f"      {what} {row['witness_id']}{told and f': {told}'}")), soft_wrap=True)
 
 
