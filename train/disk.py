@@ -1,8 +1,9 @@
-"""A full disk in one line, whichever library wrote to it."""
+"""A place that cannot be written to in one line: before the work, and where the disk is full, whichever library wrote to it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ..core.errors import UserError
 
@@ -20,3 +21,13 @@ def room_on_disk(place: Path, *, then: str = "the same command goes on from the 
         if not any(each in str(error) for each in FULL):
             raise
         raise UserError(f"{place}: cannot be written, the disk or a quota is full; make room: {then}") from error
+
+
+def make_place_for(place: Path) -> None:
+    """Make the folder in which something is to stand, before the work that ends there. Raises UserError where there can be none."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=place.parent, prefix=".sftkit"):
+            pass
+    except OSError as error:
+        raise UserError(f"{place.parent}: is no folder that can be written to ({error.strerror}); name another place") from None

@@ -13,7 +13,7 @@ from ..core.chat import load_chat
 from ..core.errors import UserError
 from ..core.gguf import load_unpacked
 from ..core.models import ModelRef, load_model, resolve_model
-from .disk import room_on_disk
+from .disk import make_place_for, room_on_disk
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ def export_gguf(model: str | Path, file: Path, *, format: str = "f16", revision:
     if file.exists():
         raise UserError(f"{file}: is there already; give a new name")
     ref = resolve_model(model, revision=revision)
+    make_place_for(file)
     whole = load_model(ref, dtype="float32")
     kind = whole.config.model_type
     if kind not in ARCHITECTURES:
@@ -57,7 +58,6 @@ def export_gguf(model: str | Path, file: Path, *, format: str = "f16", revision:
         )
     chat = load_chat(ref)
     pre = _pre_tokenizer(chat.tokenizer, ref)
-    file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f".{file.name}.tmp.gguf")
     try:
         with room_on_disk(file, then="nothing is left of it"):

@@ -1,6 +1,5 @@
 """An adapter and its base made one model: in float32, into weights that no one has rounded, and only if both then say the same."""
 
-import json
 import logging
 import os
 import shutil
@@ -14,9 +13,9 @@ import torch
 
 from ..core.chat import Chat, load_chat
 from ..core.errors import UserError
-from ..core.files import write_json
+from ..core.files import read_json, write_json
 from ..core.models import ModelRef, final_facts, load_model, load_settings, model_identity, resolve_model
-from .disk import room_on_disk
+from .disk import make_place_for, room_on_disk
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +52,7 @@ def merge(adapter: str | Path, out: Path, *, base: str | None = None, dtype: str
     folder = find_adapter(Path(adapter))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already; give a new folder")
+    make_place_for(out)
     ref = find_base(folder, base, revision)
     chat = load_chat(ref)
     model = load_adapter(load_base(ref), folder)
@@ -94,7 +94,10 @@ def find_adapter(path: Path) -> Path:
 
 def find_base(adapter: Path, base: str | None, revision: str | None = None) -> ModelRef:
     """Return the model that an adapter belongs to. Raises UserError for one that is not here, or not the one it was trained on."""
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    try:
+        settings: Any = dict(read_json(adapter / "adapter_config.json"))
+    except (ValueError, TypeError) as error:  # what is not UTF-8 is a ValueError, too
+        raise UserError(f"{adapter / 'adapter_config.json'}: cannot be read ({error}); copy the adapter again") from None
     named = settings.get("base_model_name_or_path")
     if base is None and not named:
         raise UserError(f"{adapter}: does not say which model it was trained on; give it with --base")

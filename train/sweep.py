@@ -4,6 +4,7 @@ import gc
 import itertools
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,7 +98,8 @@ def parse_variations(texts: Sequence[str]) -> dict[str, list[Any]]:
             raise unknown_name("setting", name, VARIED, "vary (what leaves rows and tokens as they are)")
         if name in found:
             raise UserError(f"vary: {name} is given twice; give all its values at once, as {name}=VALUE,VALUE")
-        found[name] = [yaml.safe_load(each) for each in values.split(",")]
+        # an init may list layers, as prune:3,5
+        found[name] = [yaml.safe_load(each) for each in re.split(r",(?=\s*prune:)" if name == "init" else ",", values)]
     if not found:
         raise UserError("vary: nothing to compare; give --vary learning_rate=1e-5,5e-5")
     return found

@@ -12,6 +12,7 @@ from sftkit.cli import sftkit
 from sftkit.core.chat import load_chat
 from sftkit.core.errors import UserError
 from sftkit.core.models import final_facts, load_model, resolve_model
+from sftkit.train.export import export_gguf
 from sftkit.train.merge import merge
 
 
@@ -100,9 +101,23 @@ def test_what_is_no_adapter_is_named(tmp_path: Path, tiny_model: Path, adapter: 
     (damaged / "adapter_model.safetensors").write_bytes((damaged / "adapter_model.safetensors").read_bytes()[:500])
     with pytest.raises(UserError, match="damaged"):
         merge(damaged, tmp_path / "merged")
+    for written in ("{", "null", "[1]"):
+        (damaged / "adapter_config.json").write_text(written)
+        with pytest.raises(UserError, match=r"adapter_config\.json: cannot be read .*copy the adapter again"):
+            merge(damaged, tmp_path / "merged")
     (damaged / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match="holds no weights"):
         merge(damaged, tmp_path / "merged")
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_work(tmp_path: Path, tiny_model: Path, adapter: Path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("sftkit.train.merge.load_base", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("sftkit.train.export.load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=r"file: is no folder that can be written to \(File exists\); name another place"):
+        merge(adapter, tmp_path / "file" / "merged")
+    with pytest.raises(UserError, match=r"file: is no folder that can be written to"):
+        export_gguf(tiny_model, tmp_path / "file" / "mine.gguf")
 
 
 def test_an_adapter_is_no_model_to_begin_with(adapter: Path) -> None:

@@ -92,6 +92,7 @@ def test_intervals_cover_as_often_as_they_say() -> None:
 
 def test_what_is_not_a_comparison_is_refused(tmp_path, tiny_model, chats) -> None:
     assert parse_variations(["learning-rate=1e-5,0.1", "lora=true,false"]) == {"learning_rate": ["1e-5", 0.1], "lora": [True, False]}
+    assert parse_variations(["init=prune:3,5-7,prune:1"]) == {"init": ["prune:3,5-7", "prune:1"]}
     for texts, message in (
         (["epochs=1,2"], "what leaves rows and tokens as they are.*unknown setting 'epochs'"),
         (["learning_rate"], "expected NAME=VALUE"),
