@@ -355,6 +355,8 @@ def _arguments(ref: ModelRef, config: EngineConfig) -> dict[str, Any]:
     if current_platform.is_cpu():
         arguments["gpu_memory_utilization"] = min(config.gpu_memory_utilization, CPU_SHARE)
         arguments.setdefault("kv_cache_memory_bytes", CPU_CACHE_BYTES)  # VLLM_CPU_KVCACHE_SPACE wins over it
+        # after a part of a prompt it takes back a seed's random number, which PyTorch's generators of a CPU have no way to (0.30)
+        arguments["enable_chunked_prefill"] = False
     return arguments
 
 

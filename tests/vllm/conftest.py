@@ -28,7 +28,7 @@ def tiny_for_vllm(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def vllm_engine(tiny_for_vllm: Path) -> Iterator[Engine]:
-    config = EngineConfig(engine="vllm", dtype="float32", max_num_seqs=MAX_NUM_SEQS, enforce_eager=True)
+    config = EngineConfig(engine="vllm", dtype="float32", max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=640, enforce_eager=True)
     engine = open_engine(str(tiny_for_vllm), config)
     yield engine
     engine.close()

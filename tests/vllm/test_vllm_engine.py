@@ -179,6 +179,17 @@ def test_the_longest_that_fits(vllm_engine: Engine) -> None:
     assert found.finish_reason == "stop" or found.num_tokens == 24
 
 
+def test_prompts_of_more_tokens_than_a_step_takes_are_answered_by_their_seeds(vllm_engine: Engine) -> None:
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8)
+    wanted = [
+        Request(key=str(number), prompt_ids=tuple([5 + number] * 400), messages=[], sampling=sampling, seed=number) for number in range(4)
+    ]
+    together = answers(vllm_engine, wanted)
+    assert not [each.error for each in together.values() if each.error]
+    alone = {each.key: answers(vllm_engine, [each])[each.key] for each in wanted}
+    assert {key: each.token_ids for key, each in alone.items()} == {key: each.token_ids for key, each in together.items()}
+
+
 def test_stop_tokens_are_counted_and_not_in_the_text(vllm_engine: Engine) -> None:
     assert vllm_engine.chat
     wanted = requests(vllm_engine, Sampling(temperature=1.5, top_p=1.0, max_new_tokens=100), PROMPTS * 4)
