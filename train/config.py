@@ -53,8 +53,10 @@ class TrainConfig:
         "nll", "The loss of a token: nll is -log p; dft weighs it by p, which learns less from unlikely tokens.", choices=("nll", "dft")
     )
     neftune: float = setting(0.0, "Noise on the embeddings in training (NEFTune's alpha; 5 is usual); 0 for none.")
-    weight_by: str | None = setting(None, "Column of the data with each row's weight in the loss, 0 or more.")
-    curriculum: str | None = setting(None, "Column by which rows come in order, the smallest first; -NAME: the largest first.")
+    weight_by: str | None = setting(None, "Column of the data, or score of the run, with each row's weight in the loss, 0 or more.")
+    curriculum: str | None = setting(
+        None, "Column, or score of the run, by which rows come in order, the smallest first; -NAME: the largest first."
+    )
     lora: bool = setting(False, "Train a low-rank adapter; the final model has it merged in.")
     qlora: bool = setting(False, "LoRA on a base in 4 bits; needs bitsandbytes, and to be fast a GPU.")
     lora_rank: int = setting(16, "Rank of the adapter.")

@@ -1,7 +1,7 @@
 """Several data sets as one, in the proportions asked for: `A:0.7 B:0.3`."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,7 +57,9 @@ class Mixture:
         return told
 
 
-def read_mixture(sources: Sequence[str], seed: int, limit: int | None = None) -> tuple[list[Example], Mixture]:
+def read_mixture(
+    sources: Sequence[str], seed: int, limit: int | None = None, read: Callable[[str], list[Example]] = read_examples
+) -> tuple[list[Example], Mixture]:
     """Return the examples of all sources, and which of them make the mixture.
 
     It is as large as its scarcest part and `limit` allow; which rows of the others are in it is a function of the seed. Rows that are in
@@ -66,7 +68,7 @@ def read_mixture(sources: Sequence[str], seed: int, limit: int | None = None) ->
     examples: list[Example] = []
     beyond: set[int] = set()
     used: dict[str, int] = {}
-    parts = [(read_examples(source), share, source) for source, share in parse_mixture(sources)]
+    parts = [(read(source), share, source) for source, share in parse_mixture(sources)]
     most, scarce, share, name = min(
         ((len(rows) / share, len(rows), share, name) for rows, share, name in parts if share), default=(0.0, 0, 0.0, "")
     )

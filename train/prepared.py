@@ -18,7 +18,6 @@ from ..core.catalogue import cache_dir
 from ..core.chat import Chat
 from ..core.example import Example
 from ..core.files import read_json, write_json
-from ..core.formats import read_examples
 from ..core.run import is_done, mark_done
 from ..core.sources import kind_of
 from .account import prepare, say
@@ -26,6 +25,7 @@ from .config import PreferenceConfig, TrainConfig
 from .data import DataReport, Row, TrainingData
 from .mixture import Mixture, read_mixture
 from .parity import checked
+from .scores import read_scored, score_files
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +58,9 @@ class Preparation:
         self._mixture = Mixture()
         self._examples: list[Example] | None = None
         if isinstance(data, (str, Path)):
-            self._examples = None if self.place and is_done(self.place) else read_examples(data)
+            self._examples = None if self.place and is_done(self.place) else read_scored(data, config)
         else:
-            self._examples, self._mixture = read_mixture(data, config.seed, config.limit)
+            self._examples, self._mixture = read_mixture(data, config.seed, config.limit, lambda source: read_scored(source, config))
 
     def rows(self, ledger: Path | None = None) -> TrainingData:
         """Return them, with a decision for each in `ledger`, a file. Raises UserError as `prepare` does."""
@@ -68,7 +68,7 @@ class Preparation:
             found = self._kept(ledger)
             if found:
                 return found
-            self._examples = read_examples(str(self.data))
+            self._examples = read_scored(str(self.data), self.config)
         keeps = self.place is not None and len(self._examples) >= LEAST_ROWS
         if keeps and self.place:
             self.place.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ def _key(data: str, chat: Chat, config: TrainConfig, context: int | None, vocabu
     if not files or not chat.tokenizer.is_fast:
         return None
     digest = hashlib.sha256()
-    for file in files:
+    for file in [*files, *score_files(data, config)]:
         with open(file, "rb") as opened:
             digest.update(f"{file}\0".encode() + hashlib.file_digest(opened, "sha256").digest())
     decisive = {

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from sftkit.core.chat import load_chat
@@ -20,7 +21,7 @@ from sftkit.train.data import Row
 from sftkit.train.head import LinearCrossEntropy, loss_sum
 from sftkit.train.mixture import parse_mixture, read_mixture
 from sftkit.train.packing import Packs
-from sftkit.train.prepared import Preparation
+from sftkit.train.prepared import Preparation, load_rows
 from sftkit.train.sft import train
 
 RANDOM = np.random.default_rng(0)
@@ -113,6 +114,38 @@ def test_weights_that_are_no_numbers_name_their_row(tiny_model, tmp_path) -> Non
         prepare(read_examples(data), chat, TrainConfig(weight_by="quality"), context=512)
     with pytest.raises(UserError, match="columns with numbers: quality"):
         prepare(read_examples(data), chat, TrainConfig(weight_by="qualty"), context=512)
+
+
+def test_scores_of_a_run_are_weights_and_an_order_of_its_rows(tiny_model, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("sftkit.train.prepared.LEAST_ROWS", 1)
+    chat, run = load_chat(resolve_model(tiny_model)), tmp_path / "run"
+    (run / "curate" / "scores").mkdir(parents=True)
+    (run / "config.yaml").write_text("{}")
+    ids = [f"{n:016x}" for n in range(12)]
+    turns = [[{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}."}] for n in range(12)]
+    rows = [{"id": f"{name}/2", "messages": each, "source": "p:1", "meta": {}} for name, each in zip(ids, turns, strict=True)]
+    write(run / "curate" / "dataset.jsonl", rows)
+
+    def score(values: list[float | None]) -> None:
+        every = [(name, index, value if index == 2 else -1.0) for name, value in zip(ids, values, strict=True) for index in range(4)]
+        schema = {"example_id": pl.String, "sample_index": pl.Int32, "value": pl.Float64}
+        pl.DataFrame(every, schema=schema, orient="row").write_parquet(run / "curate" / "scores" / "quality.parquet")
+
+    def prepared(**settings: str) -> list[tuple[str, float, float]]:
+        told = TrainConfig(validation=0.0, **settings)  # type: ignore[arg-type]
+        return [(each.key[0], each.weight, each.score) for each in load_rows(run, chat, told, context=512, cache=tmp_path / "cache").train]
+
+    for values in ([float(n) for n in range(12)], [float(n % 5) for n in range(12)]):  # the second time others: the cache is not asked
+        score(values)
+        for _ in range(2):
+            assert prepared(weight_by="quality", curriculum="-quality") == [
+                (name, each, -each) for name, each in zip(ids, values, strict=True)
+            ]
+    score([1.0, None, *[1.0] * 10])
+    with pytest.raises(UserError, match="expected a number in the column 'quality', found None"):
+        prepared(weight_by="quality")
+    with pytest.raises(UserError, match="run: its rows have no column 'qualty' and no such score; scores are quality"):
+        prepared(curriculum="-qualty")
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -124,7 +124,7 @@ def test_rows_are_kept_by_what_decides_them(tiny_model: Path, tiny_base_model: P
     told: dict[str, Any] = {"context": 512, "cache": cache}
     first = Preparation(data, chat, TrainConfig(), **told).rows(tmp_path / "a.parquet")
     assert "rendered before" not in caplog.text
-    monkeypatch.setattr(prepared, "read_examples", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(prepared, "read_scored", lambda *_: pytest.fail("read again"))
     second = Preparation(data, chat, TrainConfig(), **told).rows(tmp_path / "b.parquet")
     assert "rendered before" in caplog.text
     assert caplog.text.count("left out as empty_answer") == 2
