@@ -18,6 +18,7 @@ from .collective import over_processes
 from .config import PreferenceConfig, TrainConfig
 from .data import TrainingData
 from .disk import room_on_disk
+from .plan import rated_flops
 from .preference import PreferenceTrainer
 from .sampling import Sampler
 from .sharded import sharing
@@ -38,7 +39,10 @@ def run_trainer(
 ) -> Any:  # fmt: skip
     """Train in this process, from the last checkpoint if there is one; return the trainer."""
     model, half = load_start(start, config, own, device)
-    watch = Watch(room / "metrics.jsonl", chat, save_minutes=config.save_minutes, peak=measured_peak(device), deadline=deadline)
+    watch = Watch(
+        room / "metrics.jsonl", chat, save_minutes=config.save_minutes, peak=measured_peak(device),
+        rated=0.0 if device == "cpu" else rated_flops(torch.cuda.get_device_name()), deadline=deadline,
+    )  # fmt: skip
     told = os.environ.get("TENSORBOARD_LOGGING_DIR")
     os.environ["TENSORBOARD_LOGGING_DIR"] = told or str(room / "tensorboard")  # where transformers looks, once
     kind = PreferenceTrainer if isinstance(config, PreferenceConfig) else Trainer

@@ -127,15 +127,22 @@ def find_card(text: str) -> Card:
     if (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|G)", text.strip(), re.IGNORECASE)) and float(match[1]):
         return Card(f"a card of {match[1]} GB", float(match[1]) * 1e9, 0.0)
 
-    def plain(name: str) -> str:
-        return re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", name.lower())
-
-    names = {plain(each.name): each for each in CARDS}
-    wanted = plain(text)
+    names = {_plain(each.name): each for each in CARDS}
+    wanted = _plain(text)
     found = names.get(wanted) or names.get(f"rtx{wanted}")
     if found is None:
         raise unknown_name("GPU", text, [*(each.name for each in CARDS), "its memory, as 24GB"], "gpu")
     return found
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", name.lower())
+
+
+def rated_flops(device: str) -> float:
+    """Return the operations a second that the data sheet of a card promises, by its name as PyTorch knows it; 0 for one not known."""
+    name = _plain(re.sub(r"(?i)\b(sxm\d?|hbm\d?e?|\d+ ?gb)\b", "", device))
+    return next((each.flops for each in CARDS if _plain(each.name) == name), 0.0)
 
 
 def this_card(memory_gb: float | None = None) -> Card | None:

@@ -151,12 +151,14 @@ def learn_from_packs(model: Any, losses: Callable[[Any, dict[str, Any]], torch.T
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Writes metrics.jsonl, shows progress, saves every few minutes, stops cleanly when asked to, and refuses a loss that is no number."""
 
-    def __init__(self, metrics: Path, chat: Chat, *, save_minutes: float, peak: float = 0.0, deadline: float | None = None) -> None:
-        """`peak` is what the device reaches in a matrix product, in operations a second; 0 leaves the share of it out.
+    def __init__(
+        self, metrics: Path, chat: Chat, *, save_minutes: float, peak: float = 0.0, rated: float = 0.0, deadline: float | None = None
+    ) -> None:
+        """`peak` is what the device reaches in a matrix product, `rated` what its data sheet promises, in operations a second; 0: not told.
 
         `deadline` is the moment, as time.monotonic() counts, after which it stops with a checkpoint.
         """
-        self.metrics, self.chat, self.peak = metrics, chat, peak
+        self.metrics, self.chat, self.peak, self.rated = metrics, chat, peak, rated
         self.token_flops = 0.0  # operations for one token
         self.stopped = False  # by a signal
         self.late = False  # stopped by the deadline
@@ -240,8 +242,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             facts["tokens_per_second"] = round(rate, 1)
             told = f"{rate:,.0f} tokens/s"
             if self.peak:
-                facts["mfu"] = round(rate * self.token_flops / self.peak, 4)
-                told += f", {facts['mfu']:.0%} of the {self.peak / 1e12:,.0f} TFLOP/s that this card reached"
+                facts["peak_share"] = round(rate * self.token_flops / self.peak, 4)
+                told += f", {facts['peak_share']:.0%} of the {self.peak / 1e12:,.0f} TFLOP/s that this card reached"
+            if self.rated:
+                facts["mfu"] = round(rate * self.token_flops / self.rated, 4)
+                told += f", MFU {facts['mfu']:.0%}"
             log.info(
                 "step %d of %d: loss %.4f, learning rate %.2g, gradient %.3g, %s",
                 state.global_step, state.max_steps, facts["loss"], facts["learning_rate"], facts["grad_norm"], told,
@@ -330,7 +335,7 @@ def make_trainer(
     trainer.packs = packs
     trainer.learn(config)
     watch.token_flops = token_flops(trainer.model, sum(map(len, train)) / len(train))
-    watch.peak *= workers
+    watch.peak, watch.rated = watch.peak * workers, watch.rated * workers
     trainer.validation = kind.make_packs(validation, batch_size=len(validation), seed=0, **told) if validation else None
     if compiled:
         both = [each for each in (packs, trainer.validation) if each]

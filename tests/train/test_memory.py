@@ -13,7 +13,7 @@ from sftkit.train.config import PreferenceConfig, TrainConfig
 from sftkit.train.data import DataReport
 from sftkit.train.head import loss_sum
 from sftkit.train.memory import Load, bare_model, decoder_layers, predict, saved_by
-from sftkit.train.plan import Card, choose, find_card
+from sftkit.train.plan import Card, choose, find_card, rated_flops
 from sftkit.train.preference import pair_losses
 from sftkit.train.sft import train
 from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3Config
@@ -191,6 +191,15 @@ def test_cards_are_known_by_name_and_by_memory() -> None:
     assert not find_card("t4").bfloat16
     with pytest.raises(UserError, match="H200"):
         find_card("H20O")
+
+
+@pytest.mark.parametrize(
+    ("device", "teraflops"),
+    [("NVIDIA H200", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 0),
+     ("NVIDIA GeForce RTX 3080", 59.5), ("NVIDIA GeForce RTX 3080 Laptop GPU", 0), ("Tesla T4", 65), ("NVIDIA A10G", 0)],
+)  # fmt: skip
+def test_what_a_data_sheet_promises_is_known_by_a_cards_own_name(device: str, teraflops: float) -> None:
+    assert rated_flops(device) == teraflops * 1e12
 
 
 def test_a_recorded_pass_may_be_shorter_before_the_card_waits_for_its_host() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from sftkit.core.chat import load_chat
+from sftkit.core.files import read_json_lines
 from sftkit.core.models import load_model, resolve_model
 from sftkit.train.attention import packed_attention, use_own_attention, use_packed_attention
 from sftkit.train.compiling import can_compile
@@ -301,6 +302,17 @@ def test_alone_each_row_is_a_pack_of_the_same_updates() -> None:
     assert all(len(pack) <= 1 for pack in made.rows())
     assert updates(made) == updates(packs())
     assert made[0]["alone"]
+
+
+def test_a_line_tells_the_rate_the_share_of_what_the_card_reached_and_that_of_its_data_sheet(tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO", logger="sftkit")
+    watch = Watch(tmp_path / "metrics.jsonl", SimpleNamespace(), save_minutes=60, peak=800e12, rated=1000e12)
+    watch.token_flops, watch._seconds = 1e9, 2.0
+    state = SimpleNamespace(global_step=5, epoch=1.0, max_steps=9, is_world_process_zero=True)
+    watch.on_log(SimpleNamespace(fp16=False), state, None, {"loss": 1.0, "learning_rate": 1e-4, "grad_norm": 1.0, "num_tokens": 800_000})
+    (line,) = read_json_lines(tmp_path / "metrics.jsonl")
+    assert (line["tokens_per_second"], line["peak_share"], line["mfu"]) == (400_000, 0.5, 0.4)
+    assert "400,000 tokens/s, 50% of the 800 TFLOP/s that this card reached, MFU 40%" in caplog.text
 
 
 @pytest.mark.parametrize(("epoch", "late", "wanted"), [(1.5, True, False), (1.5, False, True), (2.0, True, True)])
