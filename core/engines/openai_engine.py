@@ -23,7 +23,7 @@ import httpx
 from ..chat import Chat
 from ..errors import UserError, unknown_name
 from .base import NOT_FINITE, Completion, EngineConfig, Request, ScoreRequest, TokenLogprobs
-from .servers import Names, Server, address_of, answer_of, error_of, key_of_servers, written_call
+from .servers import Names, Server, address_of, answer_of, error_of, key_of_servers, text_and_thoughts, written_call
 
 log = logging.getLogger(__name__)
 
@@ -262,13 +262,13 @@ class OpenAIEngine:
         try:
             choice = answer["choices"][0]
             message, reason = choice["message"], choice["finish_reason"]
-            text = message.get("content")
+            text, thoughts = text_and_thoughts(message.get("content"))
             calls = [written_call(each["function"]) for each in message.get("tool_calls") or []]
             listed = (choice.get("logprobs") or {}).get("content") or []
             logprobs = [math.nan if each["logprob"] is None else float(each["logprob"]) for each in listed]  # null: some servers' NaN
             counted = (answer.get("usage") or {}).get("completion_tokens")
             asked = (answer.get("usage") or {}).get("prompt_tokens")
-            thoughts = message.get("reasoning_content") or message.get("reasoning")
+            thoughts = message.get("reasoning_content") or message.get("reasoning") or thoughts
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             return None
         if calls:
@@ -291,7 +291,7 @@ class OpenAIEngine:
         known = logprobs and min(logprobs) > LEAST_LOGPROB
         return Completion(
             key=request.key,
-            text=text or "",  # None where nothing was said, or only thought
+            text=text,
             finish_reason=REASONS[reason],
             num_tokens=num_tokens,
             logprob=math.fsum(logprobs) / len(logprobs) if known else None,

@@ -147,6 +147,22 @@ def answer_of(response: httpx.Response) -> Any:
         return None
 
 
+def text_and_thoughts(content: Any) -> tuple[str, str | None]:
+    """Return the text and the thoughts of a message's content: a text, or a list of parts, of which some may be thoughts.
+
+    Raises TypeError or KeyError for what is neither.
+    """
+    if content is None:  # nothing was said, or only thought
+        return "", None
+    if isinstance(content, str):
+        return content, None
+    texts: dict[str, list[str]] = {"text": [], "thinking": []}
+    for part in content:
+        found = part[part["type"]]
+        texts[part["type"]].append(found if isinstance(found, str) else text_and_thoughts(found)[0])
+    return "".join(texts["text"]), "".join(texts["thinking"]) or None
+
+
 def written_call(function: dict[str, Any]) -> str:
     """Return a call as text, as models of Qwen's and Hermes' kind write it: the server has taken it out of the text."""
     arguments = function.get("arguments")

@@ -18,6 +18,8 @@ from sftkit.core.engines.registry import open_engine
 from sftkit.core.errors import UserError
 
 SECRET = "sk-very-secret"
+TEXT = {"type": "text", "text": "hm"}
+ODD = b'{"choices": [{"message": {"content": [{"type": "image_url"}]}, "finish_reason": "stop"}]}'
 INFINITE = f"{NOT_FINITE} for one of its tokens, by the server's log-probabilities"
 NO_NUMBER = "Out of range float values are not JSON compliant: nan"  # vLLM's
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -121,6 +123,11 @@ def test_no_key_no_header(server: Server) -> None:
         (answer("x", usage=None), {"num_tokens": 3, "logprob": -1.5}),
         (answer("x", logprobs={"content": [{"logprob": -0.1}, {"logprob": -9999.0}]}), {"finish_reason": "stop", "logprob": None}),
         (answer("x", message={"content": None}, finish_reason="length"), {"finish_reason": "length", "text": ""}),
+        (answer("x", message={"content": [{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]}), {"text": "in parts"}),
+        (
+            answer("x", message={"content": [{"type": "thinking", "thinking": [TEXT]}, {"type": "text", "text": "so"}]}),  # Mistral's
+            {"text": "so", "reasoning": "hm"},
+        ),
         (answer("x", finish_reason="content_filter"), {"finish_reason": "error", "error": "the server ended the answer with 'content_filter'"}),
         (answer("x", finish_reason=None), {"finish_reason": "error", "error": "the server ended the answer with None"}),
         (answer("x", message={"content": None, "refusal": "I will not."}), {"error": "the server refuses: I will not."}),
@@ -153,7 +160,7 @@ def test_a_passing_fault_is_asked_again(server: Server, status: int) -> None:
     assert len(server.asked) == 3
 
 
-@pytest.mark.parametrize("content", [b"<html>busy</html>", b'{"error": {"message": "upstream"}}', b'{"choices": []}'])
+@pytest.mark.parametrize("content", [b"<html>busy</html>", b'{"error": {"message": "upstream"}}', b'{"choices": []}', ODD])
 def test_an_answer_that_is_none_is_asked_again(server: Server, content: bytes) -> None:
     replies = iter([(200, {}, content), answer("in the end")])
     server.reply = lambda body: next(replies)
