@@ -361,6 +361,8 @@ class Replicas:
             if others and (process.refused or self._failed_starts[slot] >= STARTS_IN_A_ROW):
                 log.warning("%s: going on with an engine less, since one cannot be started (%s)", self._model, process.ending)
                 self._given_up.add(slot)
+            else:
+                log.warning("%s: an engine %s while it started; it is started again", self._model, process.ending)
             return []
         if process.refused:
             raise UserError(process.ending)

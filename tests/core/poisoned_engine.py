@@ -1,5 +1,6 @@
 """An engine without a model that dies, hangs or stumbles at chosen prompts: what the processes of real ones do, without their start."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -64,6 +65,10 @@ def open(model: str, config: EngineConfig, *, revision: str | None = None) -> Po
     poison = Path(os.environ["SFTKIT_TEST_POISON"])
     if poison.read_text() == "no start":
         os.kill(os.getpid(), signal.SIGSEGV)
+    if poison.read_text() == "no start once":
+        with contextlib.suppress(FileExistsError):  # another process has died of it
+            poison.with_suffix(".once").mkdir()
+            os.kill(os.getpid(), signal.SIGSEGV)
     if poison.read_text() == "never starts":
         threading.Event().wait()
     if poison.read_text().startswith("no memory") and config.gpu_memory_utilization > float(poison.read_text().split()[-1]):

@@ -174,6 +174,16 @@ def test_an_engine_that_cannot_start_is_said_at_once(poison: Path, poisoned: Ope
     assert_no_process_left()
 
 
+def test_an_engine_that_dies_while_it_starts_is_started_again_and_that_is_said(
+    poison: Path, poisoned: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    poison.write_text("no start once")
+    engine = poisoned(replicas="2")
+    engine.wait_for_all()
+    assert "model: an engine was killed (SIGSEGV) while it started; it is started again" in caplog.text
+    assert sum(each.ready is not None for each in engine._processes if each) == 2
+
+
 def test_an_engine_that_hangs_while_it_starts_is_not_waited_for(poison: Path, poisoned: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replicas, "SECONDS_TO_START", 1.0)
     poison.write_text("never starts")

@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 import psutil
 import pytest
+from sftkit.core.engines.ray_replicas import RayReplicas
 from sftkit.core.run import Run
 from sftkit.core.values import ValueStore
 from sftkit.curate.config import ScoreConfig
@@ -32,6 +33,18 @@ def cluster() -> Iterator[None]:
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
         yield
         ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def all_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask nothing before every actor is ready: the one that is killed is to have work, however slow the machine is."""
+    opened = RayReplicas.__init__
+
+    def open_all(self: RayReplicas, *arguments: Any, **keywords: Any) -> None:
+        opened(self, *arguments, **keywords)
+        self.wait_for_all()
+
+    monkeypatch.setattr(RayReplicas, "__init__", open_all)
 
 
 @pytest.fixture
