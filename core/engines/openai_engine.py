@@ -23,7 +23,7 @@ import httpx
 from ..chat import Chat
 from ..errors import UserError, unknown_name
 from .base import NOT_FINITE, Completion, EngineConfig, Request, ScoreRequest, TokenLogprobs
-from .servers import Names, Server, address_of, answer_of, error_of, key_of_servers, text_and_thoughts, written_call
+from .servers import Names, Server, address_of, answer_of, error_of, key_of_servers, make_room, text_and_thoughts, written_call
 
 log = logging.getLogger(__name__)
 
@@ -408,6 +408,7 @@ def open(model: str, config: EngineConfig, *, revision: str | None = None) -> Op
     if not config.base_url:
         raise UserError("engine openai: needs base_url, the address of a server, as http://localhost:8000/v1")
     servers = [Server(address, key_of_servers()) for address in dict.fromkeys(map(address_of, config.base_url.split(",")))]
+    make_room(config.concurrency * len(servers))
     contexts, names = [], []
     for server in servers:
         entries = _models(server)

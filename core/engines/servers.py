@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from ..errors import UserError
 log = logging.getLogger(__name__)
 
 KEY = "OPENAI_API_KEY"
+OTHER_FILES = 256  # that a process has open beside its connections, amply
 SECONDS_IN_DOUBT = 60.0  # for which answers are held back until each server has told in which model's name it answers
 
 
@@ -116,6 +118,23 @@ class Names:
         self._since = time.monotonic() if self._since is None else self._since
         late = any(each.url not in self._found and not each.load.faults for each in servers)
         return late and time.monotonic() - self._since < SECONDS_IN_DOUBT
+
+
+def make_room(connections: int) -> None:
+    """Let this process have so many connections open at once. Raises UserError where it may not.
+
+    Without the room each one more fails as if nobody listened, and is tried again and again.
+    """
+    needed = connections + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f"concurrency: {connections:,} connections at once need {needed:,} open files, and this process may have {hard:,}"
+            " (`ulimit -Hn`); lower the concurrency, or raise that limit"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def address_of(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from openai_server import Reply, Server, answer, fault
-from sftkit.core.engines import openai_engine
+from sftkit.core.engines import openai_engine, servers
 from sftkit.core.engines.base import NOT_FINITE, Completion, EngineConfig, Request, Sampling, ScoreRequest
 from sftkit.core.engines.openai_engine import OpenAIEngine
 from sftkit.core.engines.registry import open_engine
@@ -501,6 +501,19 @@ def test_an_address_that_leads_nowhere(base_url: str | None, message: str) -> No
 def test_an_address_for_an_engine_that_asks_no_server() -> None:
     with pytest.raises(UserError, match="base_url: is the address of a server, which the engine openai asks, not vllm"):
         EngineConfig(engine="vllm", base_url="http://localhost:8000/v1")
+
+
+def test_connections_have_room(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where files are all open, a connection fails as if nobody listened, and waits."""
+    limits = {"may": (1024, 4096)}
+    monkeypatch.setattr(servers.resource, "getrlimit", lambda what: limits["may"])
+    monkeypatch.setattr(servers.resource, "setrlimit", lambda what, wanted: limits.update(may=wanted))
+    engine(server, concurrency=64)
+    assert limits["may"] == (1024, 4096)
+    engine(server, concurrency=2000)
+    assert limits["may"] == (2256, 4096)
+    with pytest.raises(UserError, match=r"concurrency: 4,000 connections at once need 4,256 open files, and this process may have 4,096"):
+        engine(server, concurrency=4000)
 
 
 def test_one_address_in_many_spellings() -> None:
