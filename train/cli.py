@@ -17,6 +17,11 @@ def _settings(kind: type[T], file: Path | None, options: dict[str, Any], base: d
     return load_config(kind, {**(base or {}), **(read_yaml(file) if file else {}), **given(options)}, str(file or ""))
 
 
+def _sources(data: tuple[str, ...]) -> str | list[str]:
+    """Return one source as it is, several as a mixture."""
+    return data[0] if len(data) == 1 else list(data)
+
+
 @click.group(cls=Commands)
 def train() -> None:
     """Fine-tune a model, and look at what it is trained on."""
@@ -69,8 +74,7 @@ def sft(
     config = _settings(TrainConfig, settings, options, recipe_settings(recipe, gpu=pick_device() != "cpu") if recipe else {})
     if recipe and config.limit is not None and "limit" not in given(options):
         click.echo(f"recipe {recipe}: only the first {config.limit} rows, as this machine has no GPU; --limit says otherwise", err=True)
-    rows = data[0] if len(data) == 1 else list(data)
-    click.echo(run_training(rows, model, out, config, revision=revision).summary())
+    click.echo(run_training(_sources(data), model, out, config, revision=revision).summary())
 
 
 @train.command()
@@ -107,7 +111,7 @@ def preference(data: str, model: str, out: Path, settings: Path | None, revision
 
 
 @train.command()
-@click.argument("data")
+@click.argument("data", nargs=-1, required=True)
 @click.option("--model", required=True, help="The model whose tokenizer and template are used.")
 @click.option("-n", "--rows", type=click.IntRange(min=0), default=3, show_default=True, help="Rows to show.")
 @click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write this HTML file too.")
@@ -115,20 +119,21 @@ def preference(data: str, model: str, out: Path, settings: Path | None, revision
 @config_option(TrainConfig, "max_length")
 @config_option(TrainConfig, "limit")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
-def preview(data: str, model: str, rows: int, html_path: Path | None, revision: str | None, **options: Any) -> None:
-    """Show which tokens of DATA are trained on, and the report over all its rows. Nothing is trained.
+def preview(data: tuple[str, ...], model: str, rows: int, html_path: Path | None, revision: str | None, **options: Any) -> None:
+    """Show which tokens of DATA are trained on, and the report over all its rows, of a mixture too. Nothing is trained.
 
     \b
     sftkit train preview runs/a --model smollm2-135m-instruct
     sftkit train preview chats.jsonl --model org/name -n 10 --html preview.html --train-on last
+    sftkit train preview a.jsonl:0.7 b.jsonl:0.3 --model org/name
     """
     from .preview import preview as show
 
-    show(data, model, load_config(TrainConfig, given(options)), limit=rows, html_path=html_path, revision=revision)
+    show(_sources(data), model, load_config(TrainConfig, given(options)), limit=rows, html_path=html_path, revision=revision)
 
 
 @train.command()
-@click.argument("data")
+@click.argument("data", nargs=-1, required=True)
 @click.option("--model", required=True, help="The model that every run begins with.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the runs; the same one goes on.")
 @click.option("--vary", multiple=True, required=True, help="NAME=VALUE,VALUE,…: a setting and what to try; several: all combinations.")
@@ -139,7 +144,9 @@ def preview(data: str, model: str, rows: int, html_path: Path | None, revision: 
 @config_option(TrainConfig, "validation")
 @click.option("--config", "settings", type=click.Path(path_type=Path), help="YAML file with the settings that all runs share.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
-def sweep(data: str, model: str, out: Path, vary: tuple[str, ...], settings: Path | None, revision: str | None, **options: Any) -> None:
+def sweep(
+    data: tuple[str, ...], model: str, out: Path, vary: tuple[str, ...], settings: Path | None, revision: str | None, **options: Any
+) -> None:
     """Compare settings: train MODEL on DATA once for each, on the same rows, and compare the losses on held-out rows.
 
     \b
@@ -151,12 +158,12 @@ def sweep(data: str, model: str, out: Path, vary: tuple[str, ...], settings: Pat
 
     variations = parse_variations(vary)
     config = _settings(TrainConfig, settings, options)
-    click.echo(run_sweep(data, model, out, config, variations, revision=revision).summary())
+    click.echo(run_sweep(_sources(data), model, out, config, variations, revision=revision).summary())
 
 
 @train.command()
-@click.argument("data", required=False)
-@click.option("--data", "named", help="The same as DATA.")
+@click.argument("data", nargs=-1)
+@click.option("--data", "named", multiple=True, help="The same as DATA.")
 @click.option("--model", required=True, help="The model to begin with.")
 @click.option("--gpu", "cards", multiple=True, help="A card to plan for, or several: T4, A100, 'RTX 3080', …, or its memory, as 24GB;"
               " this machine's without.")  # fmt: skip
@@ -169,7 +176,13 @@ def sweep(data: str, model: str, out: Path, vary: tuple[str, ...], settings: Pat
 @click.option("--config", "settings", type=click.Path(path_type=Path), help="YAML file with all settings; options win over it.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 def plan(
-    data: str | None, named: str | None, model: str, cards: tuple[str, ...], settings: Path | None, revision: str | None, **options: Any
+    data: tuple[str, ...],
+    named: tuple[str, ...],
+    model: str,
+    cards: tuple[str, ...],
+    settings: Path | None,
+    revision: str | None,
+    **options: Any,
 ) -> None:
     """Say what training MODEL on DATA takes on a graphics card: what fits, how fast, how long. Nothing is trained.
 
@@ -183,10 +196,10 @@ def plan(
     """
     from .plan import plans
 
-    if (data is None) == (named is None):
+    if bool(data) == bool(named):
         raise click.UsageError("give the data once: as DATA or with --data")
     config = _settings(TrainConfig, settings, options)
-    found = plans(str(data or named), model, config, gpus=cards, revision=revision)
+    found = plans(_sources(data or named), model, config, gpus=cards, revision=revision)
     click.echo("\n\n".join(each.summary() for each in found))
 
 

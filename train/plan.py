@@ -166,7 +166,9 @@ def plan(data: str | Path, model: str, config: TrainConfig, *, gpu: str | None =
     return plans(data, model, config, gpus=[gpu] if gpu else [], revision=revision)[0]
 
 
-def plans(data: str | Path, model: str, config: TrainConfig, *, gpus: Sequence[str], revision: str | None = None) -> list[MemoryPlan]:
+def plans(
+    data: str | Path | Sequence[str], model: str, config: TrainConfig, *, gpus: Sequence[str], revision: str | None = None
+) -> list[MemoryPlan]:
     """Predict it for several cards, or for this machine's where none is named; the rows are looked at once. Raises UserError as `plan`."""
     cards = [_card(config, each) for each in gpus or (None,)]
     ref = resolve_model(model, revision=revision)

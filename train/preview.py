@@ -1,7 +1,7 @@
 """Show what is trained on, token by token: in the terminal and as one HTML file."""
 
 import html
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +20,7 @@ TRAINED, CONTEXT = "black on green", "dim"
 
 
 def preview(
-    data: str | Path,
+    data: str | Path | Sequence[str],
     model: str,
     config: TrainConfig,
     *,

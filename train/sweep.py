@@ -106,7 +106,13 @@ def parse_variations(texts: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def sweep(
-    data: str, model: str, out: Path, config: TrainConfig, variations: Mapping[str, Sequence[Any]], *, revision: str | None = None
+    data: str | Sequence[str],
+    model: str,
+    out: Path,
+    config: TrainConfig,
+    variations: Mapping[str, Sequence[Any]],
+    *,
+    revision: str | None = None,
 ) -> SweepResult:
     """Train one run for each combination of settings into a folder of `out`, and compare them on the held-out rows.
 

@@ -279,6 +279,18 @@ def test_a_limit_is_met_where_the_first_rows_of_a_mixture_are_too_many(tmp_path,
     assert made.report.rejected == {"over_share": 50}
 
 
+def test_a_mixture_is_looked_at_and_planned_as_it_is_trained_on(cli, tmp_path, tiny_model) -> None:
+    one, other = (write(tmp_path / name, scored("x", [1.0] * 40, text=name)) for name in ("a.jsonl", "b.jsonl"))
+    mixed = (f"{one}:0.75", f"{other}:0.25")
+    code, out, _ = cli("train", "preview", *mixed, "--model", tiny_model, "-n", 0)
+    assert code == 0
+    assert "80 read, 50 to train on, 3 to validate on" in " ".join(out.split())
+    code, out, _ = cli("train", "plan", *mixed, "--model", tiny_model, "--gpu", "T4")
+    assert code == 0
+    assert "T4: 15.6 GB; 50 rows" in out
+    assert cli("train", "plan", *mixed, "--data", one, "--model", tiny_model, "--gpu", "T4")[0] == 2
+
+
 def test_the_command_trains_on_a_mixture(cli, tmp_path, tiny_model) -> None:
     one = write(tmp_path / "one.jsonl", scored("x", [1.0] * 20, "One"))
     two = write(tmp_path / "two.jsonl", scored("x", [1.0] * 20, "Two"))
