@@ -47,7 +47,6 @@ class Pace:
     begin: float = 0.0
     end: float = 0.0
     passed: float = 0.0  # when the last of those let go by came
-    last: float = 0.0
     late: int = 0  # tokens of all that came after it
     after: int = 0  # tokens of what was still under way when nothing more was asked
 
@@ -57,7 +56,6 @@ class Pace:
         self.count += 1
         if self.count == 1:
             self.passing = under_way
-        self.last = now
         if self.count <= self.passing:
             self.passed = now
         else:
@@ -77,9 +75,9 @@ class Pace:
 
     @property
     def rate_to_end(self) -> float | None:
-        """Return tokens per second up to the last answer, for which nothing more was asked; None where too few came to tell."""
-        enough = self.count - self.passing >= self.passing / 2 and self.last > self.passed
-        return self.late / (self.last - self.passed) if enough else None
+        """Return tokens per second up to the last answer, where `rate` has none; None where too few came to tell, or one at a time."""
+        enough = self.count >= 1.5 * self.passing > 0 and self.end > self.passed
+        return self.late / (self.end - self.passed) if enough else None
 
 
 @dataclass(slots=True)

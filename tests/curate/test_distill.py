@@ -685,31 +685,6 @@ def test_a_dry_run_of_much_work_takes_the_pace_of_a_full_engine(
     assert result.new_samples == found.remaining
     assert result.new_tokens == pytest.approx(found.new_tokens, rel=0.15)
 
-    pace = estimate_module.Pace()  # long answers come last: the first ones that come are not the pace
-    clock = [0.0]
-    monkeypatch.setattr(estimate_module.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(estimate_module, "SECONDS_OF_PACE", 5.0)
-    for seconds, tokens, enough in [
-        (1, 1, False),
-        (2, 1, False),
-        (3, 10, False),
-        (4, 10, False),
-        (7, 10, False),
-        (8, 10, True),
-        (9, 3, True),
-    ]:
-        clock[0] = float(seconds)
-        assert pace(Completion(key="k", num_tokens=tokens), 2) is enough
-    assert (pace.rate, pace.after) == (pytest.approx(30 / 5), 3)
-
-    pace = estimate_module.Pace()  # answers alike come in waves, here of 4, with 8 asked at a time; the first waits for its kernels
-    monkeypatch.setattr(estimate_module, "SECONDS_OF_PACE", 100.0)
-    for number in range(20):
-        clock[0] = 50.0 + 3 * (number // 4)
-        assert not pace(Completion(key="k", num_tokens=6), 8)
-        assert number > 10 or pace.rate_to_end is None
-    assert (pace.rate, pace.rate_to_end) == (None, pytest.approx(4 * 6 / 3))
-
 
 def test_answers_without_the_wanted_format_are_noticed_at_once(
     tmp_path: Path, settings: Any, between: Between, caplog: pytest.LogCaptureFixture

@@ -44,6 +44,39 @@ def test_the_rate_of_a_server_is_reckoned_for_all_its_slots(monkeypatch: pytest.
     assert Flow(slots=4).rate is None
 
 
+def test_the_pace_is_that_of_an_engine_which_has_all_the_work_that_it_can_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    pace = estimate_module.Pace()  # long answers come last: the first ones that come are not the pace
+    clock = [0.0]
+    monkeypatch.setattr(estimate_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(estimate_module, "SECONDS_OF_PACE", 5.0)
+    for seconds, tokens, enough in [
+        (1, 1, False),
+        (2, 1, False),
+        (3, 10, False),
+        (4, 10, False),
+        (7, 10, False),
+        (8, 10, True),
+        (9, 3, True),
+    ]:
+        clock[0] = float(seconds)
+        assert pace(Completion(key="k", num_tokens=tokens), 2) is enough
+    assert (pace.rate, pace.after) == (pytest.approx(30 / 5), 3)
+
+    pace = estimate_module.Pace()  # answers alike come in waves, here of 4, with 8 asked at a time; the first waits for its kernels
+    monkeypatch.setattr(estimate_module, "SECONDS_OF_PACE", 100.0)
+    for number in range(20):
+        clock[0] = 50.0 + 3 * (number // 4)
+        assert not pace(Completion(key="k", num_tokens=6), 8)
+        assert number > 10 or pace.rate_to_end is None
+    assert (pace.rate, pace.rate_to_end) == (None, pytest.approx(4 * 6 / 3))
+
+    pace = estimate_module.Pace()  # one at a time: no answer is let go by, and there is no beginning to count from
+    for number in range(4):
+        clock[0] = 70.0 + number
+        pace(Completion(key="k", num_tokens=6), 0)
+    assert (pace.rate, pace.rate_to_end) == (None, None)
+
+
 def test_a_server_with_a_key_is_asked_no_more_than_the_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distill_module, "open_engine", lambda *arguments, **keywords: Served())
     monkeypatch.setattr(estimate_module, "SECONDS_OF_PACE", 1e-9)
