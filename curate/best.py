@@ -48,7 +48,7 @@ def best(run: Run, config: BestConfig) -> Outcome:
     table = _in_band(table, config, _cut(run))
     if config.majority:
         table = _voted(table, config.min_share)
-    unscored = _without_score(run, rows, config, table)
+    unscored = _without_score(run, rows, config, columns, table)
     table = _chosen(table, config).sort("place")
 
     without = table.group_by("example_id").agg((pl.col("rule").is_null()).any().alias("kept"))["kept"].not_().sum()
@@ -134,12 +134,12 @@ def _voted(table: pl.DataFrame, min_share: float) -> pl.DataFrame:
     return table.with_columns(_reject(lost, "not_majority", pl.col("share"), share, pl.col("winner first")))
 
 
-def _without_score(run: Run, rows: pl.DataFrame, config: BestConfig, table: pl.DataFrame) -> list[str]:
+def _without_score(run: Run, rows: pl.DataFrame, config: BestConfig, columns: pl.DataFrame, table: pl.DataFrame) -> list[str]:
     """Return a note for each score to choose by that some eligible rows of the table do not have: how many, and the reason of most."""
     eligible = table.filter(pl.col("rule").is_null())["place"].to_list()
     notes = []
-    for name in (each.removeprefix("-") for each in config.by if each != "random"):
-        lacking = score_values(run, rows, name)[eligible].is_null()
+    for by, values in zip(config.by, columns, strict=True):
+        name, lacking = by.removeprefix("-"), values[eligible].is_null()
         if not 0 < lacking.sum() < len(eligible):  # where none has it, `sort_columns` has said so
             continue
         why = reason_of_none(run, rows[eligible].filter(lacking), name)

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ..core.errors import UserError
 from ..core.example import Message, row_id
+from ..core.files import read_json_lines
 from ..core.formats import iterate_examples
 from ..core.ledger import Ledger
 from ..core.run import Run
@@ -186,8 +187,7 @@ def _grown_path(run: Path) -> Path:
 
 def _grown(run: Run) -> list[dict[str, Any]]:
     """Return the prompts that `sftkit curate prompts` has written into a run, none in another run."""
-    path = _grown_path(run.path)
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+    return read_json_lines(_grown_path(run.path))
 
 
 def _number(value: float | None) -> str:

@@ -85,7 +85,7 @@ def rank_teachers(source: str | Path, out: Path, config: RankConfig) -> list[Tea
     prompts = _choose(source, out, config)
     tables = {name: _answers(prompts, out, name, model, config) for name, model in config.teachers.items()}
     everyone = sorted(set().union(*(table["example_id"].to_list() for table in tables.values())))
-    unasked = {name: [each for each in everyone if each not in set(table["example_id"])] for name, table in tables.items()}
+    unasked = {name: sorted(set(everyone).difference(table["example_id"])) for name, table in tables.items()}
     tables = {
         name: pl.concat([table, pl.DataFrame({"example_id": unasked[name] * config.k}, {"example_id": pl.String})], how="diagonal")
         for name, table in tables.items()

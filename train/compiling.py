@@ -7,6 +7,8 @@ import torch
 
 log = logging.getLogger(__name__)
 
+COMPILED_STEPS = 300  # a run that is shorter does not earn the minute that compiling takes
+
 
 @cache
 def can_compile(device: str) -> bool:

@@ -14,6 +14,7 @@ from ..core.errors import UserError, unknown_name
 from ..core.hardware import half_precision, measured_peak, pick_device
 from ..core.models import context_length, load_settings, resolve_model
 from ..core.progress import duration
+from .compiling import COMPILED_STEPS
 from .config import TrainConfig
 from .data import DataReport
 from .memory import Load, Memory, bare_model, gathered, predict, token_flops
@@ -27,7 +28,6 @@ FEW_TOKENS = 4_096  # a pass with fewer leaves a card idle: before that, activat
 SLACK = 1.05  # what the allocator holds beyond the bytes in use
 CONTEXT = 0.6e9  # bytes that CUDA itself takes
 CHECKPOINTED = 0.8  # of the speed
-COMPILED_STEPS = 300  # as train.trainer
 
 # Share of the measured matrix-product peak that a step reached, by the model's width, on one H200 (docs/training-speed.md).
 SHARES = {

@@ -193,10 +193,7 @@ def written_call(function: dict[str, Any]) -> str:
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
     """Return the error object of an answer: OpenAI's `{"error": {"message", "code", "param"}}`, or what looks like one."""
-    try:
-        found = response.json()
-    except ValueError:
-        return {}
+    found = answer_of(response)
     if isinstance(found, dict):
         inner = found.get("error", found)
         return inner if isinstance(inner, dict) else {"message": inner}
