@@ -12,7 +12,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from .collective import PATIENCE, over_processes
 from .config import TrainConfig
 from .data import TrainingData
 from .rendering import end_with_parent
+from .stops import handling_stops
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +89,8 @@ def _passing_stops_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
                 with suppress(psutil.NoSuchProcess):
                     each.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
-    here = threading.current_thread() is threading.main_thread()
-    former = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)} if here else {}
-    try:
+    with handling_stops(stop):
         yield came
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 def outcome(job: Job, code: int, *, asked: bool = False) -> Any:

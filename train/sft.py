@@ -5,8 +5,6 @@ import importlib.util
 import logging
 import math
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,6 +28,7 @@ from .init import check_init, make_start
 from .parity import check_parity
 from .plan import Choice, choose, pass_tokens, this_card, ways
 from .prepared import Preparation
+from .stops import AFTER_SAVING, handling_stops
 
 log = logging.getLogger(__name__)
 
@@ -251,7 +250,6 @@ def _make_final(
 @contextmanager
 def _undisturbed(asked: bool) -> Iterator[None]:
     """Let a block end before Ctrl-C or SIGTERM stops this process, as it may have `asked` before; asked again, it stops at once."""
-    from .trainer import AFTER_SAVING
 
     def ask(_number: int, _frame: Any) -> None:
         nonlocal asked
@@ -260,13 +258,8 @@ def _undisturbed(asked: bool) -> Iterator[None]:
         asked = True
         log.info(AFTER_SAVING)
 
-    here = threading.current_thread() is threading.main_thread()
-    former = {each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)} if here else {}
-    try:
+    with handling_stops(ask):
         yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
     if asked:
         raise KeyboardInterrupt
 

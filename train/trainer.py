@@ -30,19 +30,18 @@ from .adapters import fuse_adapters
 from .attention import attends_packed, use_own_attention, use_packed_attention
 from .checkpoints import mark_whole
 from .collective import over_processes
-from .compiling import can_compile
+from .compiling import COMPILED_STEPS, can_compile
 from .config import TrainConfig
 from .data import Row
 from .head import loss_sum
 from .memory import decoder_layers, token_flops
 from .packing import Packs
 from .recorded import Recorded, can_record
+from .stops import AFTER_SAVING
 
 log = logging.getLogger(__name__)
 
 NAMED = 8  # rows in an error
-AFTER_SAVING = "stopping when the model is saved; once more stops at once"
-COMPILED_STEPS = 300  # a run that is shorter does not earn the minute that compiling takes
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]

@@ -193,6 +193,7 @@ def test_asked_to_stop_after_the_last_step_the_model_is_saved_and_nothing_is_tra
     tmp_path: Path, tiny_model: Path, chats, monkeypatch, caplog
 ) -> None:
     from sftkit.train import final, sampling, sft, trainer
+    from sftkit.train.stops import AFTER_SAVING
 
     def asked(number: int, calls: list[str], name: str, real):
         def call(*arguments: object, **named: object):
@@ -213,7 +214,7 @@ def test_asked_to_stop_after_the_last_step_the_model_is_saved_and_nothing_is_tra
             with pytest.raises(KeyboardInterrupt):
                 train(data, str(tiny_model), tmp_path / name, config(epochs=1.0))
         told = [each for each in caplog.messages if each.startswith("stopping ")]
-        assert told == ([] if name == "check_stops" else [trainer.AFTER_SAVING])
+        assert told == ([] if name == "check_stops" else [AFTER_SAVING])
         assert (tmp_path / name / "train" / "saved.json").exists()
         with monkeypatch.context() as patch:
             patch.setattr(sft, "_trained", lambda *_: pytest.fail("trained again"))
