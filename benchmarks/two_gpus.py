@@ -16,7 +16,6 @@ Without GPUs (two processes on the CPU) give `--shapes tiny --teacher tiny --ste
 """
 
 import argparse
-import gc
 import json
 import math
 import os
@@ -36,40 +35,18 @@ from typing import Any
 
 import psutil
 import torch
-from sftkit.core.chat import Chat, load_chat
 from sftkit.core.engines.base import EngineConfig
 from sftkit.core.engines.registry import open_engine
 from sftkit.core.files import read_json, read_json_lines
 from sftkit.core.formats import read_examples
-from sftkit.core.models import resolve_model
-from sftkit.train.account import prepare
-from sftkit.train.config import TrainConfig
-from sftkit.train.data import Row
-from train_speed import SHAPES, build
-from transformers import TrainerCallback
+from train_speed import SHAPES
+from training_process import DEVICE, GPU
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 WAYS = ("one", "ddp", "fsdp")
 MICRO = {"135m": 65_536, "0.5b": 32_768, "1.5b": 16_384}  # tokens of a forward pass
-STEPS, SKIPPED = 12, 4
-FILLED = 0.95  # of the passes: the rows of a step differ, and one too long for two passes would be done in three smaller ones
+STEPS = 12
+WORKER = Path(__file__).with_name("training_process.py")
 BAR = {"speed": 1.85, "distill": 1.9}
-
-
-class Clock(TrainerCallback):  # type: ignore[misc]
-    """Takes the time, once the device is done, after the first steps and after the last; between them nothing waits for it."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step in (SKIPPED, state.max_steps):
-            if GPU:
-                torch.cuda.synchronize()
-                if not self.times:
-                    torch.cuda.reset_peak_memory_stats()  # here the model began on the card, whole; in a real run on the CPU
-            self.times.append(time.perf_counter())
 
 
 class Report:
@@ -86,86 +63,7 @@ class Report:
             file.write(json.dumps({"stage": stage, "card": torch.cuda.get_device_name() if GPU else "CPU", **facts}) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------- training: what a process does
-
-
-def rows_of(chats: str, chat: Chat) -> list[Row]:
-    return prepare(read_examples(chats), chat, TrainConfig(validation=0), context=8192).train
-
-
-def trained(rows: list[Row], chat: Chat, task: dict[str, Any], parallel: str) -> dict[str, Any]:
-    """Train in this process; return rates, peak memory, losses."""
-    from sftkit.train.adapters import adapter_config
-    from sftkit.train.sharded import sharing
-    from sftkit.train.trainer import Trainer, Watch, make_trainer
-
-    gpus, lora, shape = task["gpus"], task["lora"], task["shape"]
-    mean = sum(len(row) for row in rows) / len(rows)
-    size = round(FILLED * task["step_tokens"] * (gpus if task["weak"] else 1) / mean)  # weak: as many tokens for each process as for one
-    chosen = rows[: size * task["steps"]]
-    config = TrainConfig(
-        batch_size=size, validation=0, logging_steps=1 if task["losses"] else 1000, lora=lora, warmup=0.0, gpus=gpus,
-        compile=task["compile"], parallel=parallel,
-    )  # fmt: skip
-    half = torch.bfloat16 if task["half"] and GPU else None
-    model = build(shape, torch.bfloat16 if lora and half else torch.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        metrics = Path(folder) / "metrics.jsonl"
-        watch, clock = Watch(metrics, chat, save_minutes=1e9), Clock()
-        trainer = make_trainer(
-            model, chat, chosen, [], config, checkpoints=Path(folder), device=DEVICE, half=half, batch_tokens=task["batch_tokens"],
-            watch=watch, peft_config=adapter_config(config) if lora else None, kind=sharing(Trainer) if parallel == "fsdp" else Trainer,
-        )  # fmt: skip
-        trainer.add_callback(clock)
-        parts = trainer.packs.parts
-        sizes = [sum(len(chosen[row]) for row in pack) for pack in trainer.packs.rows()]
-        tokens = [sum(sizes[start : start + parts]) for start in range(0, len(sizes), parts)]
-        if GPU:
-            torch.cuda.empty_cache()
-        trainer.train()
-        watch.close()
-        losses = [line["loss"] for line in read_json_lines(metrics) if "loss" in line] if int(os.environ.get("RANK", 0)) == 0 else []
-    found = {"rate": sum(tokens[SKIPPED:]) / (clock.times[1] - clock.times[0]), "losses": losses, "parts": parts, "tokens": tokens[0]}
-    return found | {"peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if GPU else 0.0}
-
-
-def work(order: Path) -> None:
-    """Do all tasks of an order in this process, and write what came out."""
-    import logging
-    import warnings
-
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    told = json.loads(order.read_text())
-    rank = int(os.environ.get("RANK", 0))
-    if GPU:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ:
-        torch.distributed.init_process_group("nccl" if GPU else "gloo")
-    chat = load_chat(resolve_model(told["tokenizer"]))
-    rows = rows_of(told["chats"], chat)
-    with open(told["out"], "a", encoding="utf-8") as file:
-        for task in told["tasks"]:
-            if GPU:
-                torch.cuda.reset_peak_memory_stats()
-            began = time.perf_counter()
-            try:
-                found = trained(rows, chat, task, task["way"] if task["way"] != "one" else "ddp")
-            except Exception as error:  # noqa: BLE001  what one task died of is told, and the others are still measured
-                found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-                traceback.print_exc()
-            if rank == 0:
-                line = json.dumps({**task, **found, "seconds": round(time.perf_counter() - began, 1)})
-                print(line, flush=True)  # where the stage is cut off, this is what is known of it
-                file.write(line + "\n")
-                file.flush()
-            if "error" in found and task["gpus"] > 1:  # the other process may be waiting for this one
-                os._exit(1)
-            gc.collect()
-            if GPU:
-                torch.cuda.empty_cache()
-    if "RANK" in os.environ:
-        torch.distributed.destroy_process_group()
+# ---------------------------------------------------------------------------------------------- training: stages
 
 
 def ordered(given: argparse.Namespace, tasks: list[dict[str, Any]], gpus: int) -> list[dict[str, Any]]:
@@ -180,14 +78,11 @@ def ordered(given: argparse.Namespace, tasks: list[dict[str, Any]], gpus: int) -
             order.write_text(
                 json.dumps({"chats": given.chats, "tokenizer": given.tokenizer, "out": str(out), "tasks": tasks[len(found) :]})
             )
-            subprocess.run([sys.executable, *launch, __file__, "work", str(order)], env=environment, check=False)
+            subprocess.run([sys.executable, *launch, str(WORKER), str(order)], env=environment, check=False)
             came = list(read_json_lines(out)) if out.exists() else []
             fell = {"error": "its process died"}
             found += came if came else [{**tasks[len(found)], **fell}]
     return found
-
-
-# ---------------------------------------------------------------------------------------------- training: stages
 
 
 def task_of(given: argparse.Namespace, way: str, **more: Any) -> dict[str, Any]:
@@ -299,27 +194,28 @@ def killed(given: argparse.Namespace, report: Report, folder: Path, model: Path,
         return [line["loss"] for line in read_json_lines(run / "train" / "metrics.jsonl") if "loss" in line]
 
     whole, run = place / "whole", place / "run"
-    beside = ThreadPoolExecutor()
-    undisturbed = beside.submit(done, whole, 2)
-    began, moment = time.monotonic(), rows // 16 // 3
-    with open(place / "run.log", "a") as log:
-        process = subprocess.Popen(command(run, 2), stderr=log, stdout=log, cwd="/")
-    while (newest := newest_checkpoint(run)) < moment:
-        if process.poll() is not None or time.monotonic() - began > 240:
-            raise RuntimeError(f"{method} {way}: no checkpoint to kill it at: {(place / 'run.log').read_text()[-1500:]}")
-        time.sleep(0.02)
-    for each in psutil.Process(process.pid).children(recursive=True):
-        each.kill()
-    process.kill()
-    process.wait()
-    last = run / "train" / "checkpoints" / f"checkpoint-{newest}"
-    sizes = {file.name: file.stat().st_size for file in last.iterdir()}
-    shutil.copytree(run, place / "copy")
-    gone_on = dict(zip((2, 1), beside.map(done, (run, place / "copy"), (2, 1)), strict=True))
-    one_piece = undisturbed.result()
+    with ThreadPoolExecutor() as beside:
+        undisturbed = beside.submit(done, whole, 2)
+        began, moment = time.monotonic(), rows // 16 // 3
+        with open(place / "run.log", "a") as log:
+            process = subprocess.Popen(command(run, 2), stderr=log, stdout=log, cwd="/")
+        while (newest := newest_checkpoint(run)) < moment:
+            if process.poll() is not None or time.monotonic() - began > 240:
+                raise RuntimeError(f"{method} {way}: no checkpoint to kill it at: {(place / 'run.log').read_text()[-1500:]}")
+            time.sleep(0.02)
+        for each in psutil.Process(process.pid).children(recursive=True):
+            each.kill()
+        process.kill()
+        process.wait()
+        last = run / "train" / "checkpoints" / f"checkpoint-{newest}"
+        sizes = {file.name: file.stat().st_size for file in last.iterdir()}
+        shutil.copytree(run, place / "copy")
+        gone_on = dict(zip((2, 1), beside.map(done, (run, place / "copy"), (2, 1)), strict=True))
+        one_piece = undisturbed.result()
+    steps = len(one_piece)
     apart = {gpus: max(abs(a - b) for a, b in zip(one_piece, losses, strict=True)) for gpus, losses in gone_on.items()}
-    facts: dict[str, Any] = {"method": method, "way": way, "steps": len(one_piece), "killed_at": newest, "apart": apart}
-    size, steps = "", len(one_piece)
+    facts: dict[str, Any] = {"method": method, "way": way, "steps": steps, "killed_at": newest, "apart": apart}
+    size = ""
     if method == "lora":
         adapter = (whole / "train" / "adapter" / "adapter_model.safetensors").stat().st_size
         weights = sizes["adapter_model.safetensors"]
@@ -487,9 +383,6 @@ def guarded(report: Report, name: str, stage: Any, *arguments: Any) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["work"]:
-        work(Path(sys.argv[2]))
-        return
     parser = argparse.ArgumentParser()
     parser.add_argument("chats")
     parser.add_argument("tokenizer")
