@@ -7,6 +7,7 @@
 The dry run's answers are the run's own, so that the run makes what is left. With --shape the model has random weights and the folder's
 tokenizer, and all answers are as long as they may be. A difference of up to 15 % is asked for. With --lengths the answers of a data set
 stand for the teacher's, a token for each 4.2 characters: of many draws of so many prompts, how far off the tokens of what was left were.
+Where the seconds are off, "tokens/s by tens of seconds" shows the pace that the dry run and the run had from one answer to the next.
 """
 
 import argparse
@@ -14,8 +15,12 @@ import json
 import random
 import statistics
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from sftkit.core.engines.base import Completion, EngineConfig, Request
 from sftkit.core.formats import iterate_examples, split_prompt
@@ -23,7 +28,7 @@ from sftkit.core.store import SampleStore
 from sftkit.curate import distill as distill_module
 from sftkit.curate import estimate as estimate_module
 from sftkit.curate.config import DistillConfig
-from sftkit.curate.distill import distill
+from sftkit.curate.distill import Distillation, distill
 from sftkit.curate.estimate import estimate
 from teachers import random_teacher, write_questions
 
@@ -42,6 +47,36 @@ class Told:
 
     def close(self) -> None:
         pass
+
+
+class Timeline:
+    """Counts the tokens of the answers by tens of seconds, for each call of `Distillation.generate` while it is entered."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        generate = Distillation.generate
+
+        def watched(work: Distillation, missing: Any, label: str = "distill", enough: Callable[..., bool] | None = None) -> Any:
+            tens = list[int]()
+            work.teacher.engine  # noqa: B018  its start is not counted
+            began = time.monotonic()
+
+            def counted(completion: Completion, under_way: int) -> bool:
+                place = int((time.monotonic() - began) / 10)
+                tens.extend([0] * (place + 1 - len(tens)))
+                tens[place] += completion.num_tokens
+                return enough is not None and enough(completion, under_way)
+
+            found = generate(work, missing, label, counted)
+            told = {"label": label, "samples": found[0], "seconds": round(found[2], 1)}
+            self.calls.append({**told, "tokens/s by tens of seconds": [round(each / 10) for each in tens]})
+            return found
+
+        with mock.patch.object(Distillation, "generate", watched):
+            yield
 
 
 def of_lengths(given: argparse.Namespace) -> None:
@@ -106,9 +141,11 @@ def main() -> None:
         if given.engine == "vllm":
             engine = EngineConfig(engine="vllm", enforce_eager=True, max_model_len=2048)
         config = DistillConfig(teacher=model, k=given.k, max_new_tokens=given.max_new_tokens, engine=engine)
-        dry = estimate(questions, folder / "run", config)
-        print(dry.summary(), flush=True)
-        result = distill(questions, folder / "run", config)
+        timeline = Timeline()
+        with timeline.watching():
+            dry = estimate(questions, folder / "run", config)
+            print(dry.summary(), *timeline.calls, sep="\n", flush=True)
+            result = distill(questions, folder / "run", config)
         assert dry.new_tokens is not None
         assert dry.seconds is not None
         row = {
@@ -122,6 +159,7 @@ def main() -> None:
             "seconds": round(result.seconds, 1),
         }
         row["off by %"] = [round(100 * (row[f"{each} said"] / row[each] - 1), 1) for each in ("tokens", "seconds")]
+        row["calls"] = timeline.calls
         print(json.dumps(row))
         with open(given.out, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
