@@ -175,7 +175,7 @@ def quantised_model(shape: str, config: TrainConfig, device: str) -> Any:
         random_model(shape, torch.float16, device).save_pretrained(folder)
         gc.collect()
         torch.cuda.empty_cache()
-        with mock.patch("sftkit.train.sft.half_precision", return_value=torch.float16):
+        with mock.patch("sftkit.train.local.half_precision", return_value=torch.float16):
             return load_start(resolve_model(folder), config, torch.float16, device)[0]
 
 
