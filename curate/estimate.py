@@ -37,8 +37,7 @@ class Pace:
     """The rate at which an engine with all the work that it can take makes tokens, from the answers as they come.
 
     As many answers as were under way at the first one are let go by: until then the short ones come, and the long ones are still
-    being written. Then tokens and seconds are counted, from an answer to an answer. Where the answers end before that is enough,
-    those after the ones let go by are what there is: the engine's first steps, in which kernels may be compiled, are not among them.
+    being written. Then tokens and seconds are counted, from an answer to an answer.
     """
 
     count: int = 0
@@ -46,9 +45,6 @@ class Pace:
     tokens: int = 0
     begin: float = 0.0
     end: float = 0.0
-    passed: float = 0.0  # when the last of those let go by came
-    late: int = 0  # tokens of all that came after it
-    after: int = 0  # tokens of what was still under way when nothing more was asked
 
     def __call__(self, completion: Completion, under_way: int) -> bool:
         """Take an answer; say whether it is enough."""
@@ -56,28 +52,16 @@ class Pace:
         self.count += 1
         if self.count == 1:
             self.passing = under_way
-        if self.count <= self.passing:
-            self.passed = now
-        else:
-            self.late += completion.num_tokens
         if self.count <= self.passing + 1:
             self.begin = self.end = now
         elif self.end - self.begin < SECONDS_OF_PACE:
             self.tokens, self.end = self.tokens + completion.num_tokens, now
-        else:
-            self.after += completion.num_tokens
         return self.end - self.begin >= SECONDS_OF_PACE
 
     @property
     def rate(self) -> float | None:
         """Return tokens per second; None where the answers were too few."""
         return self.tokens / (self.end - self.begin) if self.end - self.begin >= SECONDS_OF_PACE else None
-
-    @property
-    def rate_to_end(self) -> float | None:
-        """Return tokens per second up to the last answer, where `rate` has none; None where too few came to tell, or one at a time."""
-        enough = self.count >= 1.5 * self.passing > 0 and self.end > self.passed
-        return self.late / (self.end - self.passed) if enough else None
 
 
 @dataclass(slots=True)
@@ -124,7 +108,7 @@ class Estimate:
     full: bool  # the rate is that of a full engine, and not of the probe, which runs fewer answers at once than the whole will
     slots: int | None  # requests at once for which a server's rate is reckoned from the probe; None where it was not
     seconds_to_start: float | None  # that the engine took here; None where it was not needed
-    seconds_to_end: float  # in which the last answers are finished and the engine is no longer full
+    seconds_besides: float  # at the beginning and the end, when the engine is not full, more than that rate would have taken
 
     @property
     def remaining(self) -> int:
@@ -136,7 +120,7 @@ class Estimate:
         """Return the time that the rest would take at this rate, without the engine's start."""
         if self.new_tokens is None or not self.tokens_per_second:
             return None
-        return self.new_tokens / self.tokens_per_second + self.seconds_to_end
+        return self.new_tokens / self.tokens_per_second + self.seconds_besides
 
     def summary(self) -> str:
         """Write it for people."""
@@ -206,7 +190,7 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
         served = choose(config.engine) == "openai"
         flow = Flow(config.engine.concurrency * len((config.engine.base_url or "").split(",")), last=time.monotonic())
         probed, tokens, seconds = work.generate(asked, label="probe", enough=flow)
-        rate, paced, to_end = (None, 0, 0.0) if served and key_of_servers() else _pace(work, missing)
+        rate, paced, besides = (None, 0, 0.0) if served and key_of_servers() else _pace(work, missing)
         if rate is None and (more := _unlike(work, missing)):
             flow.last = time.monotonic()
             again = work.generate(more, label="probe", enough=flow)
@@ -226,7 +210,7 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
         read = sum(prompt_tokens(each.prompt) for each in left)
         cost = None
         if config.priced and new_tokens is not None:
-            cost = config.cost(new_tokens, read, new_tokens / rate + to_end if rate else 0.0)
+            cost = config.cost(new_tokens, read, new_tokens / rate + besides if rate else 0.0)
         return Estimate(
             run=work.run.path,
             wanted=len(work.wanted),
@@ -242,7 +226,7 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
             full=full,
             slots=flow.slots if served and not full else None,
             seconds_to_start=started,
-            seconds_to_end=to_end,
+            seconds_besides=besides,
         )
 
 
@@ -269,10 +253,12 @@ def _unlike(work: Distillation, missing: list[Wanted]) -> list[Wanted]:
 
 
 def _pace(work: Distillation, missing: list[Wanted]) -> tuple[float | None, int, float]:
-    """Let the engine run full for a while; return its rate, how many samples that made, and the seconds at the end when it is not full.
+    """Let the engine run full for a while; return its rate, how many samples that made, and the seconds that it took besides.
 
-    The prompts are taken in a random order, so that what they say of the rest is not what stands first in the file, and
-    each with all its samples, as in the whole run.
+    Those are of the beginning, when kernels are loaded and no answer is whole yet, and of the end, when fewer and fewer are under
+    way. A run has them once, however long it is; and with them it is slower than when full, so that a pace below that of the whole
+    was a slow moment. The prompts are taken in a random order, so that what they say of the rest is not what stands first in the
+    file, and each with all its samples, as in the whole run.
     """
     stored = work.store.keys()
     left = [each for each in missing if each.key not in stored]
@@ -289,6 +275,7 @@ def _pace(work: Distillation, missing: list[Wanted]) -> tuple[float | None, int,
     pace = Pace()
     first = [each for group in groups for each in group][: len(left) // SHARE_FOR_PACE]
     made, tokens, seconds = work.generate(first, label="pace", enough=pace)
-    if pace.rate is None:  # all of it, its end included, where it is short its beginning, too
-        return pace.rate_to_end or (tokens / seconds if made else None), made, 0.0
-    return pace.rate, made, max(0.0, time.monotonic() - pace.end - pace.after / pace.rate)
+    if not made:
+        return None, 0, 0.0
+    rate = max(pace.rate or 0.0, tokens / seconds)
+    return rate, made, seconds - tokens / rate

@@ -676,7 +676,7 @@ def test_a_dry_run_of_much_work_takes_the_pace_of_a_full_engine(
     assert found.full
     assert 50 < found.probed == stored(run).height <= 50 + 1150 // 2
     assert found.remaining == 1200 - found.probed
-    assert found.seconds == pytest.approx(found.new_tokens / found.tokens_per_second + found.seconds_to_end)
+    assert found.seconds == pytest.approx(found.new_tokens / found.tokens_per_second + found.seconds_besides)
     assert "that it ran at for a while, after" in found.summary()
     paced = Counter(each.messages[-1]["content"] for each in between.asked[50:])
     assert max(paced.values()) <= 4

@@ -4,6 +4,8 @@ import json
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from sftkit.core.config import load_config
@@ -60,21 +62,38 @@ def test_the_pace_is_that_of_an_engine_which_has_all_the_work_that_it_can_take(m
     ]:
         clock[0] = float(seconds)
         assert pace(Completion(key="k", num_tokens=tokens), 2) is enough
-    assert (pace.rate, pace.after) == (pytest.approx(30 / 5), 3)
-
-    pace = estimate_module.Pace()  # answers alike come in waves, here of 4, with 8 asked at a time; the first waits for its kernels
-    monkeypatch.setattr(estimate_module, "SECONDS_OF_PACE", 100.0)
-    for number in range(20):
-        clock[0] = 50.0 + 3 * (number // 4)
-        assert not pace(Completion(key="k", num_tokens=6), 8)
-        assert number > 10 or pace.rate_to_end is None
-    assert (pace.rate, pace.rate_to_end) == (None, pytest.approx(4 * 6 / 3))
+    assert pace.rate == pytest.approx(30 / 5)
 
     pace = estimate_module.Pace()  # one at a time: no answer is let go by, and there is no beginning to count from
     for number in range(4):
         clock[0] = 70.0 + number
         pace(Completion(key="k", num_tokens=6), 0)
-    assert (pace.rate, pace.rate_to_end) == (None, None)
+    assert pace.rate is None
+    clock[0] = 75.0
+    pace(Completion(key="k", num_tokens=6), 0)
+    assert pace.rate == pytest.approx(4 * 6 / 5)
+
+
+def test_what_the_beginning_and_the_end_take_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(estimate_module.time, "monotonic", lambda: clock[0])
+
+    def generate(first: list[Any], label: str, enough: Any) -> tuple[int, int, float]:
+        """Give waves of 100 answers of 6 tokens: the first after 9 s, the others after 2 s each; 200 are under way at a time."""
+        for number in range(len(first)):
+            clock[0] = 9.0 + 2 * (number // 100)
+            enough(Completion(key="k", num_tokens=6), 200)
+        clock[0] += 1  # until what was stored last is on disk
+        return len(first), 6 * len(first), clock[0]
+
+    missing: list[Any] = [SimpleNamespace(key=str(number), row=(str(number // 2), number % 2)) for number in range(2000)]
+    work: Any = SimpleNamespace(store=SimpleNamespace(keys=set), teacher=SimpleNamespace(engine=object()), generate=generate)
+    monkeypatch.setattr(estimate_module, "SECONDS_OF_PACE", 6.0)
+    rate, made, besides = estimate_module._pace(work, missing)
+    assert (rate, made) == (pytest.approx(300), 1000)  # 100 answers of 6 tokens in 2 s
+    assert besides == pytest.approx(28 - 1000 * 6 / 300)  # so the other 1000 are said to take 28 s, as these did
+    monkeypatch.setattr(estimate_module, "SECONDS_OF_PACE", 100.0)  # they are over before the pace is known
+    assert estimate_module._pace(work, missing) == (pytest.approx(6000 / 28), 1000, pytest.approx(0))
 
 
 def test_a_server_with_a_key_is_asked_no_more_than_the_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
