@@ -15,13 +15,13 @@ import polars as pl
 from ..core.chat import Chat, load_chat
 from ..core.config import to_mapping
 from ..core.engines.base import NOT_FINITE, Completion, Engine, Request, Sampling
-from ..core.engines.loading import choose
+from ..core.engines.loading import choose, settle
 from ..core.engines.registry import open_engine
 from ..core.engines.tuning import tuned
 from ..core.errors import TooManyFailures, UserError
 from ..core.example import Decision, Sample
 from ..core.formats import iterate_examples
-from ..core.models import context_length, load_settings, model_identity, resolve_model
+from ..core.models import context_length, load_settings, model_identity, quantisation, resolve_model
 from ..core.progress import Progress, duration
 from ..core.reasoning import CLOSE, OPEN, split_reasoning
 from ..core.run import Run
@@ -100,13 +100,16 @@ class Teacher:
     _engine: Engine | None = None
 
     @classmethod
-    def find(cls, config: DistillConfig) -> "Teacher":
-        """Look the teacher up. Raises UserError when there is none, or its server cannot be reached."""
+    def find(cls, config: DistillConfig, *, prompts: int | None = None) -> "Teacher":
+        """Look the teacher up; `prompts`, where few, settle what runs it. Raises UserError for none, or a server that is not reached."""
         kind = choose(config.engine)
         if kind == "openai":
             engine = open_engine(config.teacher, config.engine, revision=config.revision)
             return cls(config, engine.identity, engine.chat, engine.context_length, kind, engine)
         model = resolve_model(config.teacher, revision=config.revision)
+        if prompts is not None and config.json_schema is None:
+            tokens = prompts * config.k * config.max_new_tokens
+            kind = settle(config.engine, tokens, quantised=quantisation(model) is not None).engine
         contexts = [context_length(load_settings(model)), config.engine.max_model_len]
         return cls(config, model_identity(model), load_chat(model), min((each for each in contexts if each), default=None), kind)
 
@@ -114,7 +117,7 @@ class Teacher:
     def engine(self) -> Engine:
         """Open the engine, once."""
         if self._engine is None:
-            engine = tuned(self.config.engine, self.identity)
+            engine = tuned(replace(self.config.engine, engine=self._kind), self.identity)
             if engine.replicas is None and engine.executor == "local" and choose(engine) == "vllm":
                 engine = replace(engine, replicas=1)  # a night of work is not to end with one engine
             start = time.monotonic()
@@ -177,7 +180,7 @@ def distill(source: str | Path, run: Path, config: DistillConfig) -> DistillResu
 def distillation(source: str | Path, path: Path, config: DistillConfig) -> Iterator["Distillation"]:
     """Open a run folder for distilling: prompts read, decided and recorded, keys made, nothing generated."""
     examples = list(islice(iterate_examples(source), config.limit))
-    with closing(Teacher.find(config)) as teacher, Run.create(path) as run:
+    with closing(Teacher.find(config, prompts=len(examples))) as teacher, Run.create(path) as run:
         if config.thinking and teacher.chat is None:
             raise UserError(f"thinking: a server renders for itself; turn thinking on where {config.teacher} is served")
         began = has_begun(run)

@@ -22,7 +22,11 @@ class EngineDied(UserError):
 class EngineConfig:
     """How a model is run. None of this decides what a sample is, beyond rounding."""
 
-    engine: str = setting("auto", "What runs the model; auto is vllm where it and a GPU are present, else transformers.", choices=ENGINES)
+    engine: str = setting(
+        "auto",
+        "What runs the model; auto is vllm where it and a GPU are, for more than transformers answers while it starts, else transformers.",
+        choices=ENGINES,
+    )
     base_url: str | None = setting(
         None,
         "Address of an OpenAI-compatible server (engine openai), as http://localhost:8000/v1; several of the same model, parted by commas,"

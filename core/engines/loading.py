@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from ..errors import UserError
 from ..hardware import visible_gpus
@@ -12,6 +12,10 @@ from .base import Engine, EngineConfig
 log = logging.getLogger(__name__)
 
 LESS = 0.85  # of the memory that an engine could not start with
+OF_VLLM = {  # settings for which it is taken, however little is asked
+    *("executor", "replicas", "tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_gib"),
+    *("gpu_memory_utilization", "enforce_eager"),
+}
 OUT_OF_MEMORY = ("out of memory", "free memory")
 NO_REASON = "engine core initialization failed"  # vLLM's, whose process gives its reason in its messages alone
 
@@ -28,6 +32,18 @@ def choose(config: EngineConfig) -> str:
         if torch.cuda.is_available():
             return "vllm"
     return "transformers"
+
+
+def settle(config: EngineConfig, tokens: int, *, quantised: bool = False) -> EngineConfig:
+    """Return a config whose `auto` is settled for this work: `tokens` of answers, at most.
+
+    vLLM takes a minute and more to start; what fits into one batch of transformers (`batch_tokens`) is answered before that. vLLM it
+    is all the same where a setting of its own is given, or weights are quantised, for which transformers may lack a package.
+    """
+    few = config.engine == "auto" and tokens <= config.batch_tokens and not quantised
+    name = choose(config)
+    means_vllm = any(getattr(config, each.name) != each.default for each in fields(config) if each.name in OF_VLLM)
+    return replace(config, engine="transformers" if few and name == "vllm" and not means_vllm else name)
 
 
 def start(module: str, model: str, config: EngineConfig, *, revision: str | None = None) -> Engine:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sftkit.core.engines import loading
 from sftkit.core.engines.base import Completion, EngineConfig, Request, Sampling, ScoreRequest
-from sftkit.core.engines.loading import choose
+from sftkit.core.engines.loading import choose, settle
 from sftkit.core.engines.registry import open_engine
 from sftkit.core.engines.stops import StopTexts
 from sftkit.core.engines.transformers_engine import TransformersEngine, sample
@@ -222,6 +223,18 @@ def test_auto_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(EngineConfig(engine="vllm")) == "vllm"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose(EngineConfig()) == "transformers"
+
+
+def test_for_few_answers_no_engine_is_started_that_takes_longer_than_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose(EngineConfig()) == "vllm"
+    assert settle(EngineConfig(batch_tokens=1000), 1000).engine == "transformers"
+    assert settle(EngineConfig(batch_tokens=1000), 1001).engine == "vllm"
+    assert settle(EngineConfig(), 100, quantised=True).engine == "vllm"
+    for asked in ({"tensor_parallel_size": 2}, {"max_num_seqs": 8}, {"executor": "ray"}, {"engine": "vllm"}):
+        assert settle(EngineConfig(**asked), 100).engine == "vllm"
+    assert settle(EngineConfig(base_url="http://localhost:1/v1"), 100).engine == "openai"
 
 
 def test_a_device_that_is_not_there(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
