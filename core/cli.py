@@ -108,6 +108,7 @@ def start_talking() -> None:
     """Send sftkit's own log lines to stderr, as plain sentences; of transformers only errors are heard, unless the user says otherwise."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # what its own callers are to change
+    warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # the thread of the first backward pass, which then sets one
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars: anywhere but on a terminal they are one endless line
     handler = logging.StreamHandler(sys.stderr)

@@ -52,7 +52,11 @@ def _memory() -> str:
 
 def _packages() -> Iterator[Finding]:
     """Hold what is installed against what sftkit's own metadata asks for."""
-    wanted = [Requirement(text) for text in importlib.metadata.requires("sftkit") or []]
+    try:
+        wanted = [Requirement(text) for text in importlib.metadata.requires("sftkit") or []]
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("note", "packages", "sftkit runs from a folder and is not installed: what it needs is not known, and not looked for")
+        return
     found, right = [], True
     for each in wanted:
         if each.marker is not None and not each.marker.evaluate({"extra": ""}):

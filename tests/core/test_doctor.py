@@ -36,6 +36,17 @@ def test_a_missing_and_an_old_package_are_problems_with_their_cure(monkeypatch: 
     assert "pip install 'polars" in problems["polars"]
 
 
+def test_a_folder_on_the_path_has_no_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    def requires(package: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    found = {each.about: each for each in doctor.examine()}
+    assert found["packages"].level == "note"
+    assert "not installed" in found["packages"].text
+    assert "disk" in found  # the rest is looked at all the same
+
+
 def test_a_card_that_torch_cannot_use_is_a_problem(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
     which = shutil.which
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
