@@ -70,7 +70,7 @@ class TrainConfig:
     max_hours: float | None = setting(None, "Stop after so many hours, with a checkpoint that the same command goes on from.")
     stop_check: int | None = setting(
         None,
-        "Prompts that the final model answers, to see whether it stops: 32, without a GPU 8 short ones, when not given; 0: none.",
+        "Prompts that the final model answers, to see whether it stops: 32, without a GPU short ones, when not given; 0: none.",
     )
     samples: int = setting(0, "Validation prompts that are answered at each evaluation, into train/samples.jsonl.")
 

@@ -22,8 +22,8 @@ from .trainer import undress
 
 log = logging.getLogger(__name__)
 
-PROMPTS, LENGTHS = 32, (256, 1024)  # how many are answered, and the most tokens: the second where no answer of the data is shorter
-CPU_PROMPTS, CPU_LENGTHS = 8, (64, 256)
+PROMPTS = 32  # that are answered
+LENGTHS, CPU_LENGTHS = (256, 1024), (64, 256)  # the most tokens: the second where no answer of the data is shorter
 ROOM = 0.75  # an answer of the data that is longer than this share of the limit says nothing about stopping within it
 LEAST_STOPS = 0.95
 SAMPLE_TOKENS = 128
@@ -57,7 +57,7 @@ def check_stops(model: Path, data: TrainingData, wanted: int | None, device: str
     A model that is `worse` on the validation rows than before is not said to need more of the same.
     """
     small = device == "cpu" and wanted is None
-    count = (CPU_PROMPTS if small else PROMPTS) if wanted is None else wanted
+    count = PROMPTS if wanted is None else wanted
     if not count:
         return None
     rows, limit = [], 0

@@ -64,9 +64,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Train
 def test_a_model_that_stops_is_seen_to(trained: TrainResult) -> None:
     assert trained.stop_check is not None
     assert {key: trained.stop_check[key] for key in ("prompts", "stopped", "rate", "max_new_tokens", "held_out")} == {
-        "prompts": 8, "stopped": 8, "rate": 1.0, "max_new_tokens": 64, "held_out": True,
+        "prompts": 12, "stopped": 12, "rate": 1.0, "max_new_tokens": 64, "held_out": True,
     }  # fmt: skip
-    assert "8 of 8 answers to held-out prompts ended within 64 tokens (100%)" in trained.summary()
+    assert "12 of 12 answers to held-out prompts ended within 64 tokens (100%)" in trained.summary()
 
 
 def test_a_model_that_does_not_stop_is_warned_about(tiny_model: Path, chats, said: pytest.LogCaptureFixture) -> None:
@@ -143,7 +143,7 @@ def test_the_card_tells_where_a_model_comes_from(trained: TrainResult) -> None:
     assert "learning_rate: 0.003" in card.text
     assert f"{trained.last_loss:.4f} at last" in card.text
     assert "| 84 | " in card.text
-    assert "8 of 8 greedy answers" in card.text
+    assert "12 of 12 greedy answers" in card.text
     assert str(trained.run.parent) not in card.text  # nothing of this machine
 
 
