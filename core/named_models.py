@@ -40,15 +40,15 @@ class NamedModel:
         return {"reference": self.reference, "identity": self.identity, "template": self.template}
 
 
-def find_models(models: Mapping[str, str], engine: EngineConfig, *, tokens: int | None = None) -> list[NamedModel]:
-    """Look all models up, in order. `tokens` of a model's answers, at most, settle its engine (`loading.settle`) where they are known.
+def find_models(models: Mapping[str, str], engine: EngineConfig, *, answers: tuple[int, int] | None = None) -> list[NamedModel]:
+    """Look all models up, in order. `answers`, how many of a model and of how many tokens at most, settle its engine (`loading.settle`).
 
     Raises UserError for one that is not there, and for one that training gave a chat template, a stop or a pad token
     that its files no longer have: its answers would not be those of the model that was trained.
     """
     if not models:
         raise UserError("no model was given: expected at least one, as {'base': MODEL}")
-    found = [_find(name, reference, engine, tokens) for name, reference in models.items()]
+    found = [_find(name, reference, engine, answers) for name, reference in models.items()]
     first: dict[tuple[str, str | None], str] = {}
     for model in found:
         same = first.setdefault((model.identity, model.template), model.name)
@@ -57,7 +57,7 @@ def find_models(models: Mapping[str, str], engine: EngineConfig, *, tokens: int 
     return found
 
 
-def _find(name: str, reference: str, engine: EngineConfig, tokens: int | None) -> NamedModel:
+def _find(name: str, reference: str, engine: EngineConfig, answers: tuple[int, int] | None) -> NamedModel:
     if choose(engine) == "openai":
         with closing(open_engine(reference, engine)) as server:
             return NamedModel(name, reference, server.identity, server.chat, None, server.context_length, engine)
@@ -65,8 +65,8 @@ def _find(name: str, reference: str, engine: EngineConfig, tokens: int | None) -
     chat = load_chat(ref)
     template = chat.fingerprint()
     _check_template(name, ref, template)
-    if tokens is not None:
-        engine = settle(engine, tokens, quantised=quantisation(ref) is not None)
+    if answers is not None:
+        engine = settle(engine, *answers, quantised=quantisation(ref) is not None)
     lengths = [context_length(load_settings(ref)), engine.max_model_len]
     context = min((each for each in lengths if each), default=None)
     return NamedModel(name, reference, model_identity(ref), chat, template, context, engine)

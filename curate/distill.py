@@ -108,8 +108,8 @@ class Teacher:
             return cls(config, engine.identity, engine.chat, engine.context_length, kind, engine)
         model = resolve_model(config.teacher, revision=config.revision)
         if prompts is not None and config.json_schema is None:
-            tokens = prompts * config.k * config.max_new_tokens
-            kind = settle(config.engine, tokens, quantised=quantisation(model) is not None).engine
+            quantised = quantisation(model) is not None
+            kind = settle(config.engine, prompts * config.k, config.max_new_tokens, quantised=quantised).engine
         contexts = [context_length(load_settings(model)), config.engine.max_model_len]
         return cls(config, model_identity(model), load_chat(model), min((each for each in contexts if each), default=None), kind)
 

@@ -175,7 +175,7 @@ def compare(models: Mapping[str, str], questions: str | Path | None, out: Path |
     Raises UserError for a model that is not there, and when no question is left that every model answered.
     """
     asked = read_questions(questions, config)
-    found = find_models(models, config.engine, tokens=len(asked) * config.max_new_tokens)
+    found = find_models(models, config.engine, answers=(len(asked), config.max_new_tokens))
     settings = {"questions": None if questions is None else str(questions), "models": dict(models), **to_mapping(config)}
     with open_section(out, "compare", settings) as folder:
         answers, generated = {}, {}

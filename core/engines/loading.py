@@ -12,6 +12,7 @@ from .base import Engine, EngineConfig
 log = logging.getLogger(__name__)
 
 LESS = 0.85  # of the memory that an engine could not start with
+FEW_ANSWERS, FEW_STEPS = 256, 512  # a step took 0.08 to 0.11 s on an H200 with a slow host, where vLLM's start took 40 to 90 s
 OF_VLLM = {  # settings for which it is taken, however little is asked
     *("executor", "replicas", "tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_gib"),
     *("gpu_memory_utilization", "enforce_eager"),
@@ -34,13 +35,13 @@ def choose(config: EngineConfig) -> str:
     return "transformers"
 
 
-def settle(config: EngineConfig, tokens: int, *, quantised: bool = False) -> EngineConfig:
-    """Return a config whose `auto` is settled for this work: `tokens` of answers, at most.
+def settle(config: EngineConfig, answers: int, max_new_tokens: int, *, quantised: bool = False) -> EngineConfig:
+    """Return a config whose `auto` is settled for this work: so many answers, each of so many tokens at most.
 
-    vLLM takes a minute and more to start; what fits into one batch of transformers (`batch_tokens`) is answered before that. vLLM it
-    is all the same where a setting of its own is given, or weights are quantised, for which transformers may lack a package.
+    vLLM takes a minute and more to start; few short answers, which are one batch of transformers, are there before. vLLM it is all
+    the same where a setting of its own is given, or weights are quantised, for which transformers may lack a package.
     """
-    few = config.engine == "auto" and tokens <= config.batch_tokens and not quantised
+    few = config.engine == "auto" and answers <= FEW_ANSWERS and max_new_tokens <= FEW_STEPS and not quantised
     name = choose(config)
     means_vllm = any(getattr(config, each.name) != each.default for each in fields(config) if each.name in OF_VLLM)
     return replace(config, engine="transformers" if few and name == "vllm" and not means_vllm else name)

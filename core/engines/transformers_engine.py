@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 WINDOW = 512  # requests that are sorted by length together
 NUCLEUS = 256  # top-p looks at so many tokens first, and at all of them only where their probability is too small
+ON_GPU = 16  # times the tokens of a batch, where memory allows: a step takes the host as long for one row as for hundreds
+SHARE_OF_FREE = 0.5  # of a GPU's free memory that a batch is reckoned to take
 KEEP_SHARE = 0.75  # copying the cache costs about as much as a step: it is done when so few rows of a batch are left
 
 S = TypeVar("S", ScoreRequest, ChoiceRequest)
@@ -61,7 +63,7 @@ class TransformersEngine:
         self.identity = identity
         self.context_length = context_length(model.config)
         self._chat = chat
-        self._batch_tokens = batch_tokens
+        self._batch_tokens = batch_tokens * (ON_GPU if model.device.type == "cuda" else 1)
         # transformers renames the argument in 5.24 and warns about the old name
         self._cache_argument = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
         self.steps = 0
@@ -91,9 +93,18 @@ class TransformersEngine:
             sound.sort(key=lambda each: len(each.prompt_ids) + each.sampling.max_new_tokens, reverse=True)
             while sound:
                 longest = len(sound[0].prompt_ids) + max(each.sampling.max_new_tokens for each in sound)
-                size = max(1, self._batch_tokens // longest)
+                size = max(1, min(self._batch_tokens // longest, self._fitting(longest)))
                 batch, sound = sound[:size], sound[size:]
                 yield from self._with_halving(batch)
+
+    def _fitting(self, longest: int) -> int:
+        """Return how many rows of `longest` tokens fit into the memory of the model's GPU; on a CPU a window of them."""
+        device = self.model.device
+        if device.type != "cuda":
+            return WINDOW
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + held
+        return int(SHARE_OF_FREE * free) // row_bytes(self.model.config, longest, self.model.dtype.itemsize)
 
     def _check(self, request: Request) -> str | None:
         length = len(request.prompt_ids) + request.sampling.max_new_tokens
@@ -120,7 +131,7 @@ class TransformersEngine:
         if len(left) == 1:
             yield Completion(key=left[0].key, finish_reason="error", error="out of memory, even alone in its batch")
             return
-        self._batch_tokens = max(1, self._batch_tokens // 2)
+        self._batch_tokens = max(1, len(batch) * max(len(each.prompt_ids) + each.sampling.max_new_tokens for each in batch) // 2)
         log.info("out of memory with %d sequences at once: going on with half as many", len(batch))
         middle = (len(left) + 1) // 2
         yield from self._with_halving(left[:middle])
@@ -227,6 +238,20 @@ class TransformersEngine:
         choices = [torch.tensor(each.choices, device=device) for each in batch]
         found = self._scorer.choices(ids.to(device), (mask.sum(1) - 1).to(device), choices)
         return [_told(request.key, values.tolist()) for request, values in zip(batch, found, strict=True)]
+
+
+def row_bytes(settings: Any, tokens: int, itemsize: int) -> int:
+    """Return the bytes that an answer of so many tokens, its prompt's included, takes at most while it is generated.
+
+    The cache, keys and values of every layer; a layer's own numbers and the mask, as if all tokens were the prompt's; and the
+    float32 logits of a step with what choosing from them makes, counted six times.
+    """
+    text = settings.get_text_config()
+    queries = getattr(text, "num_attention_heads", None) or 1  # a model without attention keeps less than this reckons
+    size = getattr(text, "head_dim", None) or text.hidden_size // queries
+    kept = 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or queries) * size
+    layer = 12 * text.hidden_size + 3 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+    return int(tokens * ((kept + layer) * itemsize + 3 * tokens) + 6 * 4 * text.vocab_size)
 
 
 def _told(key: str, values: list[float]) -> TokenLogprobs:

@@ -13,8 +13,9 @@ from sftkit.core.engines.base import Completion, EngineConfig, Request, Sampling
 from sftkit.core.engines.loading import choose, settle
 from sftkit.core.engines.registry import open_engine
 from sftkit.core.engines.stops import StopTexts
-from sftkit.core.engines.transformers_engine import TransformersEngine, sample
+from sftkit.core.engines.transformers_engine import TransformersEngine, row_bytes, sample
 from sftkit.core.errors import UserError
+from transformers import Qwen2Config
 
 PROMPTS = ["hi", "What is the difference between a thread and a process?", "Calculate 1+1-1", "你好", "a b c d e f g h i j k l m n o p"]
 
@@ -229,12 +230,28 @@ def test_for_few_answers_no_engine_is_started_that_takes_longer_than_they_do(mon
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose(EngineConfig()) == "vllm"
-    assert settle(EngineConfig(batch_tokens=1000), 1000).engine == "transformers"
-    assert settle(EngineConfig(batch_tokens=1000), 1001).engine == "vllm"
-    assert settle(EngineConfig(), 100, quantised=True).engine == "vllm"
+    assert settle(EngineConfig(), 256, 512).engine == "transformers"
+    assert settle(EngineConfig(), 257, 512).engine == settle(EngineConfig(), 256, 513).engine == "vllm"
+    assert settle(EngineConfig(), 3, 100, quantised=True).engine == "vllm"
     for asked in ({"tensor_parallel_size": 2}, {"max_num_seqs": 8}, {"executor": "ray"}, {"engine": "vllm"}):
-        assert settle(EngineConfig(**asked), 100).engine == "vllm"
-    assert settle(EngineConfig(base_url="http://localhost:1/v1"), 100).engine == "openai"
+        assert settle(EngineConfig(**asked), 3, 100).engine == "vllm"
+    assert settle(EngineConfig(base_url="http://localhost:1/v1"), 3, 100).engine == "openai"
+
+
+def test_a_batch_on_a_gpu_is_what_fits_its_free_memory(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Qwen2Config(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2)
+    cache = 2 * 28 * 2 * 128 * 2 * 600
+    assert 4 * cache < row_bytes(settings, 600, 2) < 8 * cache  # a prompt of 600 tokens and one more
+    sizes = []
+    monkeypatch.setattr(engine, "_run", lambda batch: sizes.append(len(batch)) or iter(()))
+    wanted = requests(engine, Sampling(temperature=0, max_new_tokens=4), copies=4)
+    monkeypatch.setattr(engine, "_batch_tokens", 1 << 20)
+    for fitting in (8, 1 << 20, 0):  # one at least
+        sizes.clear()
+        monkeypatch.setattr(engine, "_fitting", lambda longest, most=fitting: most)
+        list(engine.generate(wanted))
+        assert sizes[0] == min(len(wanted), max(1, fitting))
+        assert sum(sizes) == len(wanted)
 
 
 def test_a_device_that_is_not_there(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
