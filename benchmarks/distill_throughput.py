@@ -15,7 +15,7 @@ With --shape the teacher has a real shape, random weights and the tokenizer of t
 
 On one engine the ways take turns, each time with another seed; a round that warms up is not counted. `chat` renders its prompts itself, so
 `with prompts` adds to `distill` the time to read, render and key them. After each engine come medians and the ratios that count, each the
-median over the rounds. Start-up is told apart. The share of time that the card is busy is nvidia-smi's, twice a second. --long-tailed lets
+median over the rounds. Start-up is told apart. The share of time that the card is busy is nvidia-smi's, once a second. --long-tailed lets
 every eighth answer take eight times as long. A round of 2,048 requests takes 3 to 10 s for each way, an engine 50 to 100 s to start;
 no engine and no further round is begun after --seconds. For the bars, in order of what is left out first:
 
@@ -28,21 +28,19 @@ To see on a CPU that it runs: --shape tiny --requests 16 --new-tokens 16 --repet
 import argparse
 import json
 import os
-import shutil
 import statistics
-import subprocess
 import tempfile
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sftkit.core.engines.base import EngineConfig
 from sftkit.core.engines.registry import open_engine
+from sftkit.core.hardware import GpuBusy, visible_gpus
 from sftkit.core.models import model_identity, resolve_model
 from sftkit.curate.config import DistillConfig
 from sftkit.curate.distill import Wanted, distillation, wanted_sample
@@ -113,31 +111,6 @@ def raw(engine: Any, wanted: list[Wanted], chunk: int | None = None) -> int:
     return tokens
 
 
-@contextmanager
-def busy_share(found: list[float]) -> Iterator[None]:
-    """Append the share of time that the card was busy, in percent, while the block runs."""
-    if shutil.which("nvidia-smi") is None:
-        yield
-        return
-    ended, samples = threading.Event(), []
-    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", f"--id={card}"]
-
-    def watch() -> None:
-        while not ended.wait(0.5):
-            samples.append(float(subprocess.run(query, capture_output=True, text=True, check=True).stdout))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-    if samples:
-        found.append(statistics.mean(samples))
-
-
 def lengthened(wanted: list[Wanted], teacher: Any) -> list[Wanted]:
     """Let every eighth answer be eight times as long."""
     longest = [
@@ -185,8 +158,7 @@ class Rounds:
                         "distill-logprobs": lambda wanted=wanted, work=work: work.generate(wanted)[1],
                     }
                     work.teacher._engine = engine
-                    share: list[float] = []
-                    with busy_share(share):
+                    with GpuBusy(visible_gpus()[:1]) as gpu:
                         start = time.perf_counter()
                         tokens = doing[way]()
                         seconds = time.perf_counter() - start
@@ -195,7 +167,7 @@ class Rounds:
                     continue
                 self.rates[f"{name} {way}"].append(tokens / seconds)
                 row = {"engine": name, "way": way, "round": repetition, "tokens": tokens, "seconds": round(seconds, 3)}
-                row |= {"rate": round(tokens / seconds), "busy %": round(share[0]) if share else None}
+                row |= {"rate": round(tokens / seconds), "busy %": None if gpu.share is None else round(100 * gpu.share)}
                 if way.startswith("distill"):
                     row |= {"rate with prompts": round(tokens / (seconds + prepared)), "prepared in": round(prepared, 2)}
                 self.note(row)

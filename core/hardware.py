@@ -1,10 +1,15 @@
 """What this machine computes with: which device, and which number format is fast there."""
 
 import os
+import shutil
 import subprocess
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 from .errors import UserError
+
+SECONDS_BETWEEN_LOOKS = 1.0  # at what a GPU does
 
 
 def pick_device(wanted: str | None = None) -> str:
@@ -43,6 +48,41 @@ def gpu_memory(name: str) -> tuple[float, float] | None:
     except (OSError, subprocess.SubprocessError, ValueError):  # no such program, an old driver, a card that keeps it to itself
         return None
     return free, total
+
+
+class GpuBusy:
+    """The share of time in which GPUs computed anything, by nvidia-smi, once a second while it is entered; all times count together."""
+
+    def __init__(self, gpus: Sequence[str] = ()) -> None:
+        """`gpus`: as `visible_gpus` names them."""
+        self._query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", f"--id={','.join(gpus)}"]
+        self._told = bool(gpus) and shutil.which("nvidia-smi") is not None
+        self._percent: list[float] = []
+
+    @property
+    def share(self) -> float | None:
+        """Return the mean, 0 to 1; None where nothing was told."""
+        return sum(self._percent) / len(self._percent) / 100 if self._percent else None
+
+    def __enter__(self) -> "GpuBusy":
+        """Begin to ask."""
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, args=(self._ended,), name="sftkit-gpu-busy", daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self, ended: threading.Event) -> None:
+        while self._told and not ended.wait(SECONDS_BETWEEN_LOOKS):
+            try:
+                told = subprocess.run(self._query, capture_output=True, text=True, check=True, timeout=30).stdout
+                self._percent += map(float, told.split())
+            except (OSError, subprocess.SubprocessError, ValueError):  # a card may keep it to itself
+                self._told = False
+
+    def __exit__(self, *_: object) -> None:
+        """End it."""
+        self._ended.set()
+        self._thread.join()
 
 
 def half_precision(device: str) -> Any:

@@ -21,6 +21,7 @@ from ..core.engines.tuning import tuned
 from ..core.errors import TooManyFailures, UserError
 from ..core.example import Decision, Sample
 from ..core.formats import iterate_examples
+from ..core.hardware import GpuBusy, visible_gpus
 from ..core.models import context_length, load_settings, model_identity, quantisation, resolve_model
 from ..core.progress import Progress, duration
 from ..core.reasoning import CLOSE, OPEN, split_reasoning
@@ -28,6 +29,7 @@ from ..core.run import Run
 from ..core.store import SampleStore, decisive_settings, sample_key, sample_seed
 from .config import DistillConfig, format_pattern
 from .decided import record
+from .distill_result import DistillResult
 from .probe import FEWEST, Probe, num_matched
 from .prompts import Prompt, check_growth, choose_prompts
 from .rows import message_text
@@ -42,50 +44,6 @@ PROBE = 50  # prompts
 SECONDS_TO_FINISH, SHARE_TO_FINISH = 60.0, 0.05  # of a budget of time: what is under way then has the longer of these
 TRUNCATED = "truncated"  # the rule of answers that were cut: no later step takes them
 BUDGET = "budget"  # the rule of samples that were not asked for, because a budget was used up
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillResult:
-    """What a distillation holds now, and what this call added."""
-
-    run: Path
-    prompts: int
-    rejected: dict[str, int]  # prompts that were not sent, by rule
-    samples: int
-    cut: int  # of the samples: reached max_new_tokens
-    cure: str  # what helps these
-    matched: int | None  # of the samples: hold the wanted format; None where none is wanted, or its pattern takes too long
-    tokens: int
-    failed: dict[str, int]  # samples, by error
-    over_budget: int
-    cost: float | None  # of all tokens of this folder, and of the time of this call, by the prices that are set
-    new_samples: int
-    new_tokens: int
-    seconds: float  # of generation, in this call
-
-    def summary(self) -> str:
-        """Write it for people."""
-        asked = self.samples + sum(self.failed.values()) + self.over_budget
-        cut = f", {self.cut / self.samples:.1%} of them cut at the longest length" if self.samples else ""
-        if self.samples and self.matched is not None:
-            cut += f", {self.matched / self.samples:.1%} in the wanted format"
-        lines = [f"{self.run}: {self.samples:,} of {asked:,} samples of {self.prompts:,} prompts, {self.tokens:,} tokens{cut}"]
-        if self.new_samples:
-            rate = f"{self.new_tokens / self.seconds:,.0f} tokens/s"
-            lines.append(f"new: {self.new_samples:,} samples, {self.new_tokens:,} tokens in {duration(self.seconds)} ({rate})")
-        else:
-            lines.append("new: none, everything that was asked for is there" if asked == self.samples else "new: none")
-        if self.cost is not None:
-            lines.append(f"cost: {self.cost:,.4f}")
-        if self.cut:
-            lines.append(f"left out: {self.cut:,} cut answers (truncated); {self.cure}")
-        if self.rejected:
-            lines.append("prompts not asked: " + ", ".join(f"{count:,} {rule}" for rule, count in self.rejected.items()))
-        if self.failed:
-            lines.append("failed: " + ", ".join(f"{count:,} {error}" for error, count in self.failed.items()))
-        if self.over_budget:
-            lines.append(f"not asked for: {self.over_budget:,} samples, a budget is used up; a larger one goes on from here")
-        return "\n".join([*lines, f"data set: {self.run / 'curate' / 'dataset.jsonl'}"])
 
 
 @dataclass(slots=True)
@@ -131,6 +89,11 @@ class Teacher:
     def tells_logprobs(self) -> bool:
         """Say whether every answer comes with its log-probability: where it is asked for, or costs nothing."""
         return self.config.logprobs or self._kind == "transformers"
+
+    def gpus(self) -> list[str]:
+        """Return the names of the GPUs of this machine that it may use."""
+        engine = self.config.engine
+        return [] if self._kind == "openai" or engine.executor != "local" or engine.device == "cpu" else visible_gpus()
 
     def close(self) -> None:
         """Give the engine's memory back."""
@@ -194,7 +157,7 @@ def distillation(source: str | Path, path: Path, config: DistillConfig) -> Itera
             for index in range(config.k)  # a prompt's samples stand together, so that engines can share its prefix
         ]
         with SampleStore(run.room("curate") / "samples.sqlite") as store:
-            yield Distillation(run, teacher, store, wanted)
+            yield Distillation(run, teacher, store, wanted, GpuBusy(teacher.gpus()))
 
 
 @dataclass(slots=True)
@@ -205,6 +168,7 @@ class Distillation:
     teacher: Teacher
     store: SampleStore
     wanted: list[Wanted]
+    gpus: GpuBusy = field(default_factory=GpuBusy)  # while it generates
     _spent: int = 0  # tokens of answers in this run so far, in all calls
     _read: int = 0  # tokens of their prompts
     _before: float = 0.0  # seconds of generating in this call, up to the last time it began
@@ -289,7 +253,7 @@ class Distillation:
         if config.budget_hours is not None and self._deadline is None:
             self._deadline = start + 3600 * config.budget_hours
         self._began = start - self._before
-        with Progress(label, total=total, unit="samples", done=total - len(missing)) as progress:
+        with self.gpus, Progress(label, total=total, unit="samples", done=total - len(missing)) as progress:
             began = progress.done
 
             def durable(samples: int, tokens: int) -> None:
@@ -447,6 +411,7 @@ class Distillation:
             new_samples=new_samples,
             new_tokens=new_tokens,
             seconds=seconds,
+            gpu_busy=self.gpus.share,
         )
         untold = stored["logprob"].null_count()
         if config.logprobs and untold:

@@ -79,3 +79,22 @@ def test_transformers_refuses_weights_that_the_card_cannot_hold(model: ModelRef,
     check_room(loaded, "cpu", "tiny")
     with pytest.raises(UserError, match=r"tiny: its weights take .* of the card's 2.0 GiB are free; .* are missing. Free the card, take"):
         check_room(loaded, "cuda:0", "tiny")
+
+
+def test_how_busy_the_cards_are_is_asked_while_something_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, asked = tmp_path / "nvidia-smi", tmp_path / "asked"
+    answer = f'if [ -e {asked} ]; then echo "[N/A]"; else echo 90; echo 70; fi'
+    program.write_text(f'#!/bin/sh\n{answer}\necho "$*" >> {asked}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(hardware, "SECONDS_BETWEEN_LOOKS", 0.01)
+    with hardware.GpuBusy() as nothing:
+        pass
+    assert nothing.share is None
+    busy = hardware.GpuBusy(["0", "1"])
+    for _ in range(2):  # the second time it is known that they do not tell
+        with busy:
+            busy._thread.join(10 if busy._told else 0)
+    assert busy.share == pytest.approx(0.8)
+    assert "--id=0,1" in asked.read_text().splitlines()[0]
+    assert len(asked.read_text().splitlines()) == 2
