@@ -456,7 +456,7 @@ def test_a_budget_of_time_stops_asking_and_is_no_failure(tmp_path: Path, setting
     assert result.over_budget > 0
     assert "a budget is used up" in result.summary()
     assert "GPU" not in result.summary()
-    assert "tokens/s, GPU busy 78% of the time)" in replace(result, gpu_busy=0.777).summary()
+    assert "(5 tokens/s, GPU busy 78% of the time)" in replace(result, new_samples=1, new_tokens=5, seconds=1.0, gpu_busy=0.777).summary()
     assert distill(path, run, settings(k=2)).samples == 40
 
 
