@@ -337,8 +337,8 @@ Twenty faults of supervised fine-tuning, each seeded into bare TRL and into sftk
 training went on and nothing was said; *right*, that there is no fault. Bare TRL:
 {counts}. sftkit: {sum(passed.values())} of {len(FAULTS)} as written.
 
-Made by `python benchmarks/silent_faults.py --write docs/silent-faults.md`, which runs both, with {versions}.
-What the column of sftkit says is asserted in `tests/train/test_faults.py`.
+Made by `python benchmarks/silent_faults.py --write docs/silent-faults.md`, which runs both, with
+{versions}. What the column of sftkit says is asserted in `tests/train/test_faults.py`.
 
 {chr(10).join(lines)}
 """
