@@ -1,4 +1,4 @@
-"""Toy runs: rows or samples written as a run holds them, without a teacher."""
+"""Toy runs, written as a run holds rows or samples, without a teacher; a distillation's settings and a watch on its engine."""
 
 import json
 from collections.abc import Callable
@@ -7,10 +7,14 @@ from typing import Any
 
 import polars as pl
 import pytest
+from sftkit.core.config import load_config
 from sftkit.core.example import Decision, content_id
 from sftkit.core.run import Run
+from sftkit.curate.config import DistillConfig
 from sftkit.curate.decided import record
 from sftkit.curate.rows import STORED
+
+from .teachers import Between
 
 ToyRun = Callable[..., Run]
 
@@ -61,3 +65,19 @@ def rejections() -> Callable[[Run, str], dict[str, tuple[str, float | None, floa
         }
 
     return read
+
+
+@pytest.fixture
+def settings(tiny_model: Path) -> Callable[..., DistillConfig]:
+    """Make the settings of a distillation by the tiny model, on the CPU, with answers of up to 12 tokens, and what else is given."""
+
+    def make(**changes: Any) -> DistillConfig:
+        engine = {"engine": "transformers", "dtype": "float32", "device": "cpu", **changes.pop("engine", {})}
+        return load_config(DistillConfig, {"teacher": str(tiny_model), "max_new_tokens": 12, "engine": engine, **changes})
+
+    return make
+
+
+@pytest.fixture
+def between(monkeypatch: pytest.MonkeyPatch) -> Between:
+    return Between(monkeypatch)

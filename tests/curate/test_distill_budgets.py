@@ -1,0 +1,98 @@
+"""Budgets of tokens, cost and time: none is exceeded, and what they leave out is no failure."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import polars as pl
+import pytest
+from sftkit.core.engines.base import Completion, Request
+from sftkit.core.errors import UserError
+from sftkit.curate import distill as distill_module
+from sftkit.curate.distill import distill
+from sftkit.curate.estimate import estimate
+
+from .teachers import Between, Server, ledger, prompts, stored
+
+
+def test_a_budget_is_never_exceeded_and_its_leftovers_are_no_failures(tmp_path: Path, settings: Any, between: Between) -> None:
+    path, run = prompts(tmp_path / "p.jsonl", 20), tmp_path / "run"
+    result = distill(path, run, settings(k=2, budget_tokens=200))
+    assert 200 - 12 < result.tokens <= 200
+    assert result.samples + result.over_budget == 40
+    assert result.over_budget > 0
+    left = ledger(run, "distill").filter(pl.col("action") == "failed")
+    assert left["rule"].unique().to_list() == ["budget"]
+    again = distill(path, run, settings(k=2, budget_tokens=200))  # the budget is of the folder, not of each call
+    assert (again.new_samples, again.samples) == (0, result.samples)
+    assert len(between.asked) == result.samples
+    rest = distill(path, run, settings(k=2))
+    assert (rest.samples, rest.new_samples, rest.over_budget) == (40, 40 - result.samples, 0)
+
+
+def test_a_budget_of_cost_is_never_exceeded(tmp_path: Path, settings: Any) -> None:
+    path, run = prompts(tmp_path / "p.jsonl", 30), tmp_path / "run"
+    priced = {"price_input": 100.0, "price_output": 1000.0}
+    dry = estimate(path, run, settings(k=4, max_new_tokens=40, **priced))
+    assert dry.cost == pytest.approx((dry.prompt_tokens * 100 + dry.new_tokens * 1000) / 1e6)
+    assert f"cost: about {dry.cost:,.4f}" in dry.summary()
+    probe = stored(run)
+    probed = (probe["prompt_tokens"].sum() * 100 + probe["num_tokens"].sum() * 1000) / 1e6
+    first = probed + dry.cost * 0.4
+    result = distill(path, run, settings(k=4, max_new_tokens=40, budget_cost=first, **priced))
+    samples = stored(run)
+    assert result.cost == pytest.approx((samples["prompt_tokens"].sum() * 100 + samples["num_tokens"].sum() * 1000) / 1e6)
+    assert first * 0.6 < result.cost <= first
+    assert result.over_budget > 0
+    assert distill(path, run, settings(k=4, max_new_tokens=40, budget_cost=first, **priced)).new_samples == 0  # it is the folder's
+    before = result.cost
+    whole = distill(path, run, settings(k=4, max_new_tokens=40, **priced))
+    assert whole.over_budget == 0
+    assert whole.cost > before
+    assert whole.cost - probed == pytest.approx(dry.cost, rel=0.15)
+    timed = distill(path, tmp_path / "timed", settings(k=2, price_hour=3600.0, budget_cost=1e-9))
+    assert timed.over_budget > 0
+    for changes, message in [
+        ({"budget_cost": 1.0}, "budget_cost: expected more than 0, and a price"),
+        ({"price_hour": -1}, "price_hour: expected 0"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            settings(**changes)
+
+
+def test_a_budget_of_time_stops_asking_and_is_no_failure(tmp_path: Path, settings: Any) -> None:
+    path, run = prompts(tmp_path / "p.jsonl", 20), tmp_path / "run"
+    result = distill(path, run, settings(k=2, budget_hours=1e-9))
+    assert (result.failed, result.over_budget) == ({}, 40 - result.samples)
+    assert result.over_budget > 0
+    assert "a budget is used up" in result.summary()
+    assert "GPU" not in result.summary()
+    assert "(5 tokens/s, GPU busy 78% of the time)" in replace(result, new_samples=1, new_tokens=5, seconds=1.0, gpu_busy=0.777).summary()
+    assert distill(path, run, settings(k=2)).samples == 40
+
+
+@pytest.mark.parametrize(("hours", "given"), [(0.01, 4), (1.0, 9)])
+def test_what_is_under_way_when_the_time_is_over_has_a_while_to_finish(
+    hours: float, given: int, tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that takes nine at once and answers one in 30 s, until the time is over and a minute, or a twentieth of it, besides."""
+    now = 0.0
+    monkeypatch.setattr(distill_module, "time", SimpleNamespace(monotonic=lambda: now))
+
+    class Slow(Server):
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            nonlocal now
+            taken = list(islice(requests, 9))
+            for completion in super().generate(taken):
+                now += 30.0
+                yield completion
+            if taken:
+                now = 36_000.0
+
+    monkeypatch.setattr(distill_module, "open_engine", lambda *arguments, **keywords: Slow())
+    asked = {"teacher": "m", "engine": {"engine": "openai", "base_url": "http://localhost:1/v1"}}
+    result = distill(prompts(tmp_path / "p.jsonl", 20), tmp_path / "run", settings(budget_hours=hours, **asked))
+    assert (result.samples, result.over_budget, result.failed) == (given, 20 - given, {})
