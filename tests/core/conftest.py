@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sftkit.core.engines import openai_engine
 
-sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package: their servers are found beside them
+sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package: servers and toys of theirs are found beside them
 
 from openai_server import Server
 
