@@ -10,6 +10,7 @@ import pytest
 from sftkit.core import named_models as models_module
 from sftkit.core.chat import load_chat
 from sftkit.core.models import load_model, resolve_model
+from sftkit.evaluate.config import TasksConfig
 
 QUESTIONS = ["What is a thread?", "What is a process?", "Write a short poem about the sea", "Calculate 1+1-1"]
 ANSWER = "The answer is 1."
@@ -24,6 +25,11 @@ def conversation(question: str, answer: str) -> dict[str, Any]:
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def settings(**values: Any) -> TasksConfig:
+    """Make the settings of tasks for short answers and few resamples, and what else is given."""
+    return TasksConfig(**{"max_new_tokens": 16, "resamples": 1000, **values})
 
 
 def mmlu_rows() -> list[dict[str, Any]]:

@@ -16,22 +16,17 @@ from sftkit.core.engines.base import EngineConfig
 from sftkit.core.errors import UserError
 from sftkit.core.models import load_model, resolve_model
 from sftkit.core.named_models import find_models
-from sftkit.core.statistics import Estimate, paired_difference, pass_at_k, wilson
 from sftkit.core.values import ValueStore
 from sftkit.evaluate import benchmark, task_data
 from sftkit.evaluate.ask import Asked, choose_likeliest, loaded_when_needed, ways
 from sftkit.evaluate.benchmark import TasksResult, evaluate_tasks
 from sftkit.evaluate.compare import Answer
-from sftkit.evaluate.config import TasksConfig
-from sftkit.evaluate.contamination import contaminated
-from sftkit.evaluate.health import health, repeats
-from sftkit.evaluate.marks import adjust, compare_marks, measure
+from sftkit.evaluate.health import health
 from sftkit.evaluate.tasks import open_task
 from sftkit.evaluate.tasks.base import Item, Mark, Task, asked
 
-from .conftest import ANSWER, QUESTIONS, Watch, mmlu_rows, write_rows
+from .conftest import ANSWER, QUESTIONS, Watch, mmlu_rows, settings, write_rows
 
-DRAWN = {"resamples": 1000, "seed": 0}
 needs_sandbox = pytest.mark.skipif(available() is not None, reason=str(available()))
 
 
@@ -48,10 +43,6 @@ def mine(tmp_path: Path) -> Path:
         {"id": f"q{number}", "prompt": question, **each} for number, (question, each) in enumerate(zip(QUESTIONS, scorings, strict=True))
     ]
     return write_rows(tmp_path / "mine.jsonl", [*rows, {"id": "q4", "prompt": "What is a process?", "scoring": "numeric", "answer": 2}])
-
-
-def settings(**values: Any) -> TasksConfig:
-    return TasksConfig(**{"max_new_tokens": 16, "resamples": 1000, **values})
 
 
 def scores(result: TasksResult) -> dict[str, float]:
@@ -363,148 +354,6 @@ def test_one_question_and_ties_give_words_and_no_nan(mine: Path, tiny_model: Pat
     assert "not significant; too few questions to find any difference" in result.summary()
     assert "1 question answered" in result.summary()
     assert "nan" not in result.summary().lower()
-
-
-def marks(*values: float) -> list[list[dict[str, Mark]]]:
-    return [[{"m": Mark(value, answer=str(value))}] for value in values]
-
-
-def test_five_questions_with_scores_are_too_few_to_find_any_difference() -> None:
-    one, other = marks(0.1, 0.5, 0.2, 0.9, 0.4, 0.3), marks(0.3, 0.6, 0.5, 1.0, 0.5, 0.9)
-    for n, enough in ((5, False), (6, True)):
-        (found,) = compare_marks("t", "m", {"a": one[:n], "b": other[:n]}, [("a", "b")], [None] * n, DRAWN)
-        assert (found.p_value <= 0.05, found.detectable is not None) == (enough, enough)
-
-
-def test_questions_that_share_a_subject_count_less() -> None:
-    values = [1.0] * 20 + [0.0] * 20
-    alone = measure(marks(*values), "m", [None] * 40, DRAWN)
-    together = measure(marks(*values), "m", [f"subject {number // 10}" for number in range(40)], DRAWN)
-    assert alone.interval is not None
-    assert together.interval is not None
-    assert (alone.mean, together.mean, together.clusters) == (0.5, 0.5, 4)
-    assert together.interval.high - together.interval.low > 1.5 * (alone.interval.high - alone.interval.low)
-    same = measure(marks(*[1.0] * 40), "m", [f"subject {number // 10}" for number in range(40)], DRAWN)
-    assert same.interval is not None
-    assert same.interval.low < 0.6  # of four subjects
-    one = measure(marks(1.0, 0.5), "m", ["subject", "subject"], DRAWN)
-    assert one.interval is None
-
-
-def test_where_all_subjects_are_alike_the_difference_is_not_certain() -> None:
-    groups = [f"subject {number // 4}" for number in range(40)]
-    for second, better in ((0.0, 0), (1.0, 10)):
-        compared = compare_marks("t", "m", {"a": marks(*[0.0] * 40), "b": marks(*[second] * 40)}, [("a", "b")], groups, DRAWN)
-        assert compared[0].interval == paired_difference(0, better, 10)  # of ten subjects
-        assert compared[0].detectable is not None
-        assert "nan" not in compared[0].told()
-
-
-def test_comparisons_are_paired_and_adjusted_over_tasks() -> None:
-    first, second = marks(*[0.0] * 30), marks(*[1.0] * 10, *[0.0] * 20)
-    compared = compare_marks("t", "m", {"a": first, "b": second, "c": first}, [("a", "b"), ("a", "c")], [None] * 30, DRAWN)
-    assert compared[0].p_value == pytest.approx(2 / 2**10)
-    assert compared[1].p_value == 1.0
-    scored = compare_marks("t", "m", {"a": marks(0.1, 0.2, 0.3), "b": marks(0.2, 0.3, 0.4)}, [("a", "b")], [None] * 3, DRAWN)
-    assert scored[0].p_value == pytest.approx(0.25)
-    assert scored[0].difference == pytest.approx(0.1)
-    assert replace(compared[0], model="a-b", difference=-0.1).told().startswith("a-b − a: m −10.0 points (95 % ")
-    assert adjust([]) == []
-
-
-@pytest.mark.parametrize(
-    ("n", "correct", "k", "value"), [(4, 0, 2, 0.0), (4, 4, 1, 1.0), (4, 1, 1, 0.25), (4, 1, 2, 0.5), (5, 3, 3, 1.0), (2, 1, 2, 1.0)]
-)
-def test_pass_at_k(n: int, correct: int, k: int, value: float) -> None:
-    assert pass_at_k(n, correct, k) == pytest.approx(value)
-
-
-def majority(items: list[list[dict[str, Mark]]]) -> float | None:
-    found = measure(items, "m", [None] * len(items), DRAWN).majority
-    return found and found.value
-
-
-def test_the_majority_answers_and_ties_are_shared() -> None:
-    item = [{"m": Mark(1.0, True, "1")}, {"m": Mark(0.0, True, "2")}, {"m": Mark(1.0, True, "1")}]
-    tied = [{"m": Mark(1.0, True, "1")}, {"m": Mark(0.0, True, "2")}, {"m": Mark(0.0, False)}]
-    silent = [{"m": Mark(0.0, False)}] * 3
-    assert majority([item]) == 1.0
-    assert majority([tied]) == 0.5
-    assert majority([silent, item]) == 0.5
-
-
-def test_health_names_what_is_wrong() -> None:
-    english = "Please tell me, in a few words, what a thread is and how it differs from a process."
-    answers = [
-        Answer(
-            text="A thread is a part of a process that runs by itself and shares its memory with the others.",
-            finish_reason="stop",
-            num_tokens=20,
-        ),
-        Answer(
-            text="Ein Faden ist ein Teil eines Prozesses, der für sich läuft und den Speicher mit den anderen teilt.",
-            finish_reason="stop",
-            num_tokens=20,
-        ),
-        Answer(text="and then " * 40, finish_reason="length", num_tokens=80),
-        Answer(text=" ", finish_reason="stop", num_tokens=0),
-    ]
-    found = health([english] * 4, answers)
-    assert (found.stop_rate, found.truncated, found.repetitive, found.empty, found.mean_tokens) == (0.75, 0.25, 0.25, 0.25, 30.0)
-    assert found.other_language is not None
-    assert 1 / 3 <= found.other_language <= 2 / 3
-    assert repeats("好的" * 50)
-    assert not repeats("short " * 10)
-    assert repeats("x" * 100_000)
-
-
-def test_contamination_is_found_and_scored_apart(tmp_path: Path, tiny_model: Path, trained_model: Path) -> None:
-    long = "A farmer has twelve brown cows and sells three of them at the market on Monday morning for a good price"
-    rows = [
-        {"id": "copied", "prompt": long, "answer": "9", "scoring": "numeric"},
-        {"id": "short", "prompt": "Calculate 1+1-1", "answer": "1", "scoring": "numeric"},
-        {"id": "new", "prompt": "How many legs do the nine cows that are left have in all?", "answer": "1", "scoring": "numeric"},
-    ]
-    path = write_rows(tmp_path / "mine.jsonl", rows)
-    trained_on = [
-        {"messages": [{"role": "user", "content": f"Hi! {long.upper()}, no?"}, {"role": "assistant", "content": "9"}]},
-        {"messages": [{"role": "user", "content": "CALCULATE  １+1-1!"}, {"role": "assistant", "content": "1"}]},
-    ]
-    train = write_rows(tmp_path / "train.jsonl", trained_on)
-    items = open_task(str(path), settings()).items
-    assert contaminated(items, str(train)) == {"copied": f"{train}:1", "short": f"{train}:2"}
-    result = evaluate_tasks({"sft": str(trained_model)}, [str(path)], None, settings(train_data=str(train)))
-    (metric,) = result.tasks[0].metrics["sft"]
-    assert result.tasks[0].contaminated == 2
-    assert (metric.clean_n, metric.clean) == (1, Estimate(1.0, wilson(1, 1)))
-    assert "2 of 3 questions stand in the training data" in result.summary()
-
-
-def test_every_one_of_equal_questions_stands_in_the_training_data(tmp_path: Path) -> None:
-    """Short ones, of which the search tells one."""
-    asks = ["Who is it?", "who is it", "What is the capital of France?", "What is the capital of France", "What is the capital of Spain?"]
-    items = [Item(str(number), asked(text), text, {}, None) for number, text in enumerate(asks)]
-    train = write_rows(tmp_path / "train.jsonl", [{"prompt": "Who is it?"}, {"prompt": "Say: what is the capital of France?"}])
-    assert contaminated(items, str(train)) == {"0": f"{train}:1", "1": f"{train}:1", "2": f"{train}:2", "3": f"{train}:2"}
-
-
-def test_what_stands_in_training_data_is_found_in_every_script_and_however_much_one_row_holds(tmp_path: Path) -> None:
-    questions = {
-        "chinese": "一个农夫有十二头牛，星期一他卖掉了三头，请问他现在还剩下几头牛？",
-        "hebrew": "לחקלאי היו שתים עשרה פרות והוא מכר שלוש מהן ביום שני כמה פרות נשארו לו",
-        **{f"n{number}": f"If train number {number} leaves at nine and is one hour late when does it arrive" for number in range(20)},
-    }
-    items = [Item(name, asked(text), text, {}, None) for name, text in questions.items()]
-    rows = [
-        {"messages": [{"role": "user", "content": "请解答：" + questions["chinese"]}, {"role": "assistant", "content": "九头"}]},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": questions["hebrew"]}]}, {"role": "assistant", "content": "9"}]},
-        {"messages": [{"role": "user", "content": "\n".join(f"{each}?" for each in list(questions.values())[2:])}]},
-        {"messages": [{"role": "user", "content": questions["chinese"]}]},
-    ]
-    train = write_rows(tmp_path / "train.jsonl", rows)
-    expected = {"chinese": f"{train}:1", "hebrew": f"{train}:2", **{f"n{number}": f"{train}:3" for number in range(20)}}
-    assert contaminated(items, str(train)) == expected
-    assert contaminated(items[:1], str(write_rows(tmp_path / "other.jsonl", [{"prompt": "一个农夫有十二头牛，他很高兴。"}]))) == {}
 
 
 def test_the_command(mine: Path, trained_model: Path, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]) -> None:
