@@ -175,7 +175,7 @@ class TransformersEngine:
                 if rows:
                     index = torch.tensor(left, device=device)
                     ids, positions, mask = ids[index], positions[index], mask[index]
-                    cache.batch_select_indices(index)
+                    cache.reorder_cache(index)  # batch_select_indices would leave out states of linear attention
 
     def logprobs(self, requests: Iterable[ScoreRequest]) -> Iterator[TokenLogprobs]:
         """Score texts, longest first; a text longer than the context comes back with its error."""

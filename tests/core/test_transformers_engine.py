@@ -15,7 +15,7 @@ from sftkit.core.engines.registry import open_engine
 from sftkit.core.engines.stops import StopTexts
 from sftkit.core.engines.transformers_engine import TransformersEngine, row_bytes, sample
 from sftkit.core.errors import UserError
-from transformers import Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 PROMPTS = ["hi", "What is the difference between a thread and a process?", "Calculate 1+1-1", "你好", "a b c d e f g h i j k l m n o p"]
 
@@ -47,6 +47,26 @@ def test_an_answer_does_not_depend_on_its_batch(engine: TransformersEngine, temp
     assert {key: each.token_ids for key, each in together.items()} == {key: each.token_ids for key, each in alone.items()}
     for key, each in together.items():
         assert each.logprob == pytest.approx(alone[key].logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "falcon_h1"])
+def test_nor_where_layers_keep_a_state_and_no_keys(engine: TransformersEngine, kind: str) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    own = (
+        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
+        if kind == "falcon_h1"
+        else {}
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=1024, head_dim=8, **small, **own)).eval()
+    assert engine.chat
+    hybrid = TransformersEngine(model, engine.chat, identity="", batch_tokens=16_384)
+    wanted = [
+        replace(each, sampling=Sampling(temperature=0, max_new_tokens=3 + 2 * number))  # so that rows leave their batch one by one
+        for number, each in enumerate(requests(engine, Sampling()))
+    ]
+    alone = {each.key: next(iter(hybrid.generate([each]))).token_ids for each in wanted}
+    assert {key: each.token_ids for key, each in answers(hybrid, wanted).items()} == alone
 
 
 def test_greedy_equals_generate_of_transformers(engine: TransformersEngine) -> None:
