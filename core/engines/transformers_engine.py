@@ -241,17 +241,22 @@ class TransformersEngine:
 
 
 def row_bytes(settings: Any, tokens: int, itemsize: int) -> int:
-    """Return the bytes that an answer of so many tokens, its prompt's included, takes at most while it is generated.
+    """Return the bytes that an answer of so many tokens, its prompt's included, takes about while it is generated.
 
     The cache, keys and values of every layer; a layer's own numbers and the mask, as if all tokens were the prompt's; and the
-    float32 logits of a step with what choosing from them makes, counted six times.
+    float32 logits of a step with what choosing from them makes, counted six times. More than it takes, mostly: layers that look
+    back a little way only are counted as if they looked back all the way. The state of linear attention, which does not grow with
+    the text, is not counted.
     """
-    text = settings.get_text_config()
-    queries = getattr(text, "num_attention_heads", None) or 1  # a model without attention keeps less than this reckons
-    size = getattr(text, "head_dim", None) or text.hidden_size // queries
-    kept = 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or queries) * size
-    layer = 12 * text.hidden_size + 3 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
-    return int(tokens * ((kept + layer) * itemsize + 3 * tokens) + 6 * 4 * text.vocab_size)
+    text = settings.get_text_config(decoder=True)
+    layers = getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers  # they need not be alike: Gemma 4
+    kept = 0
+    for layer in layers:
+        queries = getattr(layer, "num_attention_heads", None) or 1  # a model without attention keeps less than this reckons
+        size = getattr(layer, "head_dim", None) or layer.hidden_size // queries
+        kept += 2 * (getattr(layer, "num_key_value_heads", None) or queries) * size
+    inner = max(int(np.max(getattr(layer, "intermediate_size", None) or 4 * layer.hidden_size)) for layer in layers)  # Gemma 3n has a list
+    return tokens * ((kept + 12 * text.hidden_size + 3 * inner) * itemsize + 3 * tokens) + 6 * 4 * text.vocab_size
 
 
 def _told(key: str, values: list[float]) -> TokenLogprobs:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -256,6 +257,27 @@ def test_for_few_answers_no_engine_is_started_that_takes_longer_than_they_do(mon
     for asked in ({"tensor_parallel_size": 2}, {"max_num_seqs": 8}, {"executor": "ray"}, {"engine": "vllm"}):
         assert settle(EngineConfig(**asked), 3, 100).engine == "vllm"
     assert settle(EngineConfig(base_url="http://localhost:1/v1"), 3, 100).engine == "openai"
+
+
+def test_what_fits_is_reckoned_from_what_is_free(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine._fitting(600) == 512  # on a CPU it is not asked
+    card = SimpleNamespace(device=torch.device("cuda:0"), config=engine.model.config, dtype=torch.bfloat16)
+    row = row_bytes(card.config, 600, 2)
+    monkeypatch.setattr(engine, "model", card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (12 * row, 1000 * row))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100 * row)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 92 * row)
+    assert engine._fitting(600) == 10  # half of what is free and of what the process holds and does not use
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gemma3n", "gemma4", "qwen3_next", "falcon_h1", "mamba", "gpt2", "deepseek_v3", "llava"])
+def test_what_an_answer_takes_is_known_of_every_kind_of_model(kind: str) -> None:
+    settings = AutoConfig.for_model(kind)  # layers of several sizes, a list of widths, texts beside pictures, no attention at all
+    short, long = (row_bytes(settings, tokens, 2) for tokens in (100, 1000))
+    text = settings.get_text_config()
+    assert 0 < short < long
+    assert long > 1000 * text.num_hidden_layers * text.hidden_size // 4
+    assert type(long) is int
 
 
 def test_a_batch_on_a_gpu_is_what_fits_its_free_memory(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
