@@ -127,7 +127,7 @@ class Sampler(TrainerCallback):  # type: ignore[misc]
             return
         self._written.add(state.global_step)
         with as_loaded(model) as plain, torch.autocast(args.device.type, torch.bfloat16, enabled=sharded and args.bf16):
-            engine = TransformersEngine(plain, self.chat, identity="", batch_tokens=BATCH_TOKENS)
+            engine = TransformersEngine(plain, self.chat, identity="", batch_tokens=BATCH_TOKENS, together=sharded)
             answers = sorted(_answers(engine, self.rows, SAMPLE_TOKENS), key=lambda each: int(each.key))
         if not state.is_world_process_zero:
             return

@@ -57,13 +57,15 @@ class _Row:
 class TransformersEngine:
     """Runs one model with transformers. See `core.engines.base.Engine`."""
 
-    def __init__(self, model: Any, chat: Chat, *, identity: str, batch_tokens: int) -> None:
+    def __init__(self, model: Any, chat: Chat, *, identity: str, batch_tokens: int, together: bool = False) -> None:
+        """`together`: several processes, each with a part of the model, answer the same; then no batch is made by one's free memory."""
         self.model = model
         self.chat: Chat | None = chat
         self.identity = identity
         self.context_length = context_length(model.config)
         self._chat = chat
-        self._batch_tokens = batch_tokens * (ON_GPU if model.device.type == "cuda" else 1)
+        self._fills = model.device.type == "cuda" and not together  # the free memory with a batch
+        self._batch_tokens = batch_tokens * (ON_GPU if self._fills else 1)
         # transformers renames the argument in 5.24 and warns about the old name
         self._cache_argument = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
         self.steps = 0
@@ -98,10 +100,10 @@ class TransformersEngine:
                 yield from self._with_halving(batch)
 
     def _fitting(self, longest: int) -> int:
-        """Return how many rows of `longest` tokens fit into the memory of the model's GPU; on a CPU a window of them."""
-        device = self.model.device
-        if device.type != "cuda":
+        """Return how many rows of `longest` tokens fit into the memory of the model's GPU; a window of them where that is not asked."""
+        if not self._fills:
             return WINDOW
+        device = self.model.device
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + held
         return int(SHARE_OF_FREE * free) // row_bytes(self.model.config, longest, self.model.dtype.itemsize)

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -260,14 +259,21 @@ def test_for_few_answers_no_engine_is_started_that_takes_longer_than_they_do(mon
 
 
 def test_what_fits_is_reckoned_from_what_is_free(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine.chat
     assert engine._fitting(600) == 512  # on a CPU it is not asked
-    card = SimpleNamespace(device=torch.device("cuda:0"), config=engine.model.config, dtype=torch.bfloat16)
-    row = row_bytes(card.config, 600, 2)
-    monkeypatch.setattr(engine, "model", card)
+    monkeypatch.setattr(torch, "tensor", lambda values, device: torch.zeros(len(values)))  # there is no such card
+    monkeypatch.setattr(type(engine.model), "device", torch.device("cuda:0"))
+    alone, shared = (
+        TransformersEngine(engine.model, engine.chat, identity="", batch_tokens=1000, together=together) for together in (False, True)
+    )
+    row = row_bytes(engine.model.config, 600, engine.model.dtype.itemsize)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (12 * row, 1000 * row))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100 * row)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 92 * row)
-    assert engine._fitting(600) == 10  # half of what is free and of what the process holds and does not use
+    assert alone._fitting(600) == 10  # half of what is free and of what the process holds and does not use
+    assert alone._batch_tokens == 16_000
+    assert shared._fitting(600) == 512  # another process of the training has other memory free, and must take the same steps
+    assert shared._batch_tokens == 1000
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "gemma3n", "gemma4", "qwen3_next", "falcon_h1", "mamba", "gpt2", "deepseek_v3", "llava"])
