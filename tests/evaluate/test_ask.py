@@ -12,15 +12,10 @@ from sftkit.core.errors import UserError
 from sftkit.core.models import resolve_model
 from sftkit.evaluate import task_data
 from sftkit.evaluate.benchmark import evaluate_tasks
-from sftkit.evaluate.config import TasksConfig
 from sftkit.evaluate.marks import Comparison, against_both
 from sftkit.evaluate.tasks import open_task
 
-from .conftest import QUESTIONS, Watch, mmlu_rows, write_rows
-
-
-def settings(**values: Any) -> TasksConfig:
-    return TasksConfig(**{"max_new_tokens": 16, "resamples": 1000, **values})
+from .conftest import QUESTIONS, Watch, mmlu_rows, settings, write_rows
 
 
 @pytest.fixture
