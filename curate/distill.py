@@ -54,6 +54,7 @@ class Teacher:
     identity: str
     chat: Chat | None  # None where a server renders
     context: int | None
+    tells_logprobs: bool  # every answer comes with its log-probability: that is asked for, or costs nothing
     _kind: str  # of ENGINES
     _engine: Engine | None = None
 
@@ -61,15 +62,17 @@ class Teacher:
     def find(cls, config: DistillConfig, *, prompts: int | None = None) -> "Teacher":
         """Look the teacher up; `prompts`, where few, settle what runs it. Raises UserError for none, or a server that is not reached."""
         kind = choose(config.engine)
+        # not by what few prompts settle: the answers of a folder that grows are chosen by it together
+        tells = config.logprobs or kind == "transformers"
         if kind == "openai":
             engine = open_engine(config.teacher, config.engine, revision=config.revision)
-            return cls(config, engine.identity, engine.chat, engine.context_length, kind, engine)
+            return cls(config, engine.identity, engine.chat, engine.context_length, tells, kind, engine)
         model = resolve_model(config.teacher, revision=config.revision)
         if prompts is not None and config.json_schema is None:
             quantised = quantisation(model) is not None
             kind = settle(config.engine, prompts * config.k, config.max_new_tokens, quantised=quantised).engine
         contexts = [context_length(load_settings(model)), config.engine.max_model_len]
-        return cls(config, model_identity(model), load_chat(model), min((each for each in contexts if each), default=None), kind)
+        return cls(config, model_identity(model), load_chat(model), min((each for each in contexts if each), default=None), tells, kind)
 
     @property
     def engine(self) -> Engine:
@@ -84,11 +87,6 @@ class Teacher:
             if self._engine.identity != self.identity:
                 raise UserError(f"{self.config.teacher}: its weights changed while it was being loaded; run the same command again")
         return self._engine
-
-    @property
-    def tells_logprobs(self) -> bool:
-        """Say whether every answer comes with its log-probability: where it is asked for, or costs nothing."""
-        return self.config.logprobs or self._kind == "transformers"
 
     def gpus(self) -> list[str]:
         """Return the names of the GPUs of this machine that it may use."""
