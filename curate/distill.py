@@ -14,9 +14,10 @@ import polars as pl
 
 from ..core.chat import Chat, load_chat
 from ..core.config import to_mapping
-from ..core.engines.base import NOT_FINITE, Completion, Engine, Request, Sampling
+from ..core.engines.base import NOT_FINITE, Completion, Engine, EngineConfig, Request, Sampling
 from ..core.engines.loading import choose, settle
 from ..core.engines.registry import open_engine
+from ..core.engines.replicas import replica_count
 from ..core.engines.tuning import tuned
 from ..core.errors import TooManyFailures, UserError
 from ..core.example import Decision, Sample
@@ -57,6 +58,7 @@ class Teacher:
     tells_logprobs: bool  # every answer comes with its log-probability: that is asked for, or costs nothing
     _kind: str  # of ENGINES
     _engine: Engine | None = None
+    _running: EngineConfig | None = None  # what the engine was opened with
 
     @classmethod
     def find(cls, config: DistillConfig, *, prompts: int | None = None) -> "Teacher":
@@ -82,16 +84,19 @@ class Teacher:
             if engine.replicas is None and engine.executor == "local" and choose(engine) == "vllm":
                 engine = replace(engine, replicas=1)  # a night of work is not to end with one engine
             start = time.monotonic()
-            self._engine = open_engine(self.config.teacher, engine, revision=self.config.revision)
+            self._engine, self._running = open_engine(self.config.teacher, engine, revision=self.config.revision), engine
             log.info("%s: ready after %s", self.config.teacher, duration(time.monotonic() - start))  # apart from the rate of tokens
             if self._engine.identity != self.identity:
                 raise UserError(f"{self.config.teacher}: its weights changed while it was being loaded; run the same command again")
         return self._engine
 
     def gpus(self) -> list[str]:
-        """Return the names of the GPUs of this machine that it may use."""
-        engine = self.config.engine
-        return [] if self._kind == "openai" or engine.executor != "local" or engine.device == "cpu" else visible_gpus()
+        """Return the names of the GPUs of this machine that its engine was opened on; none where it was not, or a server's."""
+        engine = self._running
+        if engine is None or engine.executor != "local" or engine.device == "cpu":
+            return []
+        _, _, first = (engine.device or "").partition(":")
+        return visible_gpus()[int(first or 0) :][: replica_count(engine) * engine.tensor_parallel_size]
 
     def close(self) -> None:
         """Give the engine's memory back."""
@@ -155,7 +160,7 @@ def distillation(source: str | Path, path: Path, config: DistillConfig) -> Itera
             for index in range(config.k)  # a prompt's samples stand together, so that engines can share its prefix
         ]
         with SampleStore(run.room("curate") / "samples.sqlite") as store:
-            yield Distillation(run, teacher, store, wanted, GpuBusy(teacher.gpus()))
+            yield Distillation(run, teacher, store, wanted)
 
 
 @dataclass(slots=True)
@@ -166,7 +171,7 @@ class Distillation:
     teacher: Teacher
     store: SampleStore
     wanted: list[Wanted]
-    gpus: GpuBusy = field(default_factory=GpuBusy)  # while it generates
+    _gpus: GpuBusy | None = None  # while it generates
     _spent: int = 0  # tokens of answers in this run so far, in all calls
     _read: int = 0  # tokens of their prompts
     _before: float = 0.0  # seconds of generating in this call, up to the last time it began
@@ -251,7 +256,9 @@ class Distillation:
         if config.budget_hours is not None and self._deadline is None:
             self._deadline = start + 3600 * config.budget_hours
         self._began = start - self._before
-        with self.gpus, Progress(label, total=total, unit="samples", done=total - len(missing)) as progress:
+        if self._gpus is None:
+            self._gpus = GpuBusy(self.teacher.gpus())
+        with self._gpus, Progress(label, total=total, unit="samples", done=total - len(missing)) as progress:
             began = progress.done
 
             def durable(samples: int, tokens: int) -> None:
@@ -409,7 +416,7 @@ class Distillation:
             new_samples=new_samples,
             new_tokens=new_tokens,
             seconds=seconds,
-            gpu_busy=self.gpus.share,
+            gpu_busy=self._gpus.share if self._gpus else None,
         )
         untold = stored["logprob"].null_count()
         if config.logprobs and untold:

@@ -1,6 +1,8 @@
 """A teacher before and after its engine is opened: what runs it, on which cards, and what its answers tell."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,40 @@ def four_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     monkeypatch.setattr(distill_module, "tuned", lambda engine, identity: engine)
+
+
+def opened(monkeypatch: pytest.MonkeyPatch, config: DistillConfig, prompts: int) -> Teacher:
+    teacher = Teacher.find(config, prompts=prompts)
+    engine = SimpleNamespace(identity=teacher.identity, close=lambda: None)
+    monkeypatch.setattr(distill_module, "open_engine", lambda *arguments, **named: engine)
+    assert teacher.engine is engine
+    return teacher
+
+
+@pytest.mark.usefixtures("four_cards")
+@pytest.mark.parametrize(
+    ("engine", "prompts", "cards"),
+    [
+        ({}, 10, ["4"]),  # transformers
+        ({}, 10_000, ["4"]),  # vLLM, one process
+        ({"device": "cuda:2"}, 10, ["6"]),
+        ({"replicas": 2}, 10, ["4", "5"]),
+        ({"replicas": "auto"}, 10, ["4", "5", "6", "7"]),
+        ({"replicas": 8}, 10, ["4", "5", "6", "7"]),
+        ({"tensor_parallel_size": 2}, 10, ["4", "5"]),
+        ({"device": "cpu", "engine": "transformers"}, 10, []),
+    ],
+)
+def test_the_cards_that_are_looked_at_are_those_that_run_it(
+    monkeypatch: pytest.MonkeyPatch,
+    settings: Callable[..., DistillConfig],
+    engine: dict[str, Any],
+    prompts: int,
+    cards: list[str],
+) -> None:
+    """Those that are idle by the user's choice would make a busy one look idle."""
+    teacher = opened(monkeypatch, settings(engine={"engine": "auto", "device": None, **engine}), prompts)
+    assert teacher.gpus() == cards
 
 
 @pytest.mark.usefixtures("four_cards")
