@@ -41,14 +41,19 @@ class NamedModel:
 
 
 def find_models(models: Mapping[str, str], engine: EngineConfig, *, answers: tuple[int, int] | None = None) -> list[NamedModel]:
-    """Look all models up, in order. `answers`, how many of a model and of how many tokens at most, settle its engine (`loading.settle`).
+    """Look all models up, in order. `answers`, how many of a model and of how many tokens at most, settle the engine (`loading.settle`).
+
+    It is one engine for all of them: models that are compared are not to differ by what runs them.
 
     Raises UserError for one that is not there, and for one that training gave a chat template, a stop or a pad token
     that its files no longer have: its answers would not be those of the model that was trained.
     """
     if not models:
         raise UserError("no model was given: expected at least one, as {'base': MODEL}")
-    found = [_find(name, reference, engine, answers) for name, reference in models.items()]
+    if answers is not None and choose(engine) != "openai":
+        refs = [resolve_model(reference) for reference in models.values()]
+        engine = settle(engine, *answers, quantised=any(quantisation(each) is not None for each in refs))
+    found = [_find(name, reference, engine) for name, reference in models.items()]
     first: dict[tuple[str, str | None], str] = {}
     for model in found:
         same = first.setdefault((model.identity, model.template), model.name)
@@ -57,7 +62,7 @@ def find_models(models: Mapping[str, str], engine: EngineConfig, *, answers: tup
     return found
 
 
-def _find(name: str, reference: str, engine: EngineConfig, answers: tuple[int, int] | None) -> NamedModel:
+def _find(name: str, reference: str, engine: EngineConfig) -> NamedModel:
     if choose(engine) == "openai":
         with closing(open_engine(reference, engine)) as server:
             return NamedModel(name, reference, server.identity, server.chat, None, server.context_length, engine)
@@ -65,8 +70,6 @@ def _find(name: str, reference: str, engine: EngineConfig, answers: tuple[int, i
     chat = load_chat(ref)
     template = chat.fingerprint()
     _check_template(name, ref, template)
-    if answers is not None:
-        engine = settle(engine, *answers, quantised=quantisation(ref) is not None)
     lengths = [context_length(load_settings(ref)), engine.max_model_len]
     context = min((each for each in lengths if each), default=None)
     return NamedModel(name, reference, model_identity(ref), chat, template, context, engine)
