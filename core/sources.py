@@ -30,6 +30,7 @@ ROW_COLUMNS = (  # an object with one of these is a row, not a wrapping around r
 )
 GZIP = b"\x1f\x8b"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+UNNAMED = "Unnamed: 0"  # what pandas and datasets call a first column without a name: the index that pandas wrote
 ROWS_AT_A_TIME = 10_000
 
 
@@ -277,7 +278,9 @@ def _table(path: Path, file: IO[bytes], delimiter: str | None) -> Iterator[tuple
     try:
         head = text.readline()
         comma = delimiter or (";" if ";" in head and "," not in head else ",")
-        names = next(csv.reader([head], delimiter=comma, strict=True), [])
+        names = [name.strip() for name in next(csv.reader([head], delimiter=comma, strict=True), [])]
+        if len(names) > 1 and not names[0]:
+            names[0] = UNNAMED
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated or any(not name.strip() for name in names):
             raise UserError(f"{path}:1: each column needs a name of its own; found {', '.join(map(repr, names))}")

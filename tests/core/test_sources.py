@@ -271,6 +271,11 @@ def test_kinds_go_by_the_name() -> None:
     assert {name: kind_of(Path(name)) for name in kinds} == kinds
 
 
+def test_names_of_columns_as_people_and_pandas_write_them(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(", prompt , response\n0,x, y\n")
+    assert [row for _, row in iterate_rows(tmp_path / "a.csv")] == [{"Unnamed: 0": "0", "prompt": "x", "response": " y"}]
+
+
 def test_a_cell_longer_than_the_csv_module_allows_by_itself(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(as_csv([{"prompt": "x" * 300_000}]))
     ((_, row),) = iterate_rows(tmp_path / "a.csv")
