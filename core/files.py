@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
@@ -30,9 +32,9 @@ def write_atomically(path: Path) -> Iterator[Path]:
 
 
 def _number_of(error: Exception) -> int | None:
-    """Return the system's number of an error while writing that polars or numpy only put in words; None for any other."""
+    """Return the system's number of an error while writing that names no file, or that polars or numpy only put in words; else None."""
     if isinstance(error, OSError) and error.errno is not None:
-        return None
+        return error.errno if error.errno in FULL and error.filename is None else None
     if told := re.search(r"\(os error (\d+)\)", str(error)):
         return int(told[1])
     full = "thrift: transport error" in str(error) or (isinstance(error, OSError) and "written" in str(error))

@@ -132,6 +132,7 @@ def test_done_is_written_last_and_says_what_was_made(tmp_path: Path) -> None:
     [
         (OSError("15360 requested and 5088 written"), errno.ENOSPC),  # numpy
         (OSError("No space left on device (os error 28)"), errno.ENOSPC),  # polars, which writes with Rust
+        (OSError(errno.ENOSPC, "No space left on device"), errno.ENOSPC),  # Python, while it writes: it names no file
         (pl.exceptions.ComputeError("parquet: File out of specification: underlying IO error: File too large (os error 27)"), errno.EFBIG),
         (pl.exceptions.ComputeError("parquet: File out of specification: Invalid thrift: transport error"), errno.ENOSPC),
     ],
