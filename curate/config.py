@@ -223,6 +223,10 @@ class ImportConfig:
     format: str | None = setting(None, "Format of the rows; found by itself when not given.")
     limit: int | None = setting(None, "Only the first rows.")
 
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"limit: expected 1 or more, found {self.limit}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:

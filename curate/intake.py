@@ -23,6 +23,7 @@ from .rows import STORED
 log = logging.getLogger(__name__)
 
 REFERENCES = ("reference", "ground_truth", "gold", "final_answer", "expected_answer")  # columns taken for the reference by themselves
+FEW = 8  # columns that a warning names
 TEXTS = ("solution", "text", "content", "response", "answer", "completion")  # where a candidate that is a mapping has its text
 
 
@@ -71,7 +72,18 @@ def take_in(source: str | Path, run: Run, config: ImportConfig) -> Outcome | Non
         return None
     with write_atomically(path) as temporary:
         rows.write_parquet(temporary)
+    if not config.samples:
+        _tell_unanswered(source, examples)
     return record(run, "import", [(each.example_id, each.sample_index) for each in decisions], decisions)
+
+
+def _tell_unanswered(source: str | Path, examples: Sequence[Example]) -> None:
+    """Warn of rows without an answer: prompts look the same as pairs whose answer stands in a column of an unusual name."""
+    without = [each for each in examples if each.messages[-1]["role"] != "assistant"]
+    if without:
+        names = ", ".join(list(without[0].meta)[:FEW])
+        hint = f"; if one of its other columns is it ({names}), name that as answer column" if names else ""
+        log.warning("%s: %s of %s rows have no answer, as %s%s", source, f"{len(without):,}", f"{len(examples):,}", without[0].source, hint)
 
 
 def _examples(source: str | Path, config: ImportConfig) -> list[Example]:

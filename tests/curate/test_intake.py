@@ -61,3 +61,19 @@ def test_the_command_names_them_too(tmp_path: Path, cli: Callable[..., tuple[int
 
 def test_rows_behind_the_limit_are_not_read(tmp_path: Path) -> None:
     assert len(taken([{"prompt": "a"}, {"prompt": "b"}, {"prompt": 7}], tmp_path, limit=2)) == 2
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_takes_a_row_at_least(limit: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"limit: expected 1 or more, found {limit}"):
+        taken([{"prompt": "a"}], tmp_path, limit=limit)
+
+
+def test_rows_without_an_answer_are_told_with_the_columns_that_may_hold_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    taken([{"prompt": "a", "response": "b"}, {"prompt": "a", "reply": "b", "topic": "x"}], tmp_path)
+    assert "1 of 2 rows have no answer, as" in caplog.text
+    assert "rows.jsonl:2; if one of its other columns is it (reply, topic), name that as answer column" in caplog.text
+    caplog.clear()
+    (tmp_path / "other").mkdir()
+    taken([{"prompt": "a", "response": "b"}], tmp_path / "other")
+    assert not caplog.text
