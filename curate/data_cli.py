@@ -38,7 +38,8 @@ def mix(sources: tuple[str, ...], out: Path | None, shares: tuple[str, ...], **o
 
     chosen = given(options)
     if shares:
-        chosen["shares"] = {name: number(value, f"--share {name}={value}") for name, _, value in (each.rpartition("=") for each in shares)}
+        parts = [(each, *each.rpartition("=")[::2]) for each in shares]
+        chosen["shares"] = {name: number(value if name else "", f"--share {each}") for each, name, value in parts}
     outcome = put_together(sources, out, load_config(MixConfig, chosen))
     tell(Run.open(out or Path(sources[0])), outcome)
 

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -27,6 +28,7 @@ FROM_FILE = r":\d+$"  # a row's source is FILE:ROW
 
 
 REPEAT = r"~r(\d+)$"  # how the id of a repeat ends
+REDRAWN = ("shares", "temperature", "budget", "seed")  # they only say which of the gathered rows are taken, unless some are repeated
 
 
 def mix(sources: Sequence[str], out: Path | None, config: MixConfig) -> Outcome:
@@ -35,14 +37,15 @@ def mix(sources: Sequence[str], out: Path | None, config: MixConfig) -> Outcome:
     One source is parted by the files that its rows come from; without `out` it is a run, and decides on its own rows. Shares are
     those of the config, or sizes to the power 1/temperature (Raffel et al. 2020, T5). Rows are taken in the order of a number
     drawn from the seed and their id; what is left over is rejected as over_share. A row that is taken again has a row of its own,
-    ID~rN, which the ledger says is a repeat of the first. Raises UserError for a source too small for its share.
+    ID~rN, which the ledger says is a repeat of the first. Other shares, budget or seed take anew from the rows that are there.
+    Raises UserError for a source too small for its share, and in a folder of other sources.
     """
     if out is None:
         if len(sources) != 1:
             raise UserError("mix: give -o RUN, the folder that the rows of several sources are taken into")
         Run.open(Path(sources[0]))
         with Run.create(Path(sources[0])) as run:
-            return _decide(run, config, None)
+            return _decide(run, config, None, to_mapping(config))
     with Run.create(out) as run:
         if (run.path / "curate" / "prompts.parquet").exists():
             raise UserError(f"{out}: holds the answers of a teacher already; give another folder for the mixture")
@@ -52,7 +55,9 @@ def mix(sources: Sequence[str], out: Path | None, config: MixConfig) -> Outcome:
         settings = {"sources": [str(each) for each in sources], **to_mapping(config)}
         is_new = not path.exists() or "import" not in run.ledger.stages()
         rows = _repeated(_gathered(sources), config) if is_new else None  # what is refused here leaves the folder free
-        run.configure("mix", settings, free=("*",) if is_new else ())
+        before = {} if is_new or config.repeat > 1 else run.config().get("mix", {})
+        gathered = {**settings, **{name: before[name] for name in REDRAWN if name in before}}
+        run.configure("mix", gathered, free=("*",) if is_new else ())
         if rows is not None:
             with write_atomically(path) as temporary:
                 rows.drop("tokens", "first").write_parquet(temporary)
@@ -64,15 +69,14 @@ def mix(sources: Sequence[str], out: Path | None, config: MixConfig) -> Outcome:
                 named,
                 kept.with_columns(rule=pl.when(pl.col("witness_id").is_not_null()).then(pl.lit("repeat")).otherwise("rule")),
             )
-        return _decide(run, config, path)
+        return _decide(run, config, path, settings)
 
 
-def _decide(run: Run, config: MixConfig, path: Path | None) -> Outcome:
+def _decide(run: Run, config: MixConfig, path: Path | None, settings: Mapping[str, Any]) -> Outcome:
     rows = input_rows(run, "mix", [*KEY, "source", *(columns_for(run, ["num_tokens"]) if config.budget_tokens else [])])
     if path is None:
         if config.repeat > 1:
             raise UserError("mix: rows are repeated only into a new run; give -o RUN")
-        run.configure("mix", to_mapping(config), free=("*",))
         rows = rows.with_columns(part=_file_of(rows))
     else:
         parts = pl.read_parquet(path, columns=[*KEY, "part"])
@@ -80,7 +84,9 @@ def _decide(run: Run, config: MixConfig, path: Path | None) -> Outcome:
     tokens = score_values(run, rows, "num_tokens") if config.budget_tokens else None
     is_repeat = rows["example_id"].str.contains(REPEAT)
     sizes = _sizes(rows.filter(~is_repeat), None if tokens is None else tokens.filter(~is_repeat))
-    taken = pl.Series(_taken(rows, tokens, quotas(sizes, config), config.seed))
+    wanted = quotas(sizes, config)
+    run.configure("mix", settings, free=("*",))
+    taken = pl.Series(_taken(rows, tokens, wanted, config.seed))
     shares = ", ".join(
         f"{part} {kept:,} of {size:,} rows"
         for part, kept, size in rows.with_columns(taken=taken)

@@ -139,6 +139,8 @@ def test_quotas_add_up() -> None:
         ("{a} {b} -o {out} --share a=1 --share c=1", "mix: unknown source 'c'"),
         ("{a} {b} -o {out} --share a=1", "mix: no share for b; give each source one, 0 leaves it out"),
         ("{a} {b} -o {out} --share a=x --share b=1", "--share a=x: expected NAME=VALUE with a number"),
+        ("{a} {b} -o {out} --share a --share b=1", "--share a: expected NAME=VALUE with a number"),
+        ("{a} {b} -o {out} --share 2", "--share 2: expected NAME=VALUE with a number"),
         ("{a} {b} -o {out} --share a=-1 --share b=1", "shares: expected numbers of 0 or more"),
         ("{a} {a} -o {out}", "is given twice; a source is repeated by --repeat"),
         ("{a} {b} -o {out} --budget 10 --budget-tokens 10", "give a budget in rows or in tokens, not both"),
@@ -163,9 +165,22 @@ def test_what_was_refused_leaves_the_folder_free_and_a_run_of_other_rows_is_none
     assert cli("curate", "mix", a, str(tmp_path / "missing.jsonl"), "-o", out)[0] == 1
     assert cli("curate", "mix", a, b, "-o", out, "--budget", "100")[0] == 1
     assert cli("curate", "mix", a, b, "-o", out, "--budget", "4")[0] == 0
-    assert "mix.budget was 4, now 6" in cli("curate", "mix", a, b, "-o", out, "--budget", "6")[2]
+    assert "mix.sources was" in cli("curate", "mix", a, a, "-o", out, "--budget", "4")[2]
     assert cli("curate", "import", a, "-o", str(tmp_path / "other"))[0] == 0
     assert "holds other rows already" in cli("curate", "mix", a, b, "-o", str(tmp_path / "other"))[2]
+
+
+def test_other_shares_and_budgets_take_anew_from_the_rows_that_are_there(tmp_path: Path) -> None:
+    sources, out = [file(tmp_path / f"{name}.jsonl", name, 9) for name in "ab"], tmp_path / "out"
+    kept = [mix(sources, out, MixConfig(budget=budget, shares={"a": 1, "b": b})).kept for budget, b in ((4, 1), (6, 2))]
+    assert [len(each) for each in kept] == [4, 6]
+    fresh = mix(sources, tmp_path / "fresh", MixConfig(budget=6, shares={"a": 1, "b": 2})).kept
+    assert kept[1].equals(fresh)
+    with pytest.raises(UserError, match="a has 9 rows, its share of 60 is 20"):
+        mix(sources, out, MixConfig(budget=60, shares={"a": 1, "b": 2}))
+    assert Run(out).config()["mix"]["budget"] == 6  # what stands there is what was decided
+    with pytest.raises(UserError, match=r"mix\.repeat was 1, now 2"):
+        mix(sources, out, MixConfig(budget=6, repeat=2))
 
 
 def test_the_smallest_temperature_takes_the_largest_source() -> None:
