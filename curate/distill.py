@@ -198,15 +198,20 @@ class Distillation:
         asked = self.first_of_each(self.wanted, PROBE)
         stored = self.store.keys()
         self.generate([each for each in asked if each.key not in stored], label="probe")
-        found = Probe(self.teacher.config)
-        rows = {row["key"]: row for row in self.samples().select("key", "text", "finish_reason").iter_rows(named=True)}
-        for each in asked:
-            if each.key in rows:
-                found.add(message_text(each.prompt.messages[-1]), rows[each.key]["text"], rows[each.key]["finish_reason"])
+        found = self.look_at(asked)
         if not found.answers:
             raise UserError(
                 f"{self.run.path}: none of the {len(asked)} prompts of the probe got an answer; `sftkit curate show` has the errors"
             )
+        return found
+
+    def look_at(self, asked: Sequence[Wanted]) -> Probe:
+        """Look at the stored answers to these: of those that were asked twice, at the first one, which was cut."""
+        found = Probe(self.teacher.config)
+        rows = {row["key"]: row for row in self.store.frame().select("key", "text", "finish_reason").iter_rows(named=True)}
+        for each in asked:
+            if each.key in rows:
+                found.add(message_text(each.prompt.messages[-1]), rows[each.key]["text"], rows[each.key]["finish_reason"])
         return found
 
     def retries(self) -> list[Wanted]:

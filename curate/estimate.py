@@ -22,7 +22,6 @@ from ..core.progress import duration
 from .config import DistillConfig
 from .distill import PROBE, Distillation, Teacher, Wanted, distillation, prompt_tokens
 from .probe import Probe, tell
-from .rows import message_text
 
 MOST_TO_TUNE = 2000  # prompts
 WITHIN = 0.15  # of the tokens of a prompt's answer: two standard errors, up to which more prompts are asked
@@ -103,6 +102,8 @@ class Estimate:
     prompt_tokens: int | None  # of the samples that are still missing, a prompt counted for each; None where a server renders
     new_tokens: float | None  # to be generated for the samples that are still missing
     standard_error: float | None  # of new_tokens; one prompt's samples count as one observation
+    retries: int  # cut answers that will be asked again (retry_truncated), about; in none of the other numbers
+    retry_tokens: int  # that these take at most
     cost: float | None  # of what is still missing, by the prices that are set; None without a price
     tokens_per_second: float | None
     full: bool  # the rate is that of a full engine, and not of the probe, which runs fewer answers at once than the whole will
@@ -145,6 +146,11 @@ class Estimate:
             lines.append("time: not known, the probe measured nothing")
         if self.remaining and self.cost is not None:
             lines.append(f"cost: about {self.cost:,.4f}")
+        if self.retries:
+            most = f"{self.retry_tokens:,} tokens"
+            if self.tokens_per_second:
+                most += f" and {duration(self.retry_tokens / self.tokens_per_second)}"
+            lines.append(f"besides: about {self.retries:,} cut answers that are asked again (retry_truncated), up to {most} more")
         if self.probe.answers:
             lines += [self.probe.shares(), *(f"warning: {fault}" for fault in self.probe.faults()), tell(self.probe.examples())]
         return "\n".join(lines)
@@ -195,19 +201,19 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
             flow.last = time.monotonic()
             again = work.generate(more, label="probe", enough=flow)
             probed, tokens, seconds = probed + again[0], tokens + again[1], seconds + again[2]
-        stored = work.samples()
+        stored = _first_answers(work)
         keys = set(stored["key"])
         left = [each for each in missing if each.key not in keys]
         mean, error, _ = _lengths(stored)
-        probe, answers = Probe(config), {row["key"]: row for row in stored.select("key", "text", "finish_reason").iter_rows(named=True)}
-        for each in asked or work.first_of_each(work.wanted, PROBE):
-            if each.key in answers:
-                probe.add(message_text(each.prompt.messages[-1]), answers[each.key]["text"], answers[each.key]["finish_reason"])
+        probe = work.look_at(asked or work.first_of_each(work.wanted, PROBE))
         full = rate is not None
         if not full and probed:
             rate = flow.rate if served else tokens / seconds
         new_tokens = None if mean is None else mean * len(left)
         read = sum(prompt_tokens(each.prompt) for each in left)
+        retries = 0
+        if config.retry_truncated and stored.height:
+            retries = len(work.retries()) + round(len(left) * stored.filter(pl.col("finish_reason") == "length").height / stored.height)
         cost = None
         if config.priced and new_tokens is not None:
             cost = config.cost(new_tokens, read, new_tokens / rate + besides if rate else 0.0)
@@ -221,6 +227,8 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
             prompt_tokens=read if work.teacher.chat else None,
             new_tokens=new_tokens,
             standard_error=None if error is None else error * len(left),
+            retries=retries,
+            retry_tokens=2 * config.max_new_tokens * retries,
             cost=cost,
             tokens_per_second=rate,
             full=full,
@@ -228,6 +236,11 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
             seconds_to_start=started,
             seconds_besides=besides,
         )
+
+
+def _first_answers(work: Distillation) -> pl.DataFrame:
+    """Return the stored answers, each at its wanted length: of one that was cut and asked again, the one that was cut."""
+    return work.store.frame().filter(pl.col("key").is_in([each.key for each in work.wanted]))
 
 
 def _lengths(stored: pl.DataFrame) -> tuple[float | None, float | None, int]:
@@ -243,7 +256,7 @@ def _lengths(stored: pl.DataFrame) -> tuple[float | None, float | None, int]:
 
 def _unlike(work: Distillation, missing: list[Wanted]) -> list[Wanted]:
     """Return what to ask besides, where the answers so far are too unlike in length: one sample each of prompts that have none."""
-    stored = work.samples()
+    stored = _first_answers(work)
     mean, error, prompts = _lengths(stored)
     if not mean or error is None or 2 * error <= WITHIN * mean:
         return []

@@ -89,9 +89,8 @@ class Probe:
         """Return what is wrong with the answers, and what helps, a line each."""
         found = []
         if self.stopped_share < least:
-            found.append(
-                f"only {self.stopped_share:.1%} of the answers stopped by themselves: raise max_new_tokens, or take retry_truncated"
-            )
+            also = "" if self.config.retry_truncated else ", or take retry_truncated"
+            found.append(f"only {self.stopped_share:.1%} of the answers stopped by themselves: raise max_new_tokens{also}")
         if self.too_slow:
             found.append(self.too_slow)
         if self.matched_share is not None and self.matched_share < least:

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,10 @@ from sftkit.core.engines.base import Completion, Request
 from sftkit.curate import distill as distill_module
 from sftkit.curate import estimate as estimate_module
 from sftkit.curate.config import DistillConfig
+from sftkit.curate.distill import distill
 from sftkit.curate.estimate import Flow, estimate
+
+from .teachers import prompts
 
 
 class Served:
@@ -131,3 +134,20 @@ def test_answers_that_are_unlike_in_length_are_looked_at_in_greater_number(tmp_p
     assert (found.probed, found.measured, found.remaining) == (250, 250, 350)
     assert found.new_tokens == pytest.approx(350 * (100 + 7 * 2) / 8, rel=0.3)
     assert estimate(path, tmp_path / "run", config).probed == 50  # of 300 prompts: no more than the limit
+
+
+def test_answers_that_are_cut_and_asked_again_are_told_of(tmp_path: Path, settings: Callable[..., DistillConfig]) -> None:
+    path = prompts(tmp_path / "prompts.jsonl", 60)
+    asked = {"k": 2, "max_new_tokens": 6, "stop": ["e", "o"]}
+    config = settings(**asked, retry_truncated=True)
+    first = estimate(path, tmp_path / "run", config)
+    cut = first.probe.cut
+    assert 0 < cut < first.probe.answers == 50
+    assert (first.remaining, first.retries) == (70, cut + round(70 * cut / 50))
+    assert first.retry_tokens == 12 * first.retries
+    assert f"besides: about {first.retries} cut answers that are asked again (retry_truncated), up to" in first.summary()
+    assert not estimate(path, tmp_path / "run", settings(**asked)).retries
+    distill(path, tmp_path / "run", config)
+    last = estimate(path, tmp_path / "run", config)
+    assert (last.remaining, last.retries, last.probe.answers) == (0, 0, 50)
+    assert last.probe.cut == cut  # although each of them has been asked again, and counts with its longer answer
