@@ -73,7 +73,7 @@ def iterate_examples(
         columns = frozenset(name for name, value in row.items() if value is not None or (pair and name in ("chosen", "rejected")))
         name = format or found.get(columns)
         if name is None:
-            name = found[columns] = detect_format(columns, place)
+            name = found[columns] = _format_of(row, columns, place)
         meta = dict(row)
         messages = _with_system(meta, readers[name](meta, place))
         yield Example(_unused(content_id(messages), used), messages, place, meta)
@@ -90,6 +90,16 @@ def detect_format(columns: frozenset[str] | set[str], place: str = "") -> str:
     if columns.intersection(PROMPTS):
         return "text" if not columns.intersection((*PROMPTS[:-1], *ANSWERS)) else "prompt"
     raise UserError(f"{place}: found the columns {', '.join(sorted(columns)) or '(none)'}; expected {EXPECTED}")
+
+
+def _format_of(row: Row, columns: frozenset[str], place: str) -> str:
+    try:
+        return detect_format(columns, place)
+    except UserError:
+        null = next((name for name in (*CONVERSATIONS, "instruction", *PROMPTS) if name in row), None)
+        if null is None:
+            raise
+        raise UserError(f"{place}: {null} is null; fill it in, or take the row out") from None
 
 
 def split_prompt(example: Example) -> tuple[list[Message], str | None]:
@@ -125,10 +135,13 @@ def _own_example(row: Row, place: str, used: dict[str, int]) -> Example:
         raise UserError(f"{place}: meta must be an object, found {str(meta)[:40]!r}")
     if row.get("tools") is not None:
         meta = {**(meta or {}), "tools": row["tools"]}
+    source = row["source"] or place
+    if not isinstance(source, str):  # a column of the user's own, of the same name
+        source, meta = place, {**(meta or {}), "source": source}
     known, given = content_id(messages), str(row["id"])
     if given != known and not given.startswith(f"{known}~"):
-        return Example(_unused(known, used), messages, row["source"] or place, {**(meta or {}), "id": given})
-    return Example(_unused(given, used), messages, row["source"] or place, meta or {})
+        return Example(_unused(known, used), messages, source, {**(meta or {}), "id": given})
+    return Example(_unused(given, used), messages, source, meta or {})
 
 
 def _from_json(text: str, place: str, column: str) -> Any:

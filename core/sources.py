@@ -29,6 +29,7 @@ ROW_COLUMNS = (  # an object with one of these is a row, not a wrapping around r
     *("prompt", "question", "query", "problem", "input", "text"),
 )
 GZIP = b"\x1f\x8b"
+POINTER = b"version https://git-lfs"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UNNAMED = "Unnamed: 0"  # what pandas and datasets call a first column without a name: the index that pandas wrote
 ROWS_AT_A_TIME = 10_000
@@ -160,9 +161,11 @@ def _reading(path: Path) -> Iterator[IO[bytes]]:
     """Open a file, unpacked where its first bytes say gzip, and turn what can go wrong on the way into one line."""
     try:
         with open(path, "rb") as raw:
-            packed = raw.read(2) == GZIP
+            start = raw.read(len(POINTER))
+            if start == POINTER:
+                raise UserError(f"{path}: only Git LFS's pointer to the file; `git lfs pull` fetches it")
             raw.seek(0)
-            if packed:
+            if start.startswith(GZIP):
                 with gzip.open(raw) as file:
                     yield file  # type: ignore[misc]
             else:
@@ -277,7 +280,7 @@ def _table(path: Path, file: IO[bytes], delimiter: str | None) -> Iterator[tuple
     line = 0
     try:
         head = text.readline()
-        comma = delimiter or (";" if ";" in head and "," not in head else ",")
+        comma = delimiter or next((each for each in ",;\t" if each in head), ",")
         names = [name.strip() for name in next(csv.reader([head], delimiter=comma, strict=True), [])]
         if len(names) > 1 and not names[0]:
             names[0] = UNNAMED

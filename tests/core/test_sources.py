@@ -54,6 +54,7 @@ KINDS = {
     "a.csv": as_csv(ROWS),
     "mark.csv": MARK + as_csv(ROWS),
     "semicolons.csv": as_csv(ROWS, ";"),
+    "tabs.csv": as_csv(ROWS, "\t"),
     "a.tsv": as_csv(ROWS, "\t"),
     "a.parquet": parquet(ROWS),
     "UPPER.JSONL": jsonl(ROWS),
@@ -175,6 +176,7 @@ FAULTS: dict[str, tuple[str, bytes, list[str]]] = {
     "an open quote": ("a.csv", b'prompt,answer\n"x,y\n', ["a.csv:2: not valid CSV"]),
     "a repeated name": ("a.csv", b"prompt,prompt\nx,y\n", ["a.csv:1: each column needs a name of its own"]),
     "a missing name": ("a.csv", b"prompt,\nx,y\n", ["a.csv:1: each column needs a name of its own"]),
+    "a pointer": ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ["only Git LFS's pointer", "git lfs pull"]),
     "no Parquet": ("a.parquet", b"PAR1 but not really", ["a.parquet: not a Parquet file"]),
     "another kind": ("a.docx", b"x", ["a.docx: not a kind of file that is read here; give .jsonl"]),
 }  # fmt: skip
