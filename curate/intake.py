@@ -162,6 +162,7 @@ def _append(
     meta: dict[str, Any],
 ) -> None:
     told = {**meta, **meta.get("sample", {})} if index is not None else meta
+    tokens = told.get("num_tokens")
     values = {
         "example_id": example_id,
         "sample_index": index,
@@ -170,7 +171,7 @@ def _append(
         "source": source,
         "meta": _valid(json.dumps(meta, ensure_ascii=False, default=str)),
         "finish_reason": told.get("finish_reason") if told.get("finish_reason") in ("stop", "length") else None,
-        "num_tokens": told.get("num_tokens") if isinstance(told.get("num_tokens"), int) else None,
+        "num_tokens": tokens if isinstance(tokens, int) and abs(tokens) < 2**63 else None,  # else it is no count, and fits in no column
         "logprob": told.get("logprob") if isinstance(told.get("logprob"), float) else None,
     }
     for name, value in values.items():

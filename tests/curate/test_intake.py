@@ -77,3 +77,12 @@ def test_rows_without_an_answer_are_told_with_the_columns_that_may_hold_it(tmp_p
     (tmp_path / "other").mkdir()
     taken([{"prompt": "a", "response": "b"}], tmp_path / "other")
     assert not caplog.text
+
+
+def test_columns_of_ours_that_hold_something_else_stay_in_meta(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"id": "q", "messages": messages, "source": source, "meta": {}} for source in (5, {"url": "u"})]
+    found = taken([*rows, {"messages": messages, "num_tokens": 10**30}], tmp_path)
+    assert [each.meta.get("source") for each in found] == [5, {"url": "u"}, None]
+    assert [each.source.rpartition("/")[2] for each in found] == ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3"]
+    assert found[2].meta == {"num_tokens": 10**30}
