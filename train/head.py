@@ -136,7 +136,9 @@ def scored_states(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, tupl
     given = _embedded(model, batch) if batch.get("neftune") and model.training else {"input_ids": batch["input_ids"]}
     if batch["alone"]:
         rows = pairwise(batch["cu_seq_lens_q"].tolist())
-        parts = [model(**{name: each[:, a:b] for name, each in given.items()}, use_cache=False).logits[0] for a, b in rows if b > a]
+        plain = type(model).forward  # the instance's own enters autocast, and may stand around this: entered twice, it stays on for good
+        cuts = [{name: each[:, a:b] for name, each in given.items()} for a, b in rows if b > a]
+        parts = [plain(model, **each, use_cache=False).logits[0] for each in cuts]
         return torch.cat(parts)[batch["score_at"]], None
     inner = {name: batch[name] for name in ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
     hidden = model.base_model(**given, **inner, attention_mask=None, use_cache=False).last_hidden_state[0]

@@ -17,7 +17,7 @@ from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row
 from sftkit.train.head import LinearCrossEntropy, _losses, _losses_in_place, loss_sum, piece_rows
 from sftkit.train.packing import Packs
-from sftkit.train.trainer import Watch, compile_layers, keeps_rows_apart, make_trainer
+from sftkit.train.trainer import Watch, compile_layers, keeps_rows_apart, learn_from_packs, make_trainer
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
@@ -224,6 +224,38 @@ def test_a_model_that_leaks_between_rows_is_trained_row_by_row(tiny_model, tmp_p
     monkeypatch.setattr(module, "keeps_rows_apart", lambda *_: False)
     alone = train(chats(40), str(tiny_model), tmp_path / "alone", TrainConfig(**settings))
     assert alone.validation == pytest.approx(packed.validation, abs=1e-4)
+
+
+def test_rows_alone_leave_autocast_as_it_was(tiny_model: Path) -> None:
+    model = load_model(resolve_model(tiny_model), dtype="float32")
+    learn_from_packs(model)
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)  # as accelerate prepares a model
+    model(packed=packs(ROWS[:3], alone=True)[0])
+    assert not torch.is_autocast_enabled("cpu")
+
+
+SMALL = {"vocab_size": 1024, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16,
+         "num_key_value_heads": 1, "initializer_range": 0.1}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "apart"),
+    [
+        ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}, True),
+        ("gemma3_text", {"sliding_window": 8}, True),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, False),  # a convolution over three tokens
+        ("mamba2", {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1}, False),
+        (
+            "gpt_oss",
+            {"num_local_experts": 2, "num_experts_per_tok": 1, "initializer_range": 0.02},
+            False,
+        ),  # sinks, which no kernel here knows
+    ],
+)
+def test_what_differs_token_by_token_is_found_where_sums_agree(kind: str, shape: dict, apart: bool, tiny_model: Path) -> None:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **shape}))
+    assert keeps_rows_apart(model, ROWS[:40], load_chat(resolve_model(tiny_model))) is apart
 
 
 @pytest.mark.parametrize(
