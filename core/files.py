@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
+
+PARQUET = b"PAR1"  # how such a file ends
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -39,6 +42,15 @@ def _number_of(error: Exception) -> int | None:
         return int(told[1])
     full = "thrift: transport error" in str(error) or (isinstance(error, OSError) and "written" in str(error))
     return errno.ENOSPC if full else None
+
+
+def whole_parquet(path: Path) -> Path:
+    """Return the path of a Parquet file. Raises UserError for one that was cut short: what reads it would not say which it is."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - len(PARQUET)))
+        if file.read() != PARQUET:
+            raise UserError(f"{path}: damaged or cut short; take it from a copy, or remove it and run the steps again")
+    return path
 
 
 def clear_temporaries(folder: Path) -> None:

@@ -130,28 +130,35 @@ def _read_data_set(path: Path, stored: Mapping[str, Stored]) -> tuple[Counter[st
     written: Counter[str] = Counter()
     changed, others = [], []
     beside = path.with_suffix(".parquet")
-    table = pl.read_parquet(beside) if beside.exists() else None
+    try:
+        table = pl.read_parquet(beside) if beside.exists() else None
+    except pl.exceptions.PolarsError as error:
+        table = None
+        others.append(f"it cannot be read ({error})")
     rows = iter(()) if table is None else (row for part in table.iter_slices(PARSED) for row in part.iter_rows(named=True))
-    with open(path, encoding="utf-8", newline="\n") as file:
-        for text in file:
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        for number, text in enumerate(file, start=1):
             if text == "\n":
                 continue
-            line = json.loads(text)
-            name = str(line["id"])
+            row = next(rows, None)
+            try:
+                line = json.loads(text)
+                name, own = str(line["id"]), (line["messages"], line["source"], line["meta"])
+            except (ValueError, KeyError, TypeError):
+                changed.append(f"line {number}: is no row as this run writes it")
+                continue
             written[name] += 1
-            own = (line["messages"], line["source"], line["meta"])
             if name in stored:
                 messages, source, meta = stored[name]
                 if own != (json.loads(messages), source, json.loads(meta or "{}")):
                     changed.append(f"{name}: is not as it came")
-            row = next(rows, None)
             if row is not None:
                 conversation = row["messages"] if row.get("extra") is None else json.loads(row["extra"])
                 if (row["id"], own) != (name, (conversation, row["source"], json.loads(row["meta"] or "{}"))):
                     others.append(f"{name}: differs from the row {row['id']} in its place")
-    if table is None:
+    if not beside.exists():
         others.append("it is not there; run the last step again")
-    elif len(table) != written.total():
+    elif table is not None and len(table) != written.total():
         others.insert(0, f"it has {len(table):,} rows, dataset.jsonl {written.total():,}")
     return written, changed, others
 

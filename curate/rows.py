@@ -13,7 +13,7 @@ import polars as pl
 
 from ..core.errors import UserError
 from ..core.example import Message, row_id
-from ..core.files import write_atomically
+from ..core.files import whole_parquet, write_atomically
 from ..core.ledger import KEY as KEY
 from ..core.ledger import RowKey
 from ..core.reasoning import CLOSE, OPEN
@@ -77,7 +77,7 @@ def scan_rows(
 
 def _imported(path: Path, columns: Sequence[str]) -> pl.LazyFrame:
     """Return the rows of a rows.parquet, with the texts of prompt and response if they are among the columns."""
-    there = pl.read_parquet_schema(path)
+    there = pl.read_parquet_schema(whole_parquet(path))
     own = [name for name in STORED if name in (*columns, *KEY) or name == "messages"]
     rows = pl.scan_parquet(path).select(
         [pl.col(name).cast(STORED[name]) if name in there else pl.lit(None, STORED[name]).alias(name) for name in own]

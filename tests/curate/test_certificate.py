@@ -134,6 +134,25 @@ def test_a_changed_text_and_a_table_that_lost_a_row_are_found(made: Run) -> None
     assert list(faults(made).values()) == [["it is not: dedup_minhash was cut off before it was written; run that again"]]
 
 
+def test_files_that_were_cut_short_are_found(made: Run) -> None:
+    lines, table = made.path / "curate" / "dataset.jsonl", made.path / "curate" / "dataset.parquet"
+    whole = lines.read_bytes()
+    lines.write_bytes(whole[:-30] + b"\xe4")
+    found = faults(made)
+    assert found["data set: each of its rows has the conversation, source and meta that it came with"] == [
+        "line 3: is no row as this run writes it"
+    ]
+    assert any("kept by dedup_minhash, but not in the data set" in each for told in found.values() for each in told)
+    lines.write_bytes(whole)
+    table.write_bytes(table.read_bytes()[:-9])
+    (told,) = faults(made)["data set: dataset.parquet holds the same rows in the same order"]
+    assert "it cannot be read" in told
+    ledger = made.ledger.path
+    ledger.write_bytes(ledger.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"ledger\.parquet: damaged or cut short"):
+        check_run(made)
+
+
 def test_a_swapped_witness_of_a_selection_is_found(made: Run) -> None:
     select(made, SelectConfig(method="longest", budget=1))
     assert faults(made) == {}
