@@ -59,6 +59,8 @@ def parse_condition(text: str, kinds: Mapping[str, Kind], to_be_had: Container[s
     except RecursionError:
         raise UserError(f"{place}: nested too deeply") from None
     if kind != "truth":
+        if kind == "any":
+            raise UserError(f"{place}: may hold anything; compare it, as {body.strip()} == True")
         raise UserError(f"{place}: is a {kind}, which is neither true nor false; expected {GRAMMAR}")
     return Condition(named[1] if named else body.strip(), body.strip(), tuple(reader.names), truth, reader.single(tree))
 

@@ -60,6 +60,7 @@ def test_a_condition_is_called_by_its_text_or_by_the_name_before_it() -> None:
         ("num_token < 3", "unknown column 'num_token': did you mean 'num_tokens'?"),
         ("ifd = 1", "equality is written =="),
         ("ifd", "is a number, which is neither true nor false"),
+        ("meta.good", "may hold anything; compare it, as meta.good == True"),
         ("ifd < 'a'", "ifd is a number, 'a' a text"),
         ("'a' < ifd", "'a' is a text, ifd a number"),
         ("ifd < 1e400", "a number is too large"),
