@@ -187,6 +187,18 @@ def quantisation(ref: ModelRef) -> str | None:
     return str(getattr(kind, "value", kind) or "in a way that it does not name")
 
 
+def cast(model: Any, dtype: Any) -> Any:
+    """Turn what a model saves into another torch dtype, in place; return it.
+
+    `model.to` would round the frequencies of rotary positions as well, which are no weights and float32 in every model: in bfloat16
+    they misplace tokens that are far apart.
+    """
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
 def load_model(ref: ModelRef, *, dtype: str = "auto", device: str | None = None, classifier: bool = False) -> Any:
     """Load a causal language model, in eval mode. A GGUF file is unpacked into plain weights that can be trained and saved.
 

@@ -11,7 +11,7 @@ from .chat import Chat
 from .engines.base import EngineConfig, ScoreRequest, TokenLogprobs
 from .errors import UserError
 from .hardware import half_precision, pick_device
-from .models import ModelRef, load_model
+from .models import ModelRef, cast, load_model
 
 
 class RewardModel:
@@ -60,5 +60,5 @@ def open_reward_model(ref: ModelRef, chat: Chat, config: EngineConfig) -> Reward
     if model.config.num_labels != 1:
         raise UserError(f"{ref.name}: gives {model.config.num_labels} numbers for a text; a reward model gives one (num_labels 1)")
     if config.dtype == "auto" and model.dtype != torch.float32:
-        model = model.to(half_precision(device) or torch.float32)
+        model = cast(model, half_precision(device) or torch.float32)
     return RewardModel(model.to(device), chat, config)

@@ -16,7 +16,7 @@ from ..chat import Chat, load_chat
 from ..errors import UserError
 from ..hardware import half_precision, pick_device
 from ..head import Scorer
-from ..models import context_length, load_model, model_identity, quantisation, resolve_model
+from ..models import cast, context_length, load_model, model_identity, quantisation, resolve_model
 from .base import NOT_FINITE, ChoiceRequest, Completion, EngineConfig, Request, ScoreRequest, TokenLogprobs
 from .stops import StopTexts
 
@@ -319,7 +319,7 @@ def open(model: str, config: EngineConfig, *, revision: str | None = None) -> Tr
     else:
         loaded = load_model(ref, dtype=config.dtype)
         if config.dtype == "auto" and loaded.dtype != torch.float32:
-            loaded = loaded.to(half_precision(device) or torch.float32)
+            loaded = cast(loaded, half_precision(device) or torch.float32)
         check_room(loaded, device, ref.name)
         loaded = loaded.to(device)
     return TransformersEngine(loaded, chat, identity=model_identity(ref), batch_tokens=config.batch_tokens)

@@ -1,5 +1,6 @@
 """The embedded engine: each row as if it were alone, streamed as it finishes, faults as data."""
 
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sftkit.core.engines import loading
+from sftkit.core.engines import loading, transformers_engine
 from sftkit.core.engines.base import Completion, EngineConfig, Request, Sampling, ScoreRequest
 from sftkit.core.engines.loading import choose, settle
 from sftkit.core.engines.registry import open_engine
@@ -300,6 +301,20 @@ def test_a_batch_on_a_gpu_is_what_fits_its_free_memory(engine: TransformersEngin
         list(engine.generate(wanted))
         assert sizes[0] == min(len(wanted), max(1, fitting))
         assert sum(sizes) == len(wanted)
+
+
+@pytest.mark.parametrize("own", [torch.bfloat16, torch.float16])
+def test_half_precision_is_of_the_weights_alone(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: torch.dtype
+) -> None:
+    """The frequencies of rotary positions in bfloat16 would misplace tokens that are far apart."""
+    shutil.copytree(tiny_model, tmp_path / "half")
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=own).save_pretrained(tmp_path / "half")
+    monkeypatch.setattr(transformers_engine, "half_precision", lambda device: torch.bfloat16)
+    found = open_engine(str(tmp_path / "half"), EngineConfig(engine="transformers", device="cpu"))
+    assert {each.dtype for each in found.model.parameters()} == {torch.bfloat16}  # type: ignore[attr-defined]
+    assert {each.dtype for each in found.model.buffers()} == {torch.float32}  # type: ignore[attr-defined]
+    assert answers(found, requests(found, Sampling(temperature=0, max_new_tokens=4)))  # type: ignore[arg-type]
 
 
 def test_a_device_that_is_not_there(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
