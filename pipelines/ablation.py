@@ -10,18 +10,14 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from ..core.chat import load_chat
 from ..core.config import to_mapping
 from ..core.errors import UserError
 from ..core.example import tools_of
 from ..core.files import read_json, write_json
 from ..core.formats import iterate_examples
-from ..core.models import resolve_model
 from ..core.run import Run, is_done
 from ..core.statistics import Estimate, bootstrap_ratio_difference, cluster_sums, holm, sign_flip
-from ..evaluate.loss import loss
 from ..evaluate.results import aligned
-from ..train.sft import train
 from .config import AblationConfig
 
 log = logging.getLogger(__name__)
@@ -119,6 +115,11 @@ def ablate(source: Path, model: str, out: Path, config: AblationConfig, *, heldo
     rows = heldout or source / "curate" / "heldout.jsonl"
     if not rows.exists():
         raise UserError(f"{rows}: there is no such file; give --heldout FILE, or build the run with heldout: {{prompts: 100}}")
+    from ..core.chat import load_chat  # after what a user may have to mend, and never for a report: torch takes seconds to import
+    from ..core.models import resolve_model
+    from ..evaluate.loss import loss
+    from ..train.sft import train
+
     chat = load_chat(resolve_model(model))
     sizes = {name: _size(path, chat) for name, path in data.items()}
     with Run.create(out) as run:

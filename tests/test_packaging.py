@@ -81,6 +81,14 @@ def test_help_imports_nothing_heavy_and_answers_at_once() -> None:
     assert json.loads(result.stdout) == []
 
 
+def test_what_only_reads_files_and_decides_imports_nothing_heavy() -> None:
+    names = ("intake", "score", "filters", "dedup", "selection", "mix", "certificate", "show", "export")
+    modules = ", ".join(["sftkit.pipelines.report", *(f"sftkit.curate.{name}" for name in names)])
+    code = f"import json, sys, {modules}\nprint(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert json.loads(result.stdout) == []
+
+
 def test_help_answers_within_three_tenths_of_a_second() -> None:
     def seconds() -> float:  # of the processor: what else the machine does is not ours
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
