@@ -26,7 +26,7 @@ def write_atomically(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except Exception as error:
-        number = _number_of(error)
+        number = _number_of(error, temporary)
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
@@ -34,10 +34,11 @@ def write_atomically(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _number_of(error: Exception) -> int | None:
-    """Return the system's number of an error while writing that names no file, or that polars or numpy only put in words; else None."""
+def _number_of(error: Exception, temporary: Path) -> int | None:
+    """Return the system's number of an error while writing that names no file, or `temporary`, or is polars' or numpy's; else None."""
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno if error.errno in FULL and error.filename is None else None
+        is_ours = error.errno in FULL if error.filename is None else error.filename == str(temporary)
+        return error.errno if is_ours else None
     if told := re.search(r"\(os error (\d+)\)", str(error)):
         return int(told[1])
     full = "thrift: transport error" in str(error) or (isinstance(error, OSError) and "written" in str(error))

@@ -149,6 +149,20 @@ def test_a_full_disk_has_its_number_whoever_writes(error: Exception, number: int
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_that_cannot_be_written_is_told_and_not_the_temporary_name(tmp_path: Path) -> None:
+    def save() -> None:
+        with write_atomically(tmp_path / "a") as temporary:
+            temporary.mkdir()
+            try:
+                temporary.write_text("x")
+            finally:
+                temporary.rmdir()
+
+    with pytest.raises(IsADirectoryError) as told:
+        save()
+    assert told.value.filename == str(tmp_path / "a")
+
+
 @pytest.mark.parametrize("error", [ValueError("a bug of what was written"), pl.exceptions.ComputeError("no such column")])
 def test_what_is_no_fault_of_the_disk_stays_what_it_is(error: Exception, tmp_path: Path) -> None:
     with pytest.raises(type(error)) as told, write_atomically(tmp_path / "a"):
