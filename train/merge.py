@@ -14,7 +14,7 @@ import torch
 from ..core.chat import Chat, load_chat
 from ..core.errors import UserError
 from ..core.files import read_json, write_json
-from ..core.models import ModelRef, final_facts, load_model, load_settings, model_identity, resolve_model
+from ..core.models import ModelRef, cast, final_facts, load_model, load_settings, model_identity, resolve_model
 from .disk import make_place_for, room_on_disk
 
 log = logging.getLogger(__name__)
@@ -171,8 +171,9 @@ def merge_adapter(model: Any, prompts: Sequence[Sequence[int]], dtype: torch.dty
     apart = _last_logprobs(model, asked)
     with model.disable_adapter():
         learned = _divergence(apart, _last_logprobs(model, asked))
-    whole = model.merge_and_unload().to(dtype).float()
-    return whole.to(dtype), _divergence(apart, _last_logprobs(whole, asked)), learned
+    whole = cast(model.merge_and_unload(), dtype).float()
+    off = _divergence(apart, _last_logprobs(whole, asked))
+    return cast(whole, dtype), off, learned
 
 
 def _divergence(one: torch.Tensor, other: torch.Tensor) -> float:
