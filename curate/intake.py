@@ -147,7 +147,7 @@ def _candidate_text(candidate: Any, place: str) -> tuple[str | None, dict[str, A
 def _reference(example: Example, config: ImportConfig) -> str | None:
     names = (config.reference_column,) if config.reference_column else REFERENCES
     value = next((example.meta[name] for name in names if example.meta.get(name) is not None), None)
-    if value is None and config.reference_column:
+    if config.reference_column and config.reference_column not in example.meta:  # null in one row, that row has none
         raise UserError(f"{example.source}: no column {config.reference_column!r}; there are {', '.join(example.meta) or 'no others'}")
     return None if value is None else str(value)
 

@@ -11,6 +11,7 @@ from sftkit.core.formats import read_examples
 from sftkit.core.run import Run
 from sftkit.curate.config import ImportConfig
 from sftkit.curate.intake import take_in
+from sftkit.curate.rows import load_rows
 
 ROW = {"问题": "一加一？", "回答": "二", "prompt": "template 7", "topic": "x"}
 
@@ -86,3 +87,12 @@ def test_columns_of_ours_that_hold_something_else_stay_in_meta(tmp_path: Path) -
     assert [each.meta.get("source") for each in found] == [5, {"url": "u"}, None]
     assert [each.source.rpartition("/")[2] for each in found] == ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3"]
     assert found[2].meta == {"num_tokens": 10**30}
+
+
+def test_a_row_whose_reference_is_null_has_none(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "response": "b", "gold_label": gold} for gold in ("3", None)]
+    taken(rows, tmp_path, reference_column="gold_label")
+    assert load_rows(Run.open(tmp_path / "run"))["reference"].to_list() == ["3", None]
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match=r"rows.jsonl:1: no column 'gold'; there are gold_label"):
+        taken(rows, tmp_path / "other", reference_column="gold")
