@@ -1,6 +1,7 @@
 """Show rows of a run or a data file in the terminal, and why a row stayed or left."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +23,8 @@ from ..core.run import Run
 from ..core.text import shortened, visible
 from .rows import KEY, keys, load_rows, message_text
 from .score import known_scores, read_score
+
+log = logging.getLogger(__name__)
 
 ROLE_STYLES = {"system": "dim", "user": "bold", "assistant": "green", "tool": "cyan"}
 
@@ -49,6 +52,10 @@ def show(
     shown = list(_of_run(Run.open(Path(source)), limit, wanted, rejected) if is_run(source) else _of_file(source, limit, wanted))
     if wanted and not shown:
         raise UserError(f"{source}: no row {wanted!r}; the ids stand in its ledger and data set")
+    if not shown and is_run(source):
+        rules = Run.open(Path(source)).ledger.summary().filter(pl.col("action") != "kept").sort("rows", descending=True)["rule"]
+        named = ", ".join(dict.fromkeys(rules)) or "none"
+        log.warning("%s: no row is left to show; --rejected RULE shows what a rule removed: %s", source, named)
     console = console or Console()
     for row in shown:
         console.print(_panel(row))

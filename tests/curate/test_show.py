@@ -48,3 +48,12 @@ def test_why_tells_the_samples_of_a_prompt_apart(
     ]
     assert out.splitlines()[5] == "      for it stands aaaa0000aaaa0000/0: q"
     assert cli("curate", "why", "aaaa0000aaaa0000/1", run.path)[1].count("\n") == 4
+
+
+def test_a_run_without_rows_says_so_and_what_removed_them(toy_run: Callable[..., Run], cli: Callable[..., tuple[int, str, str]]) -> None:
+    run = toy_run([{"prompt": "p", "response": "r"}])
+    filter_rows(run, FilterConfig(min_words=9))
+    run.close()
+    code, out, err = cli("curate", "show", run.path)
+    assert (code, out) == (0, "")
+    assert "no row is left to show; --rejected RULE shows what a rule removed: min_words" in err
