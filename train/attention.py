@@ -6,14 +6,20 @@ transformers offers this through packages and kernels that have to be fetched; P
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
 from itertools import pairwise
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from ..core.chat import Chat
+from .data import Row
+from .head import log_likelihoods, scored_states
+from .packing import Packs
 
 try:
     from . import row_attention
@@ -27,6 +33,7 @@ T = TypeVar("T")
 NAME = "sftkit_packed"
 # By heads of at most so many numbers, the length up to which tiles are cut from the pack; longer rows fill those that PyTorch gives each.
 SHORT = {64: 2048, 128: 1024, 256: 512}
+BEHIND = 4  # tokens behind a row in which it shows whether a state, or a short convolution, went over its border
 CLOSE = 0.02  # of a tensor's length: how far sound kernels may be from float32; 16-bit rounding alone takes them 0.005 away
 
 _answers: dict[tuple[Any, ...], Any] = {}  # of what is tried once
@@ -220,3 +227,54 @@ def _varlen_arguments() -> frozenset[str]:
 
 
 _VARLEN_ARGUMENTS = _varlen_arguments()
+
+
+@torch.no_grad()
+def keeps_rows_apart(model: Any, rows: Sequence[Row], chat: Chat) -> bool:
+    """Say whether a model computes the same for rows end to end as for each alone: some carry a state from token to token, or attend
+    in ways that a kernel for variable lengths does not know. Those are trained row by row, which is said aloud.
+    """
+    few = [
+        Row(row.key, row.tokens, np.ones(len(row), dtype=np.bool_)) for row in sorted(rows, key=lambda row: (len(row) < 8, len(row)))[:3]
+    ]
+    first = max(range(len(few)), key=lambda place: (len(few[place]), -place))  # where it stands in the pack
+    turned = [Row(row.key, row.tokens[::-1], row.trained) if place == first else row for place, row in enumerate(few)]
+    told: dict[str, Any] = {"batch_size": len(few), "batch_tokens": 1 << 30, "seed": 0, "pad": chat.pad_id}
+    training = model.training
+    model.eval()
+    found, reason = [], ""
+    try:
+        found.append(_log_likelihoods(model, Packs(few, alone=True, **told)))
+        use_packed_attention(model)
+        found += [_log_likelihoods(model, Packs(each, **told)) for each in (few, turned)]
+    except (ValueError, AttributeError, TypeError, RuntimeError) as error:
+        if len(found) == 0 or isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:160]
+    finally:
+        use_own_attention(model)
+        model.train(training)
+    if not found[0].isfinite().all():
+        return True  # of a broken model nothing can be said, and training says so
+    if not reason:
+        whole = next(model.parameters()).dtype == torch.float32
+        scale = max(1.0, -float(found[0].mean()))
+        off = float((found[1] - found[0]).abs().mean())  # token by token: in a sum what is too much hides what is too little
+        behind = len(few[first]) - 1
+        seen = float((found[2] - found[1])[behind : behind + BEHIND].abs().max()) if len(few) > 1 else 0.0
+        if off <= (1e-3 if whole else 2e-2) * scale and seen <= (1e-3 if whole else 1e-2) * scale:
+            return True
+        reason = f"log-probabilities off by {off:.2g} nats a token, and by {seen:.2g} behind another row"
+    log.warning("%s does not keep rows apart that stand end to end (%s): each row is a forward pass of its own, which is slower",
+                type(model).__name__, reason)  # fmt: skip
+    return False
+
+
+def _log_likelihoods(model: Any, packs: Packs) -> torch.Tensor:
+    """Return log p of each token that is learned, float32 [N], in the order of the packs."""
+    device, parts = next(model.parameters()).device, []
+    for place in range(len(packs)):
+        batch = {name: each.to(device) if hasattr(each, "to") else each for name, each in packs[place].items()}
+        scored, head = scored_states(model, batch)
+        parts.append(log_likelihoods(scored, head, batch["targets"])[: batch["num_targets"]].cpu())
+    return torch.cat(parts)

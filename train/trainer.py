@@ -13,28 +13,28 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..core.chat import Chat
-from ..core.errors import Diverged
+from ..core.errors import Diverged, UserError
 from ..core.files import read_json_lines, write_json_lines
 from ..core.progress import Progress
 from .adapters import fuse_adapters
-from .attention import attends_packed, use_own_attention, use_packed_attention
+from .attention import attends_packed, keeps_rows_apart, use_own_attention, use_packed_attention
 from .checkpoints import mark_whole
 from .collective import over_processes
 from .compiling import COMPILED_STEPS, can_compile
 from .config import TrainConfig
 from .data import Row
-from .head import log_likelihoods, loss_sum, scored_states
+from .head import loss_sum
 from .memory import decoder_layers, token_flops
 from .packing import Packs
 from .recorded import Recorded, can_record
@@ -43,7 +43,6 @@ from .stops import AFTER_SAVING
 log = logging.getLogger(__name__)
 
 NAMED = 8  # rows in an error
-BEHIND = 4  # tokens behind a row in which it shows whether a state, or a short convolution, went over its border
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
@@ -105,6 +104,25 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         least = 1e-6 if "weight" in inputs else 1
         loss: torch.Tensor = model(packed={**inputs, **self.learning}) / num_items_in_batch.clamp(min=least)
         return loss * self.args.world_size  # gradients are averaged over the processes
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint's weights by the names that they have here: transformers writes experts one by one, and reads none back."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            model.__dict__.pop("save_pretrained", None)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raise UserError for a checkpoint that lacks weights: they would be those of the start again."""
+        state = self.model.state_dict(keep_vars=True)
+        loaded = {id(each) for name, each in state.items() if name not in load_result.missing_keys}
+        lost = [*(name for name in load_result.missing_keys if id(state[name]) not in loaded), *load_result.unexpected_keys]
+        if lost:
+            raise UserError(f"the checkpoint cannot be gone on from: {lost[0]} and {len(lost) - 1} others are not as the model has them;"
+                            " delete train/checkpoints, and it begins anew")  # fmt: skip
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Return nothing: what transformers counts here walks through all weights at every step."""
@@ -365,57 +383,6 @@ def quieten(trainer: Any) -> None:
             trainer.remove_callback(callback)
 
 
-@torch.no_grad()
-def keeps_rows_apart(model: Any, rows: Sequence[Row], chat: Chat) -> bool:
-    """Say whether a model computes the same for rows end to end as for each alone: some carry a state from token to token, or attend
-    in ways that a kernel for variable lengths does not know. Those are trained row by row, which is said aloud.
-    """
-    few = [
-        Row(row.key, row.tokens, np.ones(len(row), dtype=np.bool_)) for row in sorted(rows, key=lambda row: (len(row) < 8, len(row)))[:3]
-    ]
-    first = max(range(len(few)), key=lambda place: (len(few[place]), -place))  # where it stands in the pack
-    turned = [Row(row.key, row.tokens[::-1], row.trained) if place == first else row for place, row in enumerate(few)]
-    told: dict[str, Any] = {"batch_size": len(few), "batch_tokens": 1 << 30, "seed": 0, "pad": chat.pad_id}
-    training = model.training
-    model.eval()
-    found, reason = [], ""
-    try:
-        found.append(_log_likelihoods(model, Packs(few, alone=True, **told)))
-        use_packed_attention(model)
-        found += [_log_likelihoods(model, Packs(each, **told)) for each in (few, turned)]
-    except (ValueError, AttributeError, TypeError, RuntimeError) as error:
-        if len(found) == 0 or isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = " ".join(str(error).split())[:160]
-    finally:
-        use_own_attention(model)
-        model.train(training)
-    if not found[0].isfinite().all():
-        return True  # of a broken model nothing can be said, and training says so
-    if not reason:
-        whole = next(model.parameters()).dtype == torch.float32
-        scale = max(1.0, -float(found[0].mean()))
-        off = float((found[1] - found[0]).abs().mean())  # token by token: in a sum what is too much hides what is too little
-        behind = len(few[first]) - 1
-        seen = float((found[2] - found[1])[behind : behind + BEHIND].abs().max()) if len(few) > 1 else 0.0
-        if off <= (1e-3 if whole else 2e-2) * scale and seen <= (1e-3 if whole else 1e-2) * scale:
-            return True
-        reason = f"log-probabilities off by {off:.2g} nats a token, and by {seen:.2g} behind another row"
-    log.warning("%s does not keep rows apart that stand end to end (%s): each row is a forward pass of its own, which is slower",
-                type(model).__name__, reason)  # fmt: skip
-    return False
-
-
-def _log_likelihoods(model: Any, packs: Packs) -> torch.Tensor:
-    """Return log p of each token that is learned, float32 [N], in the order of the packs."""
-    device, parts = next(model.parameters()).device, []
-    for place in range(len(packs)):
-        batch = {name: each.to(device) if hasattr(each, "to") else each for name, each in packs[place].items()}
-        scored, head = scored_states(model, batch)
-        parts.append(log_likelihoods(scored, head, batch["targets"])[: batch["num_targets"]].cpu())
-    return torch.cat(parts)
-
-
 def compile_layers(model: Any) -> None:
     """Compile each decoder layer in place: layers share their code, so it is compiled once, in seconds, and not the model in minutes.
 
@@ -432,6 +399,7 @@ def unwrapped(trainer: Trainer) -> Any:
     trainer.drop_recording()
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     undress(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    model.__dict__.pop("forward", None)  # of an adapter accelerate dressed the outside: it would compute in 16 bits
     return model
 
 

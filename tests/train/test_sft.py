@@ -132,6 +132,8 @@ def test_an_adapter_is_merged_and_saved_beside_the_model(tmp_path: Path, tiny_mo
         apart = PeftModel.from_pretrained(load_model(resolve_model(tiny_model)), adapter).eval()(ids).logits
         merged = load_model(resolve_model(result.run))(ids).logits
     torch.testing.assert_close(merged, apart, rtol=1e-4, atol=1e-4)
+    # the adapter was asked outside of autocast, as the merged model is
+    assert json.loads((result.model / "sftkit.json").read_text())["merged"]["kl"] < 1e-6
 
 
 def test_layers_are_taken_out_of_the_start(tmp_path: Path, tiny_model: Path, chats) -> None:
@@ -168,6 +170,32 @@ def test_killed_and_gone_on_the_losses_are_those_of_a_run_in_one_piece(tmp_path:
     assert [line["num_tokens"] for line in metrics(run) if "loss" in line] == [
         line["num_tokens"] for line in metrics(whole.run) if "loss" in line
     ]
+
+
+def test_experts_that_were_trained_are_gone_on_from(tmp_path: Path, tiny_model: Path, chats, monkeypatch) -> None:
+    """Checkpoints of transformers name each expert as the Hub's files do, by names that its trainer reads none of."""
+    from sftkit.train.trainer import Watch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    start = load_chat(resolve_model(tiny_model))
+    start.save(tmp_path / "start")
+    MixtralForCausalLM(MixtralConfig(vocab_size=1024, num_local_experts=2, num_experts_per_tok=1, **shape)).save_pretrained(
+        tmp_path / "start"
+    )
+    data, settings = chats(16), config(epochs=1.0, logging_steps=1, batch_size=4, validation=0.0, stop_check=0, learning_rate=1e-2)
+    whole = train(data, str(tmp_path / "start"), tmp_path / "whole", settings)
+    plain = Watch.on_step_end
+
+    def stop(self: Watch, args: object, state, control: object, **told: object) -> None:
+        self.stopped = state.global_step == 2
+        plain(self, args, state, control, **told)
+
+    monkeypatch.setattr(Watch, "on_step_end", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(data, str(tmp_path / "start"), tmp_path / "run", settings)
+    monkeypatch.undo()
+    assert train(data, str(tmp_path / "start"), tmp_path / "run", settings).last_loss == pytest.approx(whole.last_loss, abs=1e-5)
 
 
 def test_asked_to_stop_it_saves_first(tmp_path: Path, tiny_model: Path, chats) -> None:
