@@ -16,15 +16,17 @@ from .config import TrainConfig
 
 SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that read one input, by their names in transformers
 PIECES = 32
+STATE_SPACE = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # their kernels read out_proj past PEFT, which refuses it
 
 
-def adapter_config(config: TrainConfig) -> Any:
-    """Return the adapter that a run trains, as PEFT wants it."""
+def adapter_config(config: TrainConfig, kind: str = "") -> Any:
+    """Return the adapter that a run trains, as PEFT wants it, for a model of a `kind` (its model_type)."""
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules="all-linear",
+        exclude_modules=["out_proj", "conv1d"] if kind in STATE_SPACE else None,
         task_type="CAUSAL_LM",
     )
 

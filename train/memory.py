@@ -235,7 +235,7 @@ def bare_model(settings: Any, load: Load) -> Any:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            adapted = get_peft_model(model, adapter_config(TrainConfig(lora_rank=load.rank)))
+            adapted = get_peft_model(model, adapter_config(TrainConfig(lora_rank=load.rank), settings.model_type))
         if not load.quantised:  # four bits are PEFT's own affair
             fuse_adapters(adapted)
         for weight in model.parameters() if load.quantised and load.half is not torch.float16 else ():

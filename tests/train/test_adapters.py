@@ -132,3 +132,15 @@ def test_what_compiled_code_is_told_of_the_products_is_so() -> None:
     narrow, *outs = products(*given)
     for of_input in (True, False):
         torch.library.opcheck(products_backward, ([torch.randn_like(each) for each in outs], x, narrow, weights, down, ups, 2.0, of_input))
+
+
+def test_a_state_space_model_gets_an_adapter_where_peft_allows_it() -> None:
+    from peft import get_peft_model
+    from sftkit.train.adapters import adapter_config
+    from sftkit.train.config import TrainConfig
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    shape = {"hidden_size": 32, "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "num_hidden_layers": 1}
+    model = Mamba2ForCausalLM(Mamba2Config(vocab_size=64, **shape))
+    adapted = get_peft_model(model, adapter_config(TrainConfig(), model.config.model_type))
+    assert [name for name, each in adapted.named_modules() if type(each).__name__ == "Linear" and hasattr(each, "lora_A")]
