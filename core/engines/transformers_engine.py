@@ -94,7 +94,7 @@ class TransformersEngine:
                     sound.append(request)
             sound.sort(key=lambda each: len(each.prompt_ids) + each.sampling.max_new_tokens, reverse=True)
             while sound:
-                longest = len(sound[0].prompt_ids) + max(each.sampling.max_new_tokens for each in sound)
+                longest = max(len(each.prompt_ids) for each in sound) + max(each.sampling.max_new_tokens for each in sound)
                 size = max(1, min(self._batch_tokens // longest, self._fitting(longest)))
                 batch, sound = sound[:size], sound[size:]
                 yield from self._with_halving(batch)
