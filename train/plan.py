@@ -39,6 +39,9 @@ SHORT_PASS = 0.1  # seconds; the passes behind the shares took more, and in shor
 SHORT_RECORDED = 0.005  # the same where they are recorded: of 2,000 tokens and more, none was slower than long ones
 MATRIX_SHARE = 0.8  # of its data sheet's figure a card reaches in a large matrix product: 795 of 989 TFLOP/s on that H200
 
+# What code raises that looks at values, which a replay lacks, or that takes no packs.
+UNPLANNED = (RuntimeError, AttributeError, TypeError, ValueError, LookupError, AssertionError, StopIteration)
+
 
 @dataclass(frozen=True, slots=True)
 class Card:
@@ -176,10 +179,15 @@ def plans(
     size = getattr(settings.get_text_config(), "vocab_size", None)
     report = load_rows(data, load_chat(ref), config, context=context_length(settings), vocabulary=size).report
     known: dict[Load, Memory] = {}
-    return [
-        MemoryPlan(card=card, report=report, options=tuple(_options(settings, report, config, card, known)), basis=_basis(card))
-        for card in cards
-    ]
+    try:
+        return [
+            MemoryPlan(card=card, report=report, options=tuple(_options(settings, report, config, card, known)), basis=_basis(card))
+            for card in cards
+        ]
+    except UNPLANNED as error:
+        told = " ".join(str(error).split())[:160]
+        raise UserError(f"plan: memory cannot be planned for {settings.model_type} ({told}); `sftkit train sft` finds by trying what fits"
+        ) from error  # fmt: skip
 
 
 def _card(config: TrainConfig, gpu: str | None) -> Card:

@@ -296,3 +296,14 @@ def test_pairs_take_what_is_planned_for_rows(compiled, monkeypatch) -> None:
 
     monkeypatch.setattr(head, "loss_sum", of_pairs)
     assert predict(settings, asked).peak < plan.SLACK * rows + 8e7
+
+
+def test_what_cannot_be_replayed_is_one_line(tiny_model, chats, monkeypatch) -> None:
+    from sftkit.train import plan as module
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("Expected inputs of BF16 type")
+
+    monkeypatch.setattr(module, "_options", fail)
+    with pytest.raises(module.UserError, match="memory cannot be planned for llama"):
+        module.plan(chats(8), str(tiny_model), TrainConfig(), gpu="24GB")
