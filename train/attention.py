@@ -257,12 +257,13 @@ def keeps_rows_apart(model: Any, rows: Sequence[Row], chat: Chat) -> bool:
     if not found[0].isfinite().all():
         return True  # of a broken model nothing can be said, and training says so
     if not reason:
-        whole = next(model.parameters()).dtype == torch.float32
+        # of 16-bit logits two kernels' differ by a digit here and there, which is an eighth where they are 16 to 32
+        allowed = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
         scale = max(1.0, -float(found[0].mean()))
         off = float((found[1] - found[0]).abs().mean())  # token by token: in a sum what is too much hides what is too little
         behind = len(few[first]) - 1
         seen = float((found[2] - found[1])[behind : behind + BEHIND].abs().max()) if len(few) > 1 else 0.0
-        if off <= (1e-3 if whole else 2e-2) * scale and seen <= (1e-3 if whole else 1e-2) * scale:
+        if max(off, seen) <= allowed * scale:
             return True
         reason = f"log-probabilities off by {off:.2g} nats a token, and by {seen:.2g} behind another row"
     log.warning("%s does not keep rows apart that stand end to end (%s): each row is a forward pass of its own, which is slower",
