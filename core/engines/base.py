@@ -34,7 +34,7 @@ class EngineConfig:
     )
     concurrency: int = setting(64, "Requests in flight at a server; twice this waits in memory.")
     batch_tokens: int = setting(
-        16_384, "Upper limit of tokens (prompt and answer) in one batch of the transformers engine; of answers on a GPU 16 times as many."
+        16_384, "Most tokens (prompt and answer) in a batch of the transformers engine; left as it is, a GPU takes 16 times that to answer."
     )
     device: str | None = setting(None, "Where the transformers engine runs: cpu, cuda, cuda:1; found by itself when not given.")
     dtype: str = setting("auto", "Number format of the weights.", choices=("auto", "bfloat16", "float16", "float32"))

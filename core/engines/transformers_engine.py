@@ -65,9 +65,11 @@ class TransformersEngine:
         self.context_length = context_length(model.config)
         self._chat = chat
         self._fills = model.device.type == "cuda" and not together  # the free memory with a batch
-        self._batch_tokens = batch_tokens * (ON_GPU if self._fills else 1)
+        meant = batch_tokens != EngineConfig.batch_tokens
+        self._batch_tokens = batch_tokens * (ON_GPU if self._fills and not meant else 1)
         # transformers renames the argument in 5.24 and warns about the old name
-        self._cache_argument = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+        taken = inspect.signature(type(model).forward).parameters
+        self._cache_argument = next((each for each in ("cache", "past_key_values") if each in taken), None)
         self.steps = 0
         self._stop = torch.tensor(chat.stop_ids, device=model.device)
         self._stop_texts = StopTexts(chat.decode)
@@ -82,7 +84,13 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Answer requests; each completion is given as soon as its row stops. Longest prompts first within a window."""
+        """Answer requests; each completion is given as soon as its row stops. Longest prompts first within a window.
+
+        Raises UserError for a model that keeps what it has read outside of transformers' cache (RWKV, GPT-1), or not at all.
+        """
+        if self._cache_argument is None:
+            kind = type(self.model).__name__
+            raise UserError(f"{kind}: takes no cache of what it has read; the transformers engine can score with it, not answer")
         waiting = iter(requests)
         while window := list(islice(waiting, WINDOW)):
             sound = []

@@ -16,7 +16,7 @@ from sftkit.core.engines.registry import open_engine
 from sftkit.core.engines.stops import StopTexts
 from sftkit.core.engines.transformers_engine import TransformersEngine, row_bytes, sample
 from sftkit.core.errors import UserError
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, RwkvConfig, RwkvForCausalLM
 
 PROMPTS = ["hi", "What is the difference between a thread and a process?", "Calculate 1+1-1", "你好", "a b c d e f g h i j k l m n o p"]
 
@@ -265,16 +265,17 @@ def test_what_fits_is_reckoned_from_what_is_free(engine: TransformersEngine, mon
     monkeypatch.setattr(torch, "tensor", lambda values, device: torch.zeros(len(values)))  # there is no such card
     monkeypatch.setattr(type(engine.model), "device", torch.device("cuda:0"))
     alone, shared = (
-        TransformersEngine(engine.model, engine.chat, identity="", batch_tokens=1000, together=together) for together in (False, True)
+        TransformersEngine(engine.model, engine.chat, identity="", batch_tokens=16_384, together=together) for together in (False, True)
     )
     row = row_bytes(engine.model.config, 600, engine.model.dtype.itemsize)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (12 * row, 1000 * row))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100 * row)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 92 * row)
     assert alone._fitting(600) == 10  # half of what is free and of what the process holds and does not use
-    assert alone._batch_tokens == 16_000
+    assert alone._batch_tokens == 16 * 16_384
+    assert TransformersEngine(engine.model, engine.chat, identity="", batch_tokens=1000)._batch_tokens == 1000  # what is given is meant
     assert shared._fitting(600) == 512  # another process of the training has other memory free, and must take the same steps
-    assert shared._batch_tokens == 1000
+    assert shared._batch_tokens == 16_384
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "gemma3n", "gemma4", "qwen3_next", "falcon_h1", "mamba", "gpt2", "deepseek_v3", "llava"])
@@ -321,3 +322,12 @@ def test_a_device_that_is_not_there(tiny_model: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="no usable GPU"):
         open_engine(str(tiny_model), EngineConfig(engine="transformers", device="cuda"))
+
+
+def test_a_model_without_a_cache_is_refused_for_answers(engine: TransformersEngine) -> None:
+    size = {"vocab_size": len(engine.chat.tokenizer), "hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16}
+    model = RwkvForCausalLM(RwkvConfig(**size))
+    other = TransformersEngine(model.eval(), engine.chat, identity="rwkv", batch_tokens=256)
+    with pytest.raises(UserError, match=r"RwkvForCausalLM: takes no cache of what it has read"):
+        next(other.generate(requests(engine, Sampling(temperature=0, max_new_tokens=2))))
+    assert np.isfinite(next(other.logprobs([ScoreRequest(key="k", ids=(1, 2, 3), start=1)])).logprobs).all()
