@@ -69,7 +69,7 @@ class TransformersEngine:
         self._batch_tokens = batch_tokens * (ON_GPU if self._fills and not meant else 1)
         # transformers renames the argument in 5.24 and warns about the old name
         taken = inspect.signature(type(model).forward).parameters
-        self._cache_argument = next((each for each in ("cache", "past_key_values") if each in taken), None)
+        self._cache_argument = next((each for each in ("cache", "past_key_values") if each in taken), "")
         self.steps = 0
         self._stop = torch.tensor(chat.stop_ids, device=model.device)
         self._stop_texts = StopTexts(chat.decode)
@@ -88,7 +88,7 @@ class TransformersEngine:
 
         Raises UserError for a model that keeps what it has read outside of transformers' cache (RWKV, GPT-1), or not at all.
         """
-        if self._cache_argument is None:
+        if not self._cache_argument:
             kind = type(self.model).__name__
             raise UserError(f"{kind}: takes no cache of what it has read; the transformers engine can score with it, not answer")
         waiting = iter(requests)
