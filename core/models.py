@@ -176,11 +176,14 @@ def load_settings(ref: ModelRef) -> Any:
             raise UserError(f"{ref.name}: its config cannot be read: {_one_line(error)}") from error
 
 
-def quantisation(ref: ModelRef) -> str | None:
-    """Return how a model's weights are quantised, as its config names it (awq, gptq, bitsandbytes); None where they are not."""
+def quantisation(ref: ModelRef, settings: Any = None) -> str | None:
+    """Return how a model's weights are quantised, as its config names it (awq, gptq, bitsandbytes); None where they are not.
+
+    `settings` are those of `load_settings`, from one who has read them.
+    """
     if ref.path is not None and ref.path.is_file():
         return None  # a GGUF file is unpacked
-    found = getattr(load_settings(ref), "quantization_config", None)
+    found = getattr(load_settings(ref) if settings is None else settings, "quantization_config", None)
     if found is None:
         return None
     kind = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)

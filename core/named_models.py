@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from .chat import Chat, load_chat
 from .engines.base import Engine, EngineConfig
@@ -50,10 +51,14 @@ def find_models(models: Mapping[str, str], engine: EngineConfig, *, answers: tup
     """
     if not models:
         raise UserError("no model was given: expected at least one, as {'base': MODEL}")
-    if answers is not None and choose(engine) != "openai":
-        refs = [resolve_model(reference) for reference in models.values()]
-        engine = settle(engine, *answers, quantised=any(quantisation(each) is not None for each in refs))
-    found = [_find(name, reference, engine) for name, reference in models.items()]
+    if choose(engine) == "openai":
+        found = [_serve(name, reference, engine) for name, reference in models.items()]
+    else:
+        refs = {name: resolve_model(reference) for name, reference in models.items()}
+        settings = {name: load_settings(ref) for name, ref in refs.items()}
+        if answers is not None:
+            engine = settle(engine, *answers, quantised=any(quantisation(ref, settings[name]) is not None for name, ref in refs.items()))
+        found = [_find(name, models[name], ref, settings[name], engine) for name, ref in refs.items()]
     first: dict[tuple[str, str | None], str] = {}
     for model in found:
         same = first.setdefault((model.identity, model.template), model.name)
@@ -62,15 +67,16 @@ def find_models(models: Mapping[str, str], engine: EngineConfig, *, answers: tup
     return found
 
 
-def _find(name: str, reference: str, engine: EngineConfig) -> NamedModel:
-    if choose(engine) == "openai":
-        with closing(open_engine(reference, engine)) as server:
-            return NamedModel(name, reference, server.identity, server.chat, None, server.context_length, engine)
-    ref = resolve_model(reference)
+def _serve(name: str, reference: str, engine: EngineConfig) -> NamedModel:
+    with closing(open_engine(reference, engine)) as server:
+        return NamedModel(name, reference, server.identity, server.chat, None, server.context_length, engine)
+
+
+def _find(name: str, reference: str, ref: ModelRef, settings: Any, engine: EngineConfig) -> NamedModel:
     chat = load_chat(ref)
     template = chat.fingerprint()
     _check_template(name, ref, template)
-    lengths = [context_length(load_settings(ref)), engine.max_model_len]
+    lengths = [context_length(settings), engine.max_model_len]
     context = min((each for each in lengths if each), default=None)
     return NamedModel(name, reference, model_identity(ref), chat, template, context, engine)
 

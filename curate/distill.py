@@ -56,35 +56,36 @@ class Teacher:
     chat: Chat | None  # None where a server renders
     context: int | None
     tells_logprobs: bool  # every answer comes with its log-probability: that is asked for, or costs nothing
-    _kind: str  # of ENGINES
+    _settled: EngineConfig  # which engine, and once it is open, all that it was opened with
     _engine: Engine | None = None
-    _running: EngineConfig | None = None  # what the engine was opened with
 
     @classmethod
     def find(cls, config: DistillConfig, *, prompts: int | None = None) -> "Teacher":
         """Look the teacher up; `prompts`, where few, settle what runs it. Raises UserError for none, or a server that is not reached."""
-        kind = choose(config.engine)
+        settled = replace(config.engine, engine=choose(config.engine))
         # not by what few prompts settle: the answers of a folder that grows are chosen by it together
-        tells = config.logprobs or kind == "transformers"
-        if kind == "openai":
-            engine = open_engine(config.teacher, config.engine, revision=config.revision)
-            return cls(config, engine.identity, engine.chat, engine.context_length, tells, kind, engine)
+        tells = config.logprobs or settled.engine == "transformers"
+        if settled.engine == "openai":
+            engine = open_engine(config.teacher, settled, revision=config.revision)
+            return cls(config, engine.identity, engine.chat, engine.context_length, tells, settled, engine)
         model = resolve_model(config.teacher, revision=config.revision)
+        settings = load_settings(model)
         if prompts is not None and config.json_schema is None:
-            quantised = quantisation(model) is not None
-            kind = settle(config.engine, prompts * config.k, config.max_new_tokens, quantised=quantised).engine
-        contexts = [context_length(load_settings(model)), config.engine.max_model_len]
-        return cls(config, model_identity(model), load_chat(model), min((each for each in contexts if each), default=None), tells, kind)
+            quantised = quantisation(model, settings) is not None
+            settled = settle(config.engine, prompts * config.k, config.max_new_tokens, quantised=quantised)
+        contexts = [context_length(settings), config.engine.max_model_len]
+        context = min((each for each in contexts if each), default=None)
+        return cls(config, model_identity(model), load_chat(model), context, tells, settled)
 
     @property
     def engine(self) -> Engine:
         """Open the engine, once."""
         if self._engine is None:
-            engine = tuned(replace(self.config.engine, engine=self._kind), self.identity)
-            if engine.replicas is None and engine.executor == "local" and choose(engine) == "vllm":
+            engine = tuned(self._settled, self.identity)
+            if engine.replicas is None and engine.executor == "local" and engine.engine == "vllm":
                 engine = replace(engine, replicas=1)  # a night of work is not to end with one engine
             start = time.monotonic()
-            self._engine, self._running = open_engine(self.config.teacher, engine, revision=self.config.revision), engine
+            self._engine, self._settled = open_engine(self.config.teacher, engine, revision=self.config.revision), engine
             log.info("%s: ready after %s", self.config.teacher, duration(time.monotonic() - start))  # apart from the rate of tokens
             if self._engine.identity != self.identity:
                 raise UserError(f"{self.config.teacher}: its weights changed while it was being loaded; run the same command again")
@@ -92,8 +93,8 @@ class Teacher:
 
     def gpus(self) -> list[str]:
         """Return the names of the GPUs of this machine that its engine was opened on; none where it was not, or a server's."""
-        engine = self._running
-        if engine is None or engine.executor != "local" or engine.device == "cpu":
+        engine = self._settled
+        if self._engine is None or engine.engine == "openai" or engine.executor != "local" or engine.device == "cpu":
             return []
         _, _, first = (engine.device or "").partition(":")
         return visible_gpus()[int(first or 0) :][: replica_count(engine) * engine.tensor_parallel_size]

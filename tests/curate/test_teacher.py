@@ -59,7 +59,7 @@ def test_the_cards_that_are_looked_at_are_those_that_run_it(
 @pytest.mark.usefixtures("four_cards")
 def test_what_answers_tell_does_not_change_when_a_folder_grows(settings: Callable[..., DistillConfig]) -> None:
     few, many = (Teacher.find(settings(engine={"engine": "auto", "device": None}), prompts=prompts) for prompts in (10, 10_000))
-    assert (few._kind, many._kind) == ("transformers", "vllm")
+    assert (few._settled.engine, many._settled.engine) == ("transformers", "vllm")
     assert few.tells_logprobs is many.tells_logprobs is False
     assert Teacher.find(settings(logprobs=True, engine={"engine": "auto", "device": None}), prompts=10).tells_logprobs
     assert Teacher.find(settings(engine={"engine": "transformers"}), prompts=10_000).tells_logprobs
