@@ -72,7 +72,8 @@ class Teacher:
         settings = load_settings(model)
         if prompts is not None and config.json_schema is None:
             quantised = quantisation(model, settings) is not None
-            settled = settle(config.engine, prompts * config.k, config.max_new_tokens, quantised=quantised)
+            tokens = config.max_new_tokens * (3 if config.retry_truncated else 1)  # a cut answer is made again, of twice as many
+            settled = settle(config.engine, prompts * config.k, tokens, quantised=quantised)
         contexts = [context_length(settings), config.engine.max_model_len]
         context = min((each for each in contexts if each), default=None)
         return cls(config, model_identity(model), load_chat(model), context, tells, settled)

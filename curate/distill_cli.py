@@ -71,6 +71,8 @@ def distill(prompts: str, out: Path, dry_run: bool, settings: Path | None, **opt
 
     Stopped at any time, even by `kill -9`, the same command goes on; a larger -k adds to what is there.
 
+    The engine auto gives a few short answers, 256 of up to 512 tokens, to transformers, which is done before vLLM has started.
+
     \b
     sftkit curate distill prompts.jsonl -o runs/a --teacher smollm2-135m-instruct -k 4
     sftkit curate distill prompts.jsonl -o runs/a --teacher smollm2-135m-instruct -k 8      four more of each

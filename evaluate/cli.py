@@ -57,6 +57,7 @@ def compare(models: tuple[str, ...], out: Path | None, settings: Path | None, qu
     """Ask all models the same questions and show their greedy answers side by side: who stops by itself, how long they are.
 
     In a run folder, answers are stored: the same command generates only for what changed. Without -o nothing is kept.
+    The engine auto gives a few short answers, 256 of up to 512 tokens, to transformers, which is done before vLLM has started.
 
     \b
     sftkit evaluate compare --model base=smollm2-135m-instruct --model sft=runs/b

@@ -24,7 +24,7 @@ class EngineConfig:
 
     engine: str = setting(
         "auto",
-        "What runs the model; auto is vllm where it and a GPU are, for more than transformers answers while it starts, else transformers.",
+        "What runs the model; auto is vllm where it and a GPU are, else transformers.",
         choices=ENGINES,
     )
     base_url: str | None = setting(
@@ -36,7 +36,9 @@ class EngineConfig:
     batch_tokens: int = setting(
         16_384, "Most tokens (prompt and answer) in a batch of the transformers engine; left as it is, a GPU takes 16 times that to answer."
     )
-    device: str | None = setting(None, "Where the transformers engine runs: cpu, cuda, cuda:1; found by itself when not given.")
+    device: str | None = setting(
+        None, "Where the model runs: cpu (which vLLM does not take), cuda, cuda:1; found by itself when not given."
+    )
     dtype: str = setting("auto", "Number format of the weights.", choices=("auto", "bfloat16", "float16", "float32"))
     gpu_memory_utilization: float = setting(0.9, "Share of the GPU's memory that vLLM may take.")
     kv_cache_gib: float | None = setting(

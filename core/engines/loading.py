@@ -22,12 +22,15 @@ NO_REASON = "engine core initialization failed"  # vLLM's, whose process gives i
 
 
 def choose(config: EngineConfig) -> str:
-    """Return the engine that a config means: auto is openai with a base_url, vllm where it and a GPU are, else transformers."""
+    """Return the engine that a config means: auto is openai with a base_url, vllm where it and a GPU are, else transformers.
+
+    The device cpu leaves the GPU aside, and so vLLM, which would take it.
+    """
     if config.engine != "auto":
         return config.engine
     if config.base_url:
         return "openai"
-    if importlib.util.find_spec("vllm") is not None:
+    if config.device != "cpu" and importlib.util.find_spec("vllm") is not None:
         import torch
 
         if torch.cuda.is_available():

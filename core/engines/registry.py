@@ -1,8 +1,10 @@
 """The engines by name, opened here or in processes of their own. A new engine is a new file with `open` in it, and one line here."""
 
+from dataclasses import replace
 from typing import Any
 
 from ..errors import UserError, unknown_name
+from ..hardware import visible_gpus
 from .base import EmbeddingEngine, Engine, EngineConfig
 from .loading import choose, start
 from .ray_replicas import open_ray_replicas
@@ -18,13 +20,17 @@ LOADERS = {
 def open_engine(model: str, config: EngineConfig, *, revision: str | None = None) -> Engine:
     """Open a model in the engine that the config names. Raises UserError for an engine that is unknown or not installed.
 
-    With `replicas` it runs in processes of its own: see `core.engines.replicas`.
+    With `replicas` it runs in processes of its own: see `core.engines.replicas`. So does vLLM on a card that `device` names.
     """
     name = choose(config)
     if name not in LOADERS:
         raise unknown_name("engine", name, LOADERS)
     if name == "openai" and (config.replicas is not None or config.executor == "ray"):
         raise UserError("replicas: a server runs its own; give the address of each as base_url, parted by commas")
+    if name == "vllm" and config.device == "cpu" and visible_gpus():
+        raise UserError("device cpu: vLLM runs on this machine's GPU; take the engine transformers, or leave device out")
+    if name == "vllm" and config.replicas is None and (config.device or "").startswith("cuda:"):
+        config = replace(config, replicas=1)  # it takes the first card that its process sees
     engine: Engine = _opened(LOADERS[name], model, config, revision=revision)
     return engine
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sftkit.core.engines import loading, transformers_engine
+from sftkit.core.engines import loading, registry, transformers_engine
 from sftkit.core.engines.base import Completion, EngineConfig, Request, Sampling, ScoreRequest
 from sftkit.core.engines.loading import choose, settle
 from sftkit.core.engines.registry import open_engine
@@ -250,13 +250,24 @@ def test_auto_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_for_few_answers_no_engine_is_started_that_takes_longer_than_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose(EngineConfig()) == "vllm"
+    assert choose(EngineConfig()) == choose(EngineConfig(device="cuda")) == "vllm"
+    assert choose(EngineConfig(device="cpu")) == settle(EngineConfig(device="cpu"), 9999, 9999).engine == "transformers"
     assert settle(EngineConfig(), 256, 512).engine == "transformers"
     assert settle(EngineConfig(), 257, 512).engine == settle(EngineConfig(), 256, 513).engine == "vllm"
     assert settle(EngineConfig(), 3, 100, quantised=True).engine == "vllm"
     for asked in ({"tensor_parallel_size": 2}, {"max_num_seqs": 8}, {"executor": "ray"}, {"engine": "vllm"}):
         assert settle(EngineConfig(**asked), 3, 100).engine == "vllm"
     assert settle(EngineConfig(base_url="http://localhost:1/v1"), 3, 100).engine == "openai"
+
+
+def test_vllm_runs_on_the_device_that_was_named_or_says_that_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[EngineConfig] = []
+    monkeypatch.setattr(registry, "open_replicas", lambda module, model, config, **named: opened.append(config))
+    registry.open_engine("m", EngineConfig(engine="vllm", device="cuda:1"))
+    assert (opened[0].replicas, opened[0].device) == (1, "cuda:1")  # in a process that sees this card alone
+    monkeypatch.setattr(registry, "visible_gpus", lambda: ["0", "1"])
+    with pytest.raises(UserError, match=r"^device cpu: vLLM runs on this machine's GPU; take the engine transformers"):
+        registry.open_engine("m", EngineConfig(engine="vllm", device="cpu"))
 
 
 def test_what_fits_is_reckoned_from_what_is_free(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:

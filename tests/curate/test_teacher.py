@@ -61,5 +61,8 @@ def test_what_answers_tell_does_not_change_when_a_folder_grows(settings: Callabl
     few, many = (Teacher.find(settings(engine={"engine": "auto", "device": None}), prompts=prompts) for prompts in (10, 10_000))
     assert (few._settled.engine, many._settled.engine) == ("transformers", "vllm")
     assert few.tells_logprobs is many.tells_logprobs is False
+    again = {"retry_truncated": True, "engine": {"engine": "auto", "device": None}}
+    counted = [Teacher.find(settings(**again, max_new_tokens=tokens), prompts=10)._settled.engine for tokens in (170, 171)]
+    assert counted == ["transformers", "vllm"]  # a cut answer is made again, of twice as many tokens
     assert Teacher.find(settings(logprobs=True, engine={"engine": "auto", "device": None}), prompts=10).tells_logprobs
     assert Teacher.find(settings(engine={"engine": "transformers"}), prompts=10_000).tells_logprobs
