@@ -3,7 +3,8 @@
 The model's own code, our packs' loss and autograd run on fake tensors (torch's FakeTensorMode: shapes without data), and every
 storage is counted from when it is made until it is let go. So saved activations, copies that autocast makes, gradients as they come
 and the pieces of the head are all in it, for any architecture. A few layers are replayed and the rest follows: layers are alike, so
-every phase of the step grows by the same amount with each. What runs inside kernels is added from what is known of them.
+every phase of the step grows by the same amount with each, or with each turn where kinds of layers take turns. What runs inside kernels
+is added from what is known of them. Of experts each token takes as many, whichever these are, so that routing decides no size.
 """
 
 import copy
@@ -24,11 +25,26 @@ from . import head
 from .adapters import adapter_config, fuse_adapters
 from .config import TrainConfig
 
-REPLAYED = (2, 4)  # layers in the two replays that the whole depth follows from
+REPLAYED = 2  # layers in the smaller replay, and more in the larger: the whole depth follows from these
 BLOCK = 512  # bytes: what PyTorch's allocator rounds up to
 WORKSPACE = 2 * (32 << 20)  # cuBLAS takes 32 MiB on Hopper for the forward pass's handle, and again for autograd's
 FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight in nf4 with its scales in 8 bits (Dettmers et al. 2023, arXiv 2305.14314)
 NAME = "sftkit_replayed"
+
+
+class NotReplayed(Exception):
+    """A model's own code cannot run on tensors that hold nothing, or takes no packs: it looks at values, or lacks a kernel."""
+
+
+@contextmanager
+def foreign_code() -> Iterator[None]:
+    """Raise NotReplayed for whatever the code of a model raises in this block, which is not ours."""
+    try:
+        yield
+    except NotReplayed:
+        raise
+    except Exception as error:
+        raise NotReplayed(" ".join(str(error).split())[:160] or type(error).__name__) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +86,38 @@ class Load:
 
 
 def predict(settings: Any, load: Load) -> Memory:
-    """Return what a step of a model with these settings (a transformers config) takes on a GPU. Takes a second or two."""
-    whole = settings.get_text_config()
-    depth = whole.num_hidden_layers
-    counts = REPLAYED if depth > max(REPLAYED) else (depth,)
+    """Return what a step of a model with these settings (a transformers config) takes on a GPU. Takes a second or two.
+
+    Raises NotReplayed for a model whose code does not run on tensors without data, or takes no rows end to end.
+    """
+    depth = settings.get_text_config().num_hidden_layers
+    counts = replayed(layer_kinds(settings))
     replays = [_replay(_with_layers(settings, count), load) for count in counts]
     if len(replays) == 1:
         return replays[0].memory(load)
     return replays[0].extended(replays[1], counts, depth).memory(load)
+
+
+def layer_kinds(settings: Any) -> list[frozenset[tuple[Any, ...]]]:
+    """Return for each decoder layer what it is made of: layers that return the same are alike."""
+    layers = decoder_layers(bare_model(settings, Load(tokens=1, scored=1, accumulates=False)))
+    return [frozenset((name, tuple(each.shape)) for name, each in layer.named_parameters()) for layer in layers]
+
+
+def replayed(kinds: list[Any]) -> tuple[int, ...]:
+    """Return how many layers the replays have that all of them follow from: they end as the whole does, whole turns apart.
+
+    DeepSeek-V3 begins with three layers that have no experts; in Qwen3-Next each fourth layer is another.
+    """
+    depth = len(kinds)
+
+    def lead(turn: int) -> int:  # layers before those that take turns
+        return next((place for place in range(depth - turn, 0, -1) if kinds[place - 1] != kinds[place - 1 + turn]), 0)
+
+    turn = min(range(1, depth + 1), key=lambda turn: lead(turn) + 2 * turn)
+    step = turn * -(-REPLAYED // turn)
+    first = lead(turn) + step + (depth - lead(turn)) % turn
+    return (first, first + step) if first + step < depth else (depth,)
 
 
 def gathered(settings: Any, load: Load) -> int:
@@ -196,7 +236,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        out = value.new_empty(*query.shape[:2], value.shape[-1])  # narrower than the query in DeepSeek's attention
         sums = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, sums)
         return out
@@ -204,19 +244,22 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         query, key, value, _, sums = ctx.saved_tensors
-        gathered = torch.empty_like(query, dtype=torch.float32)  # the query's gradient is added up in float32
+        added = torch.empty_like(query, dtype=torch.float32)  # the query's gradient is added up in float32
         products = torch.empty_like(sums)
-        grouped = key.shape != query.shape
-        spread = [torch.empty_like(query) for _ in range(2)] if grouped else []  # keys' gradients by the heads of queries, summed after
+        grouped = key.shape[1] != query.shape[1]  # keys' and values' gradients by the heads of queries, summed after
+        spread = [each.new_empty(*query.shape[:2], each.shape[-1]) for each in (key, value)] if grouped else []
         made = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in (query, key, value)]
-        del gathered, products, spread
+        del added, products, spread
         return tuple(made)
 
 
 def replayed_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None, **_: Any
-) -> tuple[torch.Tensor, None]:
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None, *,
+    s_aux: torch.Tensor | None = None, **_: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Stand for `attention.packed_attention` in a replay."""
+    if s_aux is not None:
+        raise NotReplayed("attention with sinks, which is trained row by row, by the model's own code")
     q, k, v = (each[0].transpose(0, 1) for each in (query.to(value.dtype), key.to(value.dtype), value))
     return _Attention.apply(q, k, v)[None], None
 
@@ -227,15 +270,16 @@ def bare_model(settings: Any, load: Load) -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, replayed_attention)
-    with torch.device("meta"):
+    with foreign_code(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(settings), dtype=load.dtype)
-    model.set_attn_implementation(NAME)
+        model.set_attn_implementation(NAME)
     if load.adapter:
         from peft import get_peft_model
 
-        with warnings.catch_warnings():
+        wanted = adapter_config(TrainConfig(lora_rank=load.rank), settings.model_type)
+        with foreign_code(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            adapted = get_peft_model(model, adapter_config(TrainConfig(lora_rank=load.rank), settings.model_type))
+            adapted = get_peft_model(model, wanted)
         if not load.quantised:  # four bits are PEFT's own affair
             fuse_adapters(adapted)
         for weight in model.parameters() if load.quantised and load.half is not torch.float16 else ():
@@ -243,17 +287,19 @@ def bare_model(settings: Any, load: Load) -> Any:
         if load.checkpointing:
             model.enable_input_require_grads()
     if load.checkpointing:
-        with warnings.catch_warnings():
+        with foreign_code(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers 5.24 renames it, 5.17 knows no other name
             model.gradient_checkpointing_enable()
     return model.train()
 
 
 def _replay(settings: Any, load: Load) -> Replay:
+    from transformers.integrations import moe  # whose loop over experts keeps and takes what the kernel does, in all formats
+
     losses = _fused_losses if load.compiled else head._losses
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     model = bare_model(settings, load)
-    with fake, mock.patch.object(head, "_losses", losses):
+    with fake, mock.patch.object(head, "_losses", losses), mock.patch.object(moe, "_can_use_grouped_mm", return_value=False):
         model.to_empty(device="cpu")
         model.tie_weights()
         layers = decoder_layers(model)
@@ -299,15 +345,16 @@ def _step(model: Any, layers: Any, batch: dict[str, Any], load: Load, live: Live
         for each in model.parameters():
             if each.grad is not None:
                 live.count(each.grad)
-        with computing:
+        with computing, mock.patch.object(model.base_model, "forward", foreign_code()(model.base_model.forward)):
             loss = head.loss_sum(model, batch) / 2
-        loss.backward()
+        with foreign_code():
+            loss.backward()
     peaks.append(live.next_peak())
     for handle in handles:
         handle.remove()
     kept = sum(saved.values())
     order = (peaks[0], peaks[1], peaks[len(layers)] if len(peaks) > len(layers) else peaks[-1], peaks[-1])
-    if load.compiled and not load.checkpointing:  # torch.compile's partitioner keeps less of a layer
+    if load.compiled and not load.checkpointing and all(map(_is_gated, layers)):  # torch.compile's partitioner keeps less of a layer
         less = kept - compiled_layer(model, load)
         count = len(layers)
         order = (order[0] - less * count, order[1] - less * count, order[2] - less, order[3])
@@ -348,9 +395,12 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def decoder_layers(model: Any) -> Any:
-    """Return the list of a model's decoder layers."""
+    """Return the list of a model's decoder layers. Raises NotReplayed where none has as many as the config says."""
     count = model.config.get_text_config().num_hidden_layers
-    return next(each for each in model.modules() if isinstance(each, torch.nn.ModuleList) and len(each) == count)
+    for each in model.modules():
+        if isinstance(each, torch.nn.ModuleList) and len(each) == count:
+            return each
+    raise NotReplayed(f"no list of {count} decoder layers in {type(model).__name__}")
 
 
 def compiled_layer(model: Any, load: Load) -> int:
@@ -379,6 +429,14 @@ def compiled_layer(model: Any, load: Load) -> int:
     return load.tokens * token + copied
 
 
+def _is_gated(layer: Any) -> bool:
+    """Say whether a layer is what `compiled_layer` was seen for: attention and a gated product of full matrices, no experts, no state."""
+    own = {name for name, each in layer.named_parameters() if each.dim() > 1 and "lora_" not in name}
+    names = {name.removesuffix(".weight").removesuffix(".base_layer").rpartition(".")[2] for name in own}
+    separate = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    return names in (separate, {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"})  # the latter: Phi-3
+
+
 def _fused_losses(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Stand for `head._compiled_losses`, which makes nothing but a number."""
     return torch.zeros((), dtype=torch.float32), logits
@@ -394,8 +452,16 @@ def _batch(load: Load) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def expert_weights(model: Any) -> list[torch.Tensor]:
+    """Return the weights of experts, each [experts, ...] of a whole layer, as transformers keeps them."""
+    holders = [each for each in model.modules() if isinstance(getattr(each, "num_experts", None), int)]
+    return [weight for each in holders for weight in each.parameters(recurse=False) if weight.dim() == 3]
+
+
 def token_flops(model: Any, mean_length: float) -> float:
     """Return the operations that training takes for a token: 6 for each weight of a matrix product, 4 for a frozen one, and attention.
+
+    Of experts those count that a token goes to.
 
     Kaplan et al. 2020, arXiv 2001.08361, section 2.1; attention over half of a row on average, 12 · layers · width · length / 2.
     """
@@ -403,5 +469,6 @@ def token_flops(model: Any, mean_length: float) -> float:
     embedding = model.get_input_embeddings().weight
     tied = getattr(config, "tie_word_embeddings", False)
     weights = [each for each in model.parameters() if each.dim() > 1 and (tied or each is not embedding)]
-    products = sum(each.numel() * (6 if each.requires_grad else 4) for each in weights)
+    experts = {id(each): config.num_experts_per_tok / len(each) for each in expert_weights(model)}
+    products = sum(each.numel() * experts.get(id(each), 1) * (6 if each.requires_grad else 4) for each in weights)
     return products + 6 * config.num_hidden_layers * config.hidden_size * mean_length

@@ -17,7 +17,7 @@ from ..core.progress import duration
 from .compiling import COMPILED_STEPS
 from .config import TrainConfig
 from .data import DataReport
-from .memory import Load, Memory, bare_model, gathered, predict, token_flops
+from .memory import Load, Memory, NotReplayed, bare_model, expert_weights, gathered, predict, token_flops
 from .prepared import load_rows
 from .recorded import can_record
 
@@ -38,9 +38,6 @@ ADAPTER_SHARES = {"compiled": 0.46 / 0.67, "plain": 0.23 / 0.31}  # of a full st
 SHORT_PASS = 0.1  # seconds; the passes behind the shares took more, and in shorter ones a card waits for a host that launches them
 SHORT_RECORDED = 0.005  # the same where they are recorded: of 2,000 tokens and more, none was slower than long ones
 MATRIX_SHARE = 0.8  # of its data sheet's figure a card reaches in a large matrix product: 795 of 989 TFLOP/s on that H200
-
-# What code raises that looks at values, which a replay lacks, or that takes no packs.
-UNPLANNED = (RuntimeError, AttributeError, TypeError, ValueError, LookupError, AssertionError, StopIteration)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,12 +178,13 @@ def plans(
     known: dict[Load, Memory] = {}
     try:
         return [
-            MemoryPlan(card=card, report=report, options=tuple(_options(settings, report, config, card, known)), basis=_basis(card))
+            MemoryPlan(
+                card=card, report=report, options=tuple(_options(settings, report, config, card, known)), basis=_basis(card, settings)
+            )
             for card in cards
         ]
-    except UNPLANNED as error:
-        told = " ".join(str(error).split())[:160]
-        raise UserError(f"plan: memory cannot be planned for {settings.model_type} ({told}); `sftkit train sft` finds by trying what fits"
+    except NotReplayed as error:
+        raise UserError(f"plan: memory cannot be planned for {settings.model_type} ({error}); `sftkit train sft` finds by trying what fits"
         ) from error  # fmt: skip
 
 
@@ -198,9 +196,11 @@ def _card(config: TrainConfig, gpu: str | None) -> Card:
     return replace(card, memory=min(card.memory, config.memory_gb * 1e9 + CONTEXT)) if gpu and config.memory_gb else card
 
 
-def _basis(card: Card) -> str:
+def _basis(card: Card, settings: Any) -> str:
     if not card.flops:
         return "speed: not known for a card without a name"
+    if getattr(settings.get_text_config(), "num_experts_per_tok", None):
+        return "speed: not known for a model of experts: none was measured"
     peak = f"{card.flops / 1e12:.0f} TFLOP/s {'measured here' if card.measured else 'by its data sheet'}"
     return f"speed: from {peak} and the share of it that models of this width reached on an H200, not measured on this card"
 
@@ -253,7 +253,9 @@ def _option(
     memory = _shared(memory, settings, load, config) if config.parallel == "fsdp" else memory
     mean = report.tokens / report.train_rows
     peak = config.gpus * card.flops * (1 if card.measured else MATRIX_SHARE)
-    rate = share_of_peak(settings, load) * peak / token_flops(bare_model(settings, load), mean)
+    model = bare_model(settings, load)
+    experts = bool(expert_weights(model))  # the shares were measured on models without
+    rate = 0.0 if experts else share_of_peak(settings, load) * peak / token_flops(model, mean)
     hours = report.tokens * config.epochs / rate / 3600 if rate else math.nan
     method = "QLoRA" if config.qlora else "LoRA" if config.lora else "full"
     method += " fsdp" if config.gpus > 1 and config.parallel == "fsdp" else ""

@@ -25,6 +25,7 @@ from .config import PreferenceConfig, TrainConfig
 from .data import DataReport, TrainingData, fingerprint
 from .disk import room_on_disk
 from .init import check_init, make_start
+from .memory import NotReplayed
 from .parity import check_parity
 from .plan import Choice, choose, pass_tokens, this_card, ways
 from .prepared import Preparation
@@ -276,17 +277,9 @@ def _choose(settings: Any, report: DataReport, config: TrainConfig, device: str,
     weights, half = formats(config, own, device)
     try:
         choice = choose(settings, report, config, card, dtype=weights, half=half, most=most)
-    except (
-        RuntimeError,
-        AttributeError,
-        TypeError,
-        ValueError,
-        LookupError,
-        AssertionError,
-        StopIteration,
-    ) as error:  # code that looks at values, which a replay lacks
+    except NotReplayed as error:
         log.warning("memory: cannot be planned for %s (%s); at most %s tokens in a forward pass, fewer where memory runs out",
-                    settings.model_type, " ".join(str(error).split())[:160], f"{usual.batch_tokens:,}")  # fmt: skip
+                    settings.model_type, error, f"{usual.batch_tokens:,}")  # fmt: skip
         return usual
     assert choice.memory
     log.info(

@@ -30,6 +30,13 @@ GEMMA3 = AutoConfig.for_model(
     "gemma3_text", vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=1,
     head_dim=32, sliding_window=64,
 )  # fmt: skip
+SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 6, "num_attention_heads": 4}
+MIXTRAL = AutoConfig.for_model("mixtral", **SMALL, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+DEEPSEEK = AutoConfig.for_model(
+    "deepseek_v3", **SMALL, num_key_value_heads=4, moe_intermediate_size=48, n_routed_experts=8, n_group=2, topk_group=1,
+    num_experts_per_tok=2, kv_lora_rank=32, q_lora_rank=48, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=12, first_k_dense_replace=1,
+)  # fmt: skip
+GPT_OSS = AutoConfig.for_model("gpt_oss", **SMALL, num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2)
 HALF = torch.bfloat16
 
 
@@ -43,14 +50,15 @@ def saved_on_real_tensors(settings: object, asked: Load) -> int:
     model.to_empty(device="cpu")
     model.tie_weights()
     batch = memory._batch(asked)
-    computing = torch.autocast("cpu", dtype=asked.half) if asked.half not in (None, asked.dtype) else nullcontext()
+    half = asked.half if asked.half is not asked.dtype or asked.adapter else None  # as an adapter is trained
+    computing = torch.autocast("cpu", dtype=half) if half is not None else nullcontext()
     with saved_by(decoder_layers(model)[-1], {each.untyped_storage()._cdata for each in model.parameters()}) as found, computing:
         loss = loss_sum(model, batch)
     assert loss.requires_grad
     return sum(found.values())
 
 
-@pytest.mark.parametrize("settings", [LLAMA, QWEN3, GEMMA3], ids=["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("settings", [LLAMA, QWEN3, GEMMA3, MIXTRAL, DEEPSEEK], ids=["llama", "qwen3", "gemma3", "mixtral", "deepseek"])
 @pytest.mark.parametrize(
     "how",
     [{}, {"half": None}, {"dtype": HALF, "half": None}, {"adapter": True, "dtype": HALF}],
@@ -61,14 +69,49 @@ def test_what_a_replay_says_is_saved_is_what_real_tensors_save(settings, how) ->
     assert predict(settings, asked).saved_layer == pytest.approx(saved_on_real_tensors(settings, asked), rel=0.02)
 
 
-@pytest.mark.parametrize("settings", [LLAMA, GEMMA3], ids=["llama", "gemma3"])
+@pytest.mark.parametrize("settings", [LLAMA, GEMMA3, MIXTRAL, DEEPSEEK], ids=["llama", "gemma3", "mixtral", "deepseek"])
 @pytest.mark.parametrize("how", [{}, {"accumulates": True}, {"checkpointing": True}, {"adapter": True, "dtype": HALF}], ids=str)
 def test_all_layers_follow_from_a_few(settings, how, monkeypatch) -> None:
     few = predict(settings, load(**how))
-    monkeypatch.setattr(memory, "REPLAYED", (6,))
+    monkeypatch.setattr(memory, "replayed", lambda _kinds: (6,))
     whole = predict(settings, load(**how))
     assert few.peak == pytest.approx(whole.peak, rel=1e-3)
     assert (few.weights, few.optimizer, few.gradients) == (whole.weights, whole.optimizer, whole.gradients)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "counts"),
+    [
+        ("a" * 24, (2, 4)),
+        ("a" * 25, (2, 4)),
+        ("a" * 3, (3,)),
+        ("aaa" + "b" * 58, (5, 7)),  # DeepSeek-V3
+        ("lllf" * 12, (4, 8)),  # Qwen3-Next
+        ("ab" * 5 + "a", (3, 5)),  # ends as the whole does
+        ("abcdef", (6,)),
+    ],
+)
+def test_replays_have_all_kinds_of_layers_and_end_as_the_model_does(kinds: str, counts: tuple[int, ...]) -> None:
+    assert memory.replayed(list(kinds)) == counts
+
+
+@pytest.mark.parametrize("settings", [MIXTRAL, DEEPSEEK], ids=["mixtral", "deepseek"])
+def test_experts_stand_whole_and_a_token_takes_its_own(settings) -> None:
+    model = bare_model(settings, load(dtype=HALF, half=None))
+    number = model.num_parameters()
+    found = predict(settings, load(dtype=HALF, half=None))
+    assert (found.weights, found.gradients, found.optimizer) == pytest.approx((2 * number, 2 * number, 4 * number), rel=0.02)
+    experts = sum(each.numel() for each in memory.expert_weights(model))
+    idle = experts * (1 - settings.num_experts_per_tok / (settings.n_routed_experts if settings is DEEPSEEK else 4))
+    embedding = model.get_input_embeddings().weight.numel()
+    small = sum(each.numel() for each in model.parameters() if each.dim() == 1)
+    assert memory.token_flops(model, 0) == pytest.approx(6 * (number - idle - embedding - small), rel=1e-6)
+
+
+@pytest.mark.parametrize("settings", [MIXTRAL, AutoConfig.for_model("lfm2", **SMALL, num_key_value_heads=2)], ids=["mixtral", "lfm2"])
+def test_what_compiled_code_keeps_is_taken_only_of_layers_it_was_seen_for(settings) -> None:
+    assert predict(settings, load(compiled=True)).saved_layer == predict(settings, load()).saved_layer
+    assert predict(LLAMA, load(compiled=True)).saved_layer < predict(LLAMA, load()).saved_layer
 
 
 def test_standing_memory_is_that_of_the_weights() -> None:
@@ -271,7 +314,7 @@ def test_on_a_cpu_the_plan_is_for_the_memory_that_is_named(tmp_path, tiny_model,
 
 def test_a_model_that_cannot_be_replayed_is_trained_all_the_same(tmp_path, tiny_model, chats, monkeypatch, caplog) -> None:
     def refuse(*_: object) -> None:
-        raise RuntimeError("aten._local_scalar_dense.default")
+        raise memory.NotReplayed("aten._local_scalar_dense.default")
 
     monkeypatch.setattr(plan, "predict", refuse)
     run = train(chats(20), str(tiny_model), tmp_path / "run", TrainConfig(memory_gb=4.0, stop_check=0)).run
@@ -301,9 +344,24 @@ def test_pairs_take_what_is_planned_for_rows(compiled, monkeypatch) -> None:
 def test_what_cannot_be_replayed_is_one_line(tiny_model, chats, monkeypatch) -> None:
     from sftkit.train import plan as module
 
-    def fail(*_: object) -> None:
-        raise RuntimeError("Expected inputs of BF16 type")
-
-    monkeypatch.setattr(module, "_options", fail)
-    with pytest.raises(module.UserError, match="memory cannot be planned for llama"):
+    told: list[object] = [GPT_OSS]
+    monkeypatch.setattr(module, "load_settings", lambda _ref: told[0])
+    with pytest.raises(UserError, match="memory cannot be planned for gpt_oss"):
         module.plan(chats(8), str(tiny_model), TrainConfig(), gpu="24GB")
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("our own fault")
+
+    told[0] = LLAMA
+    monkeypatch.setattr(head.LinearCrossEntropy, "forward", fail)  # what is not the model's own code keeps its traceback
+    with pytest.raises(RuntimeError, match="our own fault"):
+        module.plan(chats(8), str(tiny_model), TrainConfig(), gpu="24GB")
+
+
+def test_a_model_of_experts_is_planned_without_a_speed(tiny_model, chats, monkeypatch) -> None:
+    from sftkit.train import plan as module
+
+    monkeypatch.setattr(module, "load_settings", lambda _ref: MIXTRAL)
+    found = module.plan(chats(8), str(tiny_model), TrainConfig(), gpu="H200")
+    assert "speed: not known for a model of experts" in found.summary()
+    assert all(each.tokens_per_second != each.tokens_per_second for each in found.options)
