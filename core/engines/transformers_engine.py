@@ -26,6 +26,7 @@ WINDOW = 512  # requests that are sorted by length together
 NUCLEUS = 256  # top-p looks at so many tokens first, and at all of them only where their probability is too small
 ON_GPU = 16  # times the tokens of a batch, where memory allows: a step takes the host as long for one row as for hundreds
 SHARE_OF_FREE = 0.5  # of a GPU's free memory that a batch is reckoned to take
+MEASURED = 16, 32  # tokens of the two texts by which the cache is measured
 KEEP_SHARE = 0.75  # copying the cache costs about as much as a step: it is done when so few rows of a batch are left
 
 S = TypeVar("S", ScoreRequest, ChoiceRequest)
@@ -70,6 +71,7 @@ class TransformersEngine:
         # transformers renames the argument in 5.24 and warns about the old name
         taken = inspect.signature(type(model).forward).parameters
         self._cache_argument = next((each for each in ("cache", "past_key_values") if each in taken), "")
+        self._kept: tuple[int, int] | None = None  # of the cache: see cache_bytes
         self.steps = 0
         self._stop = torch.tensor(chat.stop_ids, device=model.device)
         self._stop_texts = StopTexts(chat.decode)
@@ -114,7 +116,9 @@ class TransformersEngine:
         device = self.model.device
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + held
-        return int(SHARE_OF_FREE * free) // row_bytes(self.model.config, longest, self.model.dtype.itemsize)
+        if self._kept is None:
+            self._kept = cache_bytes(self.model, self._cache_argument)
+        return int(SHARE_OF_FREE * free) // row_bytes(self.model.config, self._kept, longest, self.model.dtype.itemsize)
 
     def _check(self, request: Request) -> str | None:
         length = len(request.prompt_ids) + request.sampling.max_new_tokens
@@ -250,23 +254,42 @@ class TransformersEngine:
         return [_told(request.key, values.tolist()) for request, values in zip(batch, found, strict=True)]
 
 
-def row_bytes(settings: Any, tokens: int, itemsize: int) -> int:
+@torch.inference_mode()
+def cache_bytes(model: Any, argument: str) -> tuple[int, int]:
+    """Return the bytes of a row in transformers' cache, measured with two short texts: for each token, and what does not grow.
+
+    Every kind of model keeps something else: keys and values of unlike widths, or for some of its layers only, or the states of
+    linear attention, often in float32. Layers that look back a little way only count as if they looked back all the way. `argument`
+    is what the model calls its cache.
+    """
+    sizes = []
+    for tokens in MEASURED:
+        cache = DynamicCache(config=model.config)
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+        model(input_ids=ids, use_cache=True, logits_to_keep=1, **{argument: cache})
+        sizes.append(stored_bytes(cache))
+    grows = -(-(sizes[1] - sizes[0]) // (MEASURED[1] - MEASURED[0]))
+    return grows, max(0, sizes[0] - MEASURED[0] * grows)
+
+
+def stored_bytes(cache: DynamicCache) -> int:
+    """Return the bytes of all that a cache stores."""
+    values = [value for layer in cache.layers for value in vars(layer).values()]
+    tensors = [each for value in values for each in (value.values() if isinstance(value, dict) else [value])]
+    return sum(each.numel() * each.element_size() for each in tensors if isinstance(each, torch.Tensor))
+
+
+def row_bytes(settings: Any, kept: tuple[int, int], tokens: int, itemsize: int) -> int:
     """Return the bytes that an answer of so many tokens, its prompt's included, takes about while it is generated.
 
-    The cache, keys and values of every layer; a layer's own numbers and the mask, as if all tokens were the prompt's; and the
-    float32 logits of a step with what choosing from them makes, counted six times. More than it takes, mostly: layers that look
-    back a little way only are counted as if they looked back all the way. The state of linear attention, which does not grow with
-    the text, is not counted.
+    What the cache keeps (`cache_bytes`); a layer's own numbers and the mask, as if all tokens were the prompt's; and the float32
+    logits of a step with what choosing from them makes, counted six times. More than it takes, mostly.
     """
     text = settings.get_text_config(decoder=True)
     layers = getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers  # they need not be alike: Gemma 4
-    kept = 0
-    for layer in layers:
-        queries = getattr(layer, "num_attention_heads", None) or 1  # a model without attention keeps less than this reckons
-        size = getattr(layer, "head_dim", None) or layer.hidden_size // queries
-        kept += 2 * (getattr(layer, "num_key_value_heads", None) or queries) * size
     inner = max(int(np.max(getattr(layer, "intermediate_size", None) or 4 * layer.hidden_size)) for layer in layers)  # Gemma 3n has a list
-    return tokens * ((kept + 12 * text.hidden_size + 3 * inner) * itemsize + 3 * tokens) + 6 * 4 * text.vocab_size
+    grows, stays = kept
+    return tokens * (grows + (12 * text.hidden_size + 3 * inner) * itemsize + 3 * tokens) + stays + 6 * 4 * text.vocab_size
 
 
 def _told(key: str, values: list[float]) -> TokenLogprobs:

@@ -1,5 +1,6 @@
 """The embedded engine: each row as if it were alone, streamed as it finishes, faults as data."""
 
+import inspect
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ from sftkit.core.engines.base import Completion, EngineConfig, Request, Sampling
 from sftkit.core.engines.loading import choose, settle
 from sftkit.core.engines.registry import open_engine
 from sftkit.core.engines.stops import StopTexts
-from sftkit.core.engines.transformers_engine import TransformersEngine, row_bytes, sample
+from sftkit.core.engines.transformers_engine import TransformersEngine, cache_bytes, row_bytes, sample, stored_bytes
 from sftkit.core.errors import UserError
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, RwkvConfig, RwkvForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Qwen2Config, RwkvConfig, RwkvForCausalLM
 
 PROMPTS = ["hi", "What is the difference between a thread and a process?", "Calculate 1+1-1", "你好", "a b c d e f g h i j k l m n o p"]
 
@@ -278,7 +279,9 @@ def test_what_fits_is_reckoned_from_what_is_free(engine: TransformersEngine, mon
     alone, shared = (
         TransformersEngine(engine.model, engine.chat, identity="", batch_tokens=16_384, together=together) for together in (False, True)
     )
-    row = row_bytes(engine.model.config, 600, engine.model.dtype.itemsize)
+    kept = 1000, 10
+    monkeypatch.setattr(transformers_engine, "cache_bytes", lambda model, argument: kept)
+    row = row_bytes(engine.model.config, kept, 600, engine.model.dtype.itemsize)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (12 * row, 1000 * row))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100 * row)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 92 * row)
@@ -292,17 +295,48 @@ def test_what_fits_is_reckoned_from_what_is_free(engine: TransformersEngine, mon
 @pytest.mark.parametrize("kind", ["gemma3", "gemma3n", "gemma4", "qwen3_next", "falcon_h1", "mamba", "gpt2", "deepseek_v3", "llava"])
 def test_what_an_answer_takes_is_known_of_every_kind_of_model(kind: str) -> None:
     settings = AutoConfig.for_model(kind)  # layers of several sizes, a list of widths, texts beside pictures, no attention at all
-    short, long = (row_bytes(settings, tokens, 2) for tokens in (100, 1000))
-    text = settings.get_text_config()
+    short, long = (row_bytes(settings, (100, 7), tokens, 2) for tokens in (100, 1000))
     assert 0 < short < long
-    assert long > 1000 * text.num_hidden_layers * text.hidden_size // 4
     assert type(long) is int
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+KINDS: dict[str, dict[str, int]] = {
+    "qwen2": {"num_key_value_heads": 2},
+    "lfm2": {"num_key_value_heads": 2},  # layers that keep a few tokens only
+    "mamba": {"state_size": 8},
+    "falcon_h1": {
+        "num_key_value_heads": 2,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+    },
+    "qwen3_next": {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "deepseek_v3": {
+        **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "head_dim": 4},
+        **{"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "num_key_value_heads": 4},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_cache_keeps_is_what_it_stores(kind: str) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **KINDS[kind])).eval()
+    argument = next(each for each in ("cache", "past_key_values") if each in inspect.signature(type(model).forward).parameters)
+    grows, stays = cache_bytes(model, argument)
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(input_ids=torch.ones(3, 100, dtype=torch.long), use_cache=True, **{argument: cache})
+    assert 3 * (100 * grows + stays) == stored_bytes(cache)
+    assert row_bytes(model.config, (grows, stays), 100, 4) > stored_bytes(cache) // 3
 
 
 def test_a_batch_on_a_gpu_is_what_fits_its_free_memory(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Qwen2Config(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2)
     cache = 2 * 28 * 2 * 128 * 2 * 600
-    assert 4 * cache < row_bytes(settings, 600, 2) < 8 * cache  # a prompt of 600 tokens and one more
+    assert 4 * cache < row_bytes(settings, (cache // 600, 0), 600, 2) < 8 * cache  # a prompt of 600 tokens and one more
     sizes = []
     monkeypatch.setattr(engine, "_run", lambda batch: sizes.append(len(batch)) or iter(()))
     wanted = requests(engine, Sampling(temperature=0, max_new_tokens=4), copies=4)
