@@ -20,7 +20,7 @@ from .decontaminate import decontaminate, open_benchmark
 from .dedup import dedup
 from .filters import filter_rows, read_conditions, text_rules
 from .heldout import hold_out
-from .intake import take_in
+from .intake import import_run
 from .score import check_score_name, open_scorer, reads_told_logprobs, score
 from .selection import select
 
@@ -54,10 +54,12 @@ def build(source: str | Path | None, out: Path, config: BuildConfig) -> BuildRes
             distill(source, out, config.distill)
     elif source is None:
         Run.open(out)
-    with closing(Run.create(out)) as run:
-        if source is not None and not config.distill:
-            with timed("import", seconds):
-                take_in(source, run, config.intake or ImportConfig())
+    if source is not None and not config.distill:
+        with timed("import", seconds):
+            run = import_run(source, out, config.intake or ImportConfig())
+    else:
+        run = Run.create(out)
+    with closing(run):
         _begin_anew(run, planned_stages(config))
         if config.score:
             with timed("score", seconds):

@@ -41,12 +41,9 @@ def import_(data: str, out: Path, **options: Any) -> None:
     sftkit curate import answers.jsonl -o runs/b --samples model_1 --samples model_2     two answers to each question
     sftkit curate import faq.csv -o runs/c --prompt-column title --answer-column body
     """
-    from ..core.run import Run
-    from .intake import take_in
+    from .intake import import_run
 
-    config = load_config(ImportConfig, given(options))
-    with closing(Run.create(out)) as run:
-        take_in(data, run, config)
+    with closing(import_run(data, out, load_config(ImportConfig, given(options)))) as run:
         tell(run)
 
 

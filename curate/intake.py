@@ -30,19 +30,25 @@ TEXTS = ("solution", "text", "content", "response", "answer", "completion")  # w
 def open_run(source: str | Path, out: Path | None) -> Run:
     """Open a run for writing: the run folder `source`, or the run `out` with the rows of the file `source` taken in."""
     if out is not None:
-        run = Run.create(out)
-        try:
-            if not (Path(source).is_dir() and Path(source).resolve() == out.resolve()):
-                take_in(source, run, ImportConfig())
-        except BaseException:
-            run.close()
-            raise
-        return run
+        is_itself = Path(source).is_dir() and Path(source).resolve() == out.resolve()
+        return Run.create(out) if is_itself else import_run(source, out, ImportConfig())
     path = Path(source)
     if path.exists() and not (path / "config.yaml").exists():
         raise UserError(f"{source}: is no run folder; give -o RUN, the folder that its rows are taken into")
     Run.open(path)
     return Run.create(path)
+
+
+def import_run(source: str | Path, out: Path, config: ImportConfig) -> Run:
+    """Open the run `out` for writing, with the rows of a data file taken in. Rows that cannot be read leave no folder behind."""
+    taken = _read(source, config)
+    run = Run.create(out)
+    try:
+        _take_in(source, run, config, *taken)
+    except BaseException:
+        run.close()
+        raise
+    return run
 
 
 def take_in(source: str | Path, run: Run, config: ImportConfig) -> Outcome | None:
@@ -51,12 +57,24 @@ def take_in(source: str | Path, run: Run, config: ImportConfig) -> Outcome | Non
     With `samples`, each row is a prompt with one sample per column, numbered in their order; a row that lacks one has it
     rejected (no_text). Raises UserError for a run that holds other rows.
     """
-    if (run.path / "curate" / "prompts.parquet").exists():
-        raise UserError(f"{run.path}: holds the answers of a teacher already; give another folder for the rows of {source}")
+    return _take_in(source, run, config, *_read(source, config))
+
+
+Columns = dict[str, list[Any]]  # as in STORED
+
+
+def _read(source: str | Path, config: ImportConfig) -> tuple[list[Example], Columns, list[Decision]]:
     examples = _examples(source, config)
     if not examples:
         raise UserError(f"{source}: has no rows")
-    columns, decisions = _sampled(examples, config, source) if config.samples else _whole(examples, config)
+    return examples, *(_sampled(examples, config, source) if config.samples else _whole(examples, config))
+
+
+def _take_in(
+    source: str | Path, run: Run, config: ImportConfig, examples: list[Example], columns: Columns, decisions: list[Decision]
+) -> Outcome | None:
+    if (run.path / "curate" / "prompts.parquet").exists():
+        raise UserError(f"{run.path}: holds the answers of a teacher already; give another folder for the rows of {source}")
     rows = pl.DataFrame(columns, schema=STORED)
     digest = hashlib.sha256(
         "\n".join(rows.select(pl.concat_str(pl.all().fill_null("\x00"), separator="\x1f")).to_series()).encode()

@@ -96,3 +96,14 @@ def test_a_row_whose_reference_is_null_has_none(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match=r"rows.jsonl:1: no column 'gold'; there are gold_label"):
         taken(rows, tmp_path / "other", reference_column="gold")
+
+
+@pytest.mark.parametrize("command", [("import",), ("build",), ("dedup", "--no-semantic")])
+def test_a_file_that_is_not_there_leaves_no_folder(
+    command: tuple[str, ...], tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    name, *options = command
+    code, _, err = cli("curate", name, tmp_path / "typo.jsonl", "-o", tmp_path / "run", *options)
+    assert code == 1
+    assert "typo.jsonl: no such file" in err
+    assert not (tmp_path / "run").exists()
