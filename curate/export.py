@@ -1,5 +1,6 @@
 """Write a run's data set in the formats that other tools read; what a format cannot hold is refused by row and counted by reason."""
 
+import fcntl
 import json
 import logging
 import random
@@ -28,6 +29,7 @@ Row = dict[str, Any]
 SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation", "function_call": "function_call"}
 PLAIN_KEYS = {"role", "content"}
 CLIENTS = ("httpx", "httpx2")  # packages that huggingface_hub speaks through, by its version: their errors are those of the network
+LOCK = ".export.lock"
 ARRAY = ("llama-factory",)  # formats whose file is one JSON list
 FILES = ("train.jsonl", "train.json", "train.parquet", "refused.jsonl", "dataset_info.json")  # that one format has and another has not
 
@@ -60,9 +62,21 @@ def export(run: Run, out: Path, config: ExportConfig) -> Exported:
     Raises UserError for a folder that holds something else, for a run without pairs where pairs are asked for, and where no row
     can be held.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "export.json").exists():
+    if out.exists() and any(each.name != LOCK for each in out.iterdir()) and not (out / "export.json").exists():
         raise UserError(f"{out}: is not empty and no export of sftkit; give a new folder")
     out.mkdir(parents=True, exist_ok=True)
+    with open(out / LOCK, "w") as lock:  # held until it is closed
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{out}: another process is exporting into it; wait for it, or give another folder") from None
+        try:
+            return _export(run, out, config)
+        finally:
+            (out / LOCK).unlink(missing_ok=True)
+
+
+def _export(run: Run, out: Path, config: ExportConfig) -> Exported:
     told: dict[str, Any] = {"run": run.path.name, "format": config.format}
     write_json(out / "export.json", told)  # killed from here on, the folder is still an export; the counts are written last
     for name in FILES:
@@ -118,7 +132,9 @@ def push(folder: Path, repository: str) -> str:
         message, mark = "Export of sftkit", "export.json"
         if not others:  # cut off from here on, it is still an export: the rest may come in several commits
             api.upload_file(repo_id=repository, repo_type=kind, path_or_fileobj=folder / mark, path_in_repo=mark, commit_message=message)
-        api.upload_folder(repo_id=repository, repo_type=kind, folder_path=folder, delete_patterns=[*FILES], commit_message=message)
+        api.upload_folder(
+            repo_id=repository, repo_type=kind, folder_path=folder, delete_patterns=[*FILES], ignore_patterns=[LOCK], commit_message=message
+        )
     except UserError:
         raise
     except Exception as error:

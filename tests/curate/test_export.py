@@ -1,5 +1,6 @@
 """Export: what is written comes back as it was, what a format cannot hold is refused with its reason, pairs are TRL's."""
 
+import fcntl
 import json
 import random
 from collections.abc import Callable
@@ -215,6 +216,19 @@ def test_why_a_format_refuses_a_conversation(format: str, messages: list, reason
     result = export(run_of([messages, fine]), tmp_path / "out", ExportConfig(format=format))
     assert result.refused == {reason: 1}
     assert result.summary() == f"1 of 2 rows in {tmp_path / 'out'}, 1 refused; {reason} 1"
+
+
+def test_a_folder_that_is_written_already_is_left_alone(run_of: Callable, tmp_path: Path) -> None:
+    """Each would remove the other's files."""
+    run = run_of([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]])
+    out = tmp_path / "out"
+    export(run, out, ExportConfig())
+    with open(out / ".export.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="out: another process is exporting into it; wait for it, or give another folder"):
+            export(run, out, ExportConfig())
+    assert export(run, out, ExportConfig()).num_written == 1
+    assert not (out / ".export.lock").exists()
 
 
 def test_nothing_that_can_be_held_is_an_error_and_leaves_no_rows(run_of: Callable, tmp_path: Path) -> None:
