@@ -1,7 +1,6 @@
 """The engine for servers when everything between goes wrong: storms of 429, cut and dripping answers, restarts; several servers."""
 
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, repeat
@@ -9,19 +8,15 @@ from typing import Any
 
 import pytest
 from faulty_proxy import FAULTS, FaultyProxy, storm
+from openai_client import request
 from openai_server import Reply, Server, answer, fault
 from sftkit.core.engines import openai_engine
-from sftkit.core.engines.base import Completion, EngineConfig, Request, Sampling
+from sftkit.core.engines.base import Completion, EngineConfig
 from sftkit.core.engines.registry import open_engine
 from sftkit.core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("hasty")
 Proxied = Callable[..., FaultyProxy]
-
-
-def request(key: str, **sampling: str) -> Request:
-    wanted = Sampling(temperature=0.7, max_new_tokens=20, **sampling)  # type: ignore[arg-type]
-    return Request(key=key, prompt_ids=(), messages=[{"role": "user", "content": key}], sampling=wanted, seed=zlib.crc32(key.encode()) >> 1)
 
 
 @pytest.fixture
