@@ -67,13 +67,14 @@ def why(run: Run, wanted: str, *, console: Console | None = None) -> None:
 
     A prompt that a teacher has written is known by its own id, too, beside that of the answer that it stood in.
     """
-    grown = next((each for each in _grown(run) if each["id"].startswith(wanted)), None)
+    written = _grown(run)
+    grown = next((each for each in written if each["id"].startswith(wanted)), None)
     if grown is not None:
         wanted = grown["meta"].get("answer") or grown["meta"]["parents"][0]
     ledgers = [ledger for ledger in (run.ledger, Ledger(run.path / "train" / "ledger.parquet")) if ledger.path.exists()] or [run.ledger]
     decisions = pl.concat([ledgers[0].why(wanted), *(ledger.about(wanted) for ledger in ledgers[1:])])
     witnesses = decisions["witness_id"].drop_nulls().to_list()
-    texts = _prompts(run, [*decisions["example_id"], *witnesses, *([] if grown is None else [grown["id"]])])
+    texts = _prompts(run, [*decisions["example_id"], *witnesses, *([] if grown is None else [grown["id"]])], written)
     console = console or Console()
     first = decisions["example_id"][0] if grown is None else grown["id"]
     console.print(Text(f"{first}: {shortened(texts.get(first, ''), 200)}"), soft_wrap=True)
@@ -150,7 +151,7 @@ def _rejected(run: Run, rule: str, limit: int | None) -> tuple[pl.DataFrame, dic
     if limit is not None:
         rows = rows.head(limit)
         found = found.join(rows.select(KEY), on=KEY, how="semi", nulls_equal=True, maintain_order="left")
-    texts = _prompts(run, found["witness_id"].drop_nulls().to_list())
+    texts = _prompts(run, found["witness_id"].drop_nulls().to_list(), _grown(run))
     reasons = {}
     for row in found.iter_rows(named=True):
         numbers = "".join(f", {name} {row[name]:.6g}" for name in ("score", "threshold") if row[name] is not None)
@@ -173,10 +174,13 @@ def _meta(meta: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {shortened(str(value), 200)}" for name, value in meta.items()]
 
 
-def _prompts(run: Run, names: Sequence[str]) -> dict[str, str]:
-    """Return the first text of the user's of the rows of these names, by example id; a file's own witnesses have none."""
+def _prompts(run: Run, names: Sequence[str], written: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the first text of the user's of the rows of these names, by example id; a file's own witnesses have none.
+
+    `written` are the prompts of a run that has grown (`_grown`).
+    """
     if _grown_path(run.path).exists():
-        return {each["id"]: message_text(each["messages"][0]) for each in _grown(run)}
+        return {each["id"]: message_text(each["messages"][0]) for each in written}
     curate = run.path / "curate"
     path = curate / ("rows.parquet" if (curate / "rows.parquet").exists() else "prompts.parquet")
     wanted = list({name.split("/")[0] for name in names})

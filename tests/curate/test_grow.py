@@ -14,12 +14,14 @@ from sftkit.core.chat import load_chat
 from sftkit.core.config import load_config
 from sftkit.core.engines.base import Completion, Request
 from sftkit.core.errors import TooManyFailures, UserError
+from sftkit.core.files import read_json_lines
 from sftkit.core.formats import read_examples
 from sftkit.core.models import resolve_model
 from sftkit.core.ngrams import words
 from sftkit.core.run import Run
 from sftkit.core.store import SampleStore
 from sftkit.curate import distill as distill_module
+from sftkit.curate import show as show_module
 from sftkit.curate.config import GrowConfig
 from sftkit.curate.grow import GrowResult, grow
 from sftkit.curate.growth import chunks, pre_query, read_answer, read_passages
@@ -113,7 +115,10 @@ def test_self_instruct_grows_from_seeds_and_from_what_grew(
         assert (code, out.splitlines()[1:]) == (0, ["  grow  kept", f"      it comes from {parent}"]), err
     assert cli("curate", "why", rows[0]["id"], tmp_path / "run")[1].startswith(f"{rows[0]['id']}: {text}")
     grandchild = next(each for each in rows if each["meta"]["parents"][0] not in ids)
+    read: list[Path] = []
+    monkeypatch.setattr(show_module, "read_json_lines", lambda path: read.append(path) or read_json_lines(path))
     assert f"it comes from {grandchild['meta']['parents'][0]}: Compare " in cli("curate", "why", grandchild["id"], tmp_path / "run")[1]
+    assert len(read) == 1
     assert text in cli("curate", "show", tmp_path / "run")[1]
 
 
