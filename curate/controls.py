@@ -50,9 +50,12 @@ def clear_controls(run: Run, prefix: str = "") -> None:
 
 
 def write_controls(
-    run: Run, rows: pl.DataFrame, drawn: Sequence[list[int]], lengths: Sequence[float], taken: Sequence[int], prefix: str = ""
+    run: Run, rows: pl.DataFrame, drawn: Sequence[list[int]], lengths: Sequence[float], taken: Sequence[int], unit: str, prefix: str = ""
 ) -> list[str]:
-    """Write curate/controls/NAME.jsonl for each of CONTROLS; return a line about each, beside the selection."""
+    """Write curate/controls/NAME.jsonl for each of CONTROLS; return a line about each, beside the selection.
+
+    `unit` is that of the lengths: tokens, characters.
+    """
     told = []
     sizes, is_taken = np.asarray(lengths, dtype=np.float64), np.zeros(len(rows), dtype=bool)
     is_taken[taken] = True
@@ -61,7 +64,7 @@ def write_controls(
         export_rows(rows[sorted(chosen)], path)
         told.append(
             f"control {prefix}{name}: {len(chosen):,} rows, {is_taken[chosen].sum():,} of them selected too; mean length "
-            f"{sizes[chosen].mean():,.1f}, of the selection {sizes[is_taken].mean():,.1f}: {path}"
+            f"{sizes[chosen].mean():,.1f} {unit}, of the selection {sizes[is_taken].mean():,.1f}: {path}"
         )
     return told
 
@@ -70,6 +73,8 @@ def write_controls_of(
     run: Run, stage: str, decisions: pl.DataFrame, lengths: pl.Series, seed: int, pool: pl.Series, *, within_prompts: bool = False
 ) -> list[str]:
     """Write the controls of a stage's decisions, as STAGE_NAME.jsonl: as many rows as it kept, drawn from those of the `pool`.
+
+    `lengths` are in characters.
 
     Within prompts, the random control has as many samples of each prompt as were kept of it.
     """
@@ -91,7 +96,7 @@ def write_controls_of(
                 left[names[row]] -= 1
                 drawn.append(row)
     numbers = lengths.cast(pl.Float64).to_list()
-    return write_controls(run, rows, [drawn, length_matched(order, numbers, taken)], numbers, taken, f"{stage}_")
+    return write_controls(run, rows, [drawn, length_matched(order, numbers, taken)], numbers, taken, "characters", f"{stage}_")
 
 
 def _path(run: Run, name: str) -> Path:

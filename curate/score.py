@@ -253,7 +253,7 @@ def summary(name: str, scores: pl.DataFrame) -> str:
     values = scores.drop_nulls("value")
     if values.is_empty():
         reason = scores["detail"].drop_nulls().filter(scores["detail"] != "").head(1).to_list()
-        return f"{name}: none of {len(scores):,} rows has a value{f'; the first: {shortened(reason[0], 200)}' if reason else ''}"
+        return f"{name}: none of {len(scores):,} rows has a value{f' (detail of the first: {shortened(reason[0], 200)})' if reason else ''}"
     verdicts = values["value"].is_in([0.0, 1.0]).all()
 
     def told(value: Any) -> str:
@@ -305,5 +305,9 @@ def check_score_name(run: Run, name: str) -> None:
     """Raise UserError unless the run has a score of this name, or it can be read off the rows."""
     have = [*known_scores(run), *COLUMNS]
     if name not in [*have, "random"]:
-        near = f"; `sftkit curate score {run.path} --with {name}` adds it" if name in SCORERS else ""
-        raise UserError(f"{run.path}: no score {name!r}: there are {', '.join(sorted({*have, 'random'}))}{near}")
+        if name not in SCORERS:
+            raise unknown_name("score", name, {*have, "random"}, str(run.path))
+        raise UserError(
+            f"{run.path}: no score {name!r}: there are {', '.join(sorted({*have, 'random'}))};"
+            f" `sftkit curate score {run.path} --with {name}` adds it"
+        )

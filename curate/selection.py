@@ -71,7 +71,8 @@ def select(run: Run, config: SelectConfig) -> Outcome:
         order = random_order(rows, config.seed)
         drawn = [_fitting(order, len(taken), tokens, config.budget_tokens), length_matched(order, lengths, taken)]
         whole = load_rows(run, before="select", columns=EXPORTED).sort(KEY)
-        notes += write_controls(run, whole, drawn, lengths, taken)
+        unit = "characters" if rows["num_tokens"].null_count() else "tokens"  # as row_lengths takes them
+        notes += write_controls(run, whole, drawn, lengths, taken, unit)
     return record(run, "select", rows, _decide(rows, eligible, taken, vectors, config), notes)
 
 

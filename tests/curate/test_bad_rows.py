@@ -29,7 +29,7 @@ COMMANDS = [  # what is asked, and the one line that is said
     ("select {run} --method longest --budget 0", "budget: expected 1 or more, found 0"),
     ("select {run} --method longest --budget-tokens 49", "the first row of the ranking alone has 50 tokens, more than budget_tokens 49"),
     ("select {run} --method top --by logprob --budget 2", "none of 6 rows has a score 'logprob', which top chooses by"),
-    ("best {run} --by num_tokns", "no score 'num_tokns': there are"),
+    ("best {run} --by num_tokns", "unknown score 'num_tokns': did you mean 'num_tokens'? known are"),
     ("best {run} --by num_tokens --keep 0", "keep: expected 1 or more, found 0"),
     ("best {run} --gate num_tokens --keep-all --min-pass-rate 50", "min_pass_rate: expected a share between 0 and 1, found 50"),
     ("filter {run} --where num_tokn<3", "unknown column 'num_tokn': did you mean 'num_tokens'?"),

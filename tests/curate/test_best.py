@@ -179,7 +179,7 @@ def test_bad_settings(settings: dict, message: str) -> None:
 
 def test_missing_score(toy_run: Callable[..., Run]) -> None:
     run = toy_run(samples("a", "1"))
-    with pytest.raises(UserError, match="no score 'helpful': there are logprob"):
+    with pytest.raises(UserError, match="unknown score 'helpful': known are logprob"):
         best(run, BestConfig(by=("helpful",)))
     with pytest.raises(UserError, match=r"no score 'numeric'.*`sftkit curate score .* --with numeric` adds it"):
         best(run, BestConfig(majority=True))

@@ -155,7 +155,7 @@ def test_what_reads_them_says_in_one_line_what_to_do(
     distill(prompts, tmp_path / "run", config())
     with Run.create(tmp_path / "run") as run:
         (line,) = summary("logprob", score(run, ScoreConfig(scorers={"logprob": {}}))["logprob"]).splitlines()
-        assert line.startswith(f"logprob: none of 120 rows has a value; the first: {UNTOLD}")
+        assert line.startswith(f"logprob: none of 120 rows has a value (detail of the first: {UNTOLD}")
         best(run, BestConfig(by=("logprob",)))
         assert f"none of 120 rows has a score 'logprob', so it puts none before another; {UNTOLD}" in caplog.text
         with pytest.raises(

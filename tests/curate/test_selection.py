@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 
@@ -265,7 +266,10 @@ def test_controls_are_as_many_and_as_long(toy_run: Callable[..., Run]) -> None:
     for name in ("random", "length_matched"):
         lines = (run.path / "curate" / "controls" / f"{name}.jsonl").read_text().splitlines()
         controls[name] = [len(json.loads(line)["messages"][-1]["content"]) for line in lines]
-        assert any(note.startswith(f"control {name}: 30 rows, ") and f"controls/{name}.jsonl" in note for note in outcome.notes)
+        assert any(
+            re.match(rf"control {name}: 30 rows, .*mean length [\d.]+ (tokens|characters), .*controls/{name}.jsonl", note)
+            for note in outcome.notes
+        )
     buckets = {name: Counter(length_bucket(length, 4) for length in lengths) for name, lengths in controls.items()}
     wanted = Counter(length_bucket(length, 4) for length in row_lengths(taken))
     assert buckets["length_matched"] == wanted
@@ -306,7 +310,10 @@ def test_quality_is_the_share_of_worse_rows() -> None:
 
 COMMANDS = [  # what is asked, what is said
     ("--method top --budget 2", "error: select: top needs a score to choose by: give --by SCORE"),
-    ("--method top --by num_char --budget 2", "no score 'num_char': there are logprob, num_chars, num_tokens, num_words, random"),
+    (
+        "--method top --by num_char --budget 2",
+        "unknown score 'num_char': did you mean 'num_chars'? known are logprob, num_chars, num_tokens, num_words, random",
+    ),
     ("--method top --by=-logprob --budget 2", "none of 6 rows has a score 'logprob', which top chooses by"),
     ("--method longest --budget 0", "error: budget: expected 1 or more, found 0"),
     ("--method longest", "error: select: give --budget ROWS or --budget-tokens TOKENS"),
