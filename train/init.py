@@ -27,8 +27,13 @@ def parse_init(text: str) -> set[int]:
 
 def check_init(text: str | None, settings: Any) -> None:
     """Raise UserError for an `init` that cannot be followed with a model of these settings (transformers' config)."""
-    if text is not None:
-        _check_layers(parse_init(text), settings.get_text_config().num_hidden_layers)
+    if text is None:
+        return
+    layers, config = parse_init(text), settings.get_text_config()
+    _check_layers(layers, config.num_hidden_layers)
+    shared = [each for each in ("hidden_size_per_layer_input", "num_kv_shared_layers") if getattr(config, each, None)]
+    if shared:  # Gemma 3n and 4: one matrix holds a part for each layer, and late layers take keys and values of earlier ones
+        raise UserError(f"init: layers of {settings.model_type} cannot be taken out, they share weights or states ({', '.join(shared)})")
 
 
 def _check_layers(layers: set[int], count: int) -> None:

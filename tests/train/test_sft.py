@@ -304,3 +304,14 @@ def test_the_classic_recipe() -> None:
     assert not classic.gradient_checkpointing
     with pytest.raises(UserError, match="did you mean 'classic'"):
         recipe_settings("clasic", gpu=True)
+
+
+def test_layers_that_share_weights_are_not_taken_out_and_nothing_is_written() -> None:
+    from sftkit.train.init import check_init
+    from transformers import AutoConfig
+
+    for kind in ("gemma3n_text", "gemma4_text"):
+        settings = AutoConfig.for_model(kind)
+        with pytest.raises(UserError, match=f"layers of {kind} cannot be taken out, they share"):
+            check_init("prune:1-2", settings)
+    check_init("prune:1-2", AutoConfig.for_model("gemma3_text"))
