@@ -16,17 +16,18 @@ from .config import TrainConfig
 
 SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that read one input, by their names in transformers
 PIECES = 32
-STATE_SPACE = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # their kernels read out_proj past PEFT, which refuses it
 
 
-def adapter_config(config: TrainConfig, kind: str = "") -> Any:
-    """Return the adapter that a run trains, as PEFT wants it, for a model of a `kind` (its model_type)."""
+def adapter_config(config: TrainConfig, model: Any = None) -> Any:
+    """Return the adapter that a run trains, as PEFT wants it. In a `model` with state-space layers, out_proj is left out."""
+    layers = () if model is None else (dict(layer.named_parameters(recurse=False)) for layer in model.modules())
+    state_space = any("A_log" in own and "D" in own for own in layers)  # whose kernels read out_proj's weight past an adapter
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules="all-linear",
-        exclude_modules=["out_proj", "conv1d"] if kind in STATE_SPACE else None,
+        exclude_modules=["out_proj"] if state_space else None,
         task_type="CAUSAL_LM",
     )
 

@@ -48,7 +48,7 @@ def run_trainer(
     kind = PreferenceTrainer if isinstance(config, PreferenceConfig) else Trainer
     trainer = make_trainer(
         model, chat, data.train, data.validation, config, checkpoints=room / "checkpoints", device=device, half=half,
-        batch_tokens=tokens, watch=watch, peft_config=adapter_config(config, model.config.model_type) if config.adapter else None,
+        batch_tokens=tokens, watch=watch, peft_config=adapter_config(config, model) if config.adapter else None,
         kind=sharing(kind) if config.gpus > 1 and config.parallel == "fsdp" else kind,
     )  # fmt: skip
     if not told:

@@ -276,7 +276,7 @@ def bare_model(settings: Any, load: Load) -> Any:
     if load.adapter:
         from peft import get_peft_model
 
-        wanted = adapter_config(TrainConfig(lora_rank=load.rank), settings.model_type)
+        wanted = adapter_config(TrainConfig(lora_rank=load.rank), model)
         with foreign_code(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             adapted = get_peft_model(model, wanted)

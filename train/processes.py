@@ -142,7 +142,7 @@ def with_weights(job: Job, weights: dict[str, Any]) -> Any:
     if job.config.adapter:
         from peft import get_peft_model
 
-        model = get_peft_model(model, adapter_config(job.config, model.config.model_type))
+        model = get_peft_model(model, adapter_config(job.config, model))
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     assert not unknown, unknown
     return model if job.config.qlora else model.to(job.device)
