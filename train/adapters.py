@@ -21,7 +21,7 @@ PIECES = 32
 def adapter_config(config: TrainConfig, model: Any = None) -> Any:
     """Return the adapter that a run trains, as PEFT wants it. In a `model` with state-space layers, out_proj is left out."""
     layers = () if model is None else (dict(layer.named_parameters(recurse=False)) for layer in model.modules())
-    state_space = any("A_log" in own and "D" in own for own in layers)  # whose kernels read out_proj's weight past an adapter
+    state_space = any("A_log" in own and "D" in own for own in layers)  # Mamba 2 reads it past an adapter, PEFT refuses it in Mamba
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
