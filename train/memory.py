@@ -406,27 +406,23 @@ def decoder_layers(model: Any) -> Any:
 def compiled_layer(model: Any, load: Load) -> int:
     """Return the bytes that a compiled layer saves: what torch.compile's partitioner was seen to keep of a gated decoder layer.
 
-    Its input; two inverse norms; each product's input and the second's output; queries, keys and values as attention takes them,
-    its output and sums; and under autocast a 16-bit copy of each weight.
+    Its input and the stream after attention; two inverse norms; queries, keys and values as attention takes them, its output and sums;
+    both halves of the gated product. The rest is made again on the way back (`trainer.compile_layers`).
     """
     config = model.config.get_text_config()
     width, heads = config.hidden_size, config.num_attention_heads
     size = getattr(config, "head_dim", None) or width // heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     small, stream = (load.half or load.dtype).itemsize, (load.half if load.half is torch.bfloat16 else load.dtype).itemsize
-    numbers = 3 * width + 2 * heads * size + 2 * groups * size + 3 * config.intermediate_size
-    token = stream * width + small * numbers + 4 * heads + 8
+    token = 2 * stream * width + small * (2 * (heads + groups) * size + 2 * config.intermediate_size) + 4 * heads + 8
     layer = decoder_layers(model)[0]
-    linear = [each for each in layer.modules() if isinstance(each, torch.nn.Linear)]
     if any("norm" in name and "layernorm" not in name for name, _ in layer.named_modules()):
         token += small * (heads + groups) * size + 4 * (heads + groups)  # queries and keys before they are normed (Qwen3, Gemma 3)
-    copied = 0
     if load.adapter:  # narrow products; and in four bits the attention's output once more: PEFT takes it through float32
+        linear = [each for each in layer.modules() if isinstance(each, torch.nn.Linear)]
         token += small * load.rank * sum(1 for each in linear if each.weight.requires_grad) // 2
         token += small * heads * size if load.quantised else 0
-    elif load.half is not None and load.half is not load.dtype:
-        copied = small * sum(each.weight.numel() for each in linear)
-    return load.tokens * token + copied
+    return load.tokens * token
 
 
 def _is_gated(layer: Any) -> bool:

@@ -31,10 +31,10 @@ CHECKPOINTED = 0.8  # of the speed
 
 # Share of the measured matrix-product peak that a step reached, by the model's width, on one H200 (docs/training-speed.md).
 SHARES = {
-    "compiled": ((576, 0.49), (896, 0.66), (1536, 0.70)),
+    "compiled": ((576, 0.48), (896, 0.64), (1536, 0.68)),
     "plain": ((576, 0.24), (896, 0.31), (1536, 0.44)),  # the first is not measured: on the line through the others
 }
-ADAPTER_SHARES = {"compiled": 0.46 / 0.67, "plain": 0.23 / 0.31}  # of a full step's share; measured at widths of 1024 and 896
+ADAPTER_SHARES = {"compiled": 0.46 / 0.65, "plain": 0.23 / 0.31}  # of a full step's share; measured at widths of 1024 and 896
 SHORT_PASS = 0.1  # seconds; the passes behind the shares took more, and in shorter ones a card waits for a host that launches them
 SHORT_RECORDED = 0.005  # the same where they are recorded: of 2,000 tokens and more, none was slower than long ones
 MATRIX_SHARE = 0.8  # of its data sheet's figure a card reaches in a large matrix product: 795 of 989 TFLOP/s on that H200
