@@ -29,7 +29,7 @@ from .scores import read_scored, score_files
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 6  # counts up when the same rows would be rendered, stored or reported otherwise
+SCHEMA = 7  # counts up when the same rows would be rendered, stored or reported otherwise
 LEAST_ROWS = 5_000  # fewer are rendered in seconds
 KEPT = 8  # preparations
 ABANDONED = 24 * 3600.0  # seconds after which what was half written will not be finished

@@ -7,6 +7,7 @@ import re
 import resource
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from sftkit.train.checkpoints import last_checkpoint, mark_whole
 from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row
 from sftkit.train.packing import Packs
-from sftkit.train.parity import check_parity
+from sftkit.train.parity import check_parity, checked
 from sftkit.train.sampling import check_stops
 from sftkit.train.sft import TrainResult, _check_settings, train
 from sftkit.train.trainer import Watch, make_trainer
@@ -159,6 +160,11 @@ def test_prompts_are_those_of_inference_and_their_digest_is_kept(trained: TrainR
     rows = prepare(read_examples(chats(5)), thinking, config(validation=0.0), context=512).train
     with pytest.raises(UserError, match=r"chats\.jsonl:1: is trained on after a prompt that ends .*asked with one that ends .*<think>"):
         check_parity(rows, thinking)
+    for count in (0, 1, 31, 32, 33, 63, 64, 1000):
+        places = [row.key[1] for row in checked([Row(("a", place), [], []) for place in range(count)])]
+        assert len(places) == min(count, 32)
+        gaps = [right - left for left, right in pairwise([*places, count])]  # from the first to the end of the data
+        assert not gaps or (places[0] == 0 and 1 <= min(gaps) and max(gaps) - min(gaps) <= 1)
 
 
 def test_long_conversations_are_cut_between_turns_and_never_in_an_answer(tiny_model: Path, chats) -> None:
