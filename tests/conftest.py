@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sftkit.cli import sftkit
@@ -122,6 +123,23 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return code, said.out, said.err
 
     return call
+
+
+@pytest.fixture(scope="session", autouse=True)
+def reload_apart() -> Iterator[Callable[..., Any]]:
+    """Have saved models loaded again in this process, which takes milliseconds and not seconds; return what a training calls."""
+    from sftkit.train import reloaded
+
+    apart = reloaded.reload_apart
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reloaded, "reload_apart", reloaded.reload)
+        yield apart
+
+
+@pytest.fixture
+def loads_apart(reload_apart: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have saved models loaded again in a process of its own, as outside of tests."""
+    monkeypatch.setattr("sftkit.train.reloaded.reload_apart", reload_apart)
 
 
 @pytest.fixture(autouse=True)

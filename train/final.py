@@ -1,18 +1,19 @@
 """The final model: saved whole or not at all, with its template and stop ids, then loaded again and held against what was trained."""
 
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..core.chat import Chat, load_chat
+from ..core.chat import Chat
 from ..core.errors import UserError
 from ..core.files import write_json
-from ..core.models import ModelRef, cast, load_model, model_identity, resolve_model
+from ..core.models import ModelRef, cast, model_identity
+from . import reloaded
 from .data import Row
+from .likelihood import answer_loss
 from .merge import MOST_KL, load_adapter, load_base, merge_adapter, save_model
 
 log = logging.getLogger(__name__)
@@ -72,40 +73,23 @@ def _save_adapter(model: Any, start: ModelRef, folder: Path) -> None:
 
 
 def check_saved(folder: Path, chat: Chat, rows: Sequence[Row], before: float) -> None:
-    """Load a saved model as a stranger would; raise UserError unless it renders, stops and computes as the one in memory did."""
-    ref = resolve_model(folder)
-    saved = load_chat(ref)
-    if saved.fingerprint() != chat.fingerprint():
+    """Have a fresh process load a saved model; raise UserError unless it renders, stops and computes as the one in memory did."""
+    checkpoints = folder.with_name("checkpoints")
+    kept = f"the saved model is in {folder}, the checkpoints are in {checkpoints}: the same command goes on from the last"
+    try:
+        saved = reloaded.reload_apart(folder, rows)
+    except UserError as error:
+        raise UserError(f"{error}; {kept}") from None
+    if saved.fingerprint != chat.fingerprint():
         raise UserError(
             f"{folder}: the saved tokenizer renders or stops otherwise than the one that was trained with (stop ids {saved.stop_ids},"
-            f" trained with {chat.stop_ids}); the chat template was not saved whole"
+            f" trained with {list(chat.stop_ids)}); the chat template was not saved whole; {kept}"
         )
-    loss = answer_loss(load_model(ref), rows)
-    if not abs(loss - before) <= TOLERANCE * max(before, 1.0):
+    if not abs(saved.loss - before) <= TOLERANCE * max(before, 1.0):
         raise UserError(
-            f"{folder}: the saved model has a loss of {loss:.4f} on {len(rows)} rows, where it had {before:.4f} in memory: it was not saved"
-            " whole; the checkpoints are still there"
+            f"{folder}: the saved model has a loss of {saved.loss:.4f} on {len(rows)} rows, where it had {before:.4f} in memory: it was not"
+            f" saved whole; {kept}"
         )
-    log.info("saved: %s; loaded again, its loss on %d rows is %.4f (before: %.4f)", folder, len(rows), loss, before)
-
-
-def answer_loss(model: Any, rows: Sequence[Row]) -> float:
-    """Return -log P(answer | prompt) per token over rows, in nats, in eval mode."""
-    count = sum(int(row.trained[1:].sum()) for row in rows)
-    return sum(row_losses(model, rows)) / count if count else math.nan
-
-
-@torch.no_grad()
-def row_losses(model: Any, rows: Sequence[Row]) -> list[float]:
-    """Return -log P(answer | prompt) of each row, summed over its tokens, in nats, in eval mode."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    found = []
-    for row in rows:
-        ids = torch.tensor([row.ids], device=device)
-        labels = torch.tensor(row.labels[1:], device=device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        found.append(float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")))
-    model.train(training)
-    return found
+    log.info(
+        "saved: %s; loaded again by a fresh process, its loss on %d rows is %.4f (before: %.4f)", folder, len(rows), saved.loss, before
+    )

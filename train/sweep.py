@@ -183,7 +183,7 @@ def _name(settings: Mapping[str, Any]) -> str:
 
 def _held_out(run: Path, rows: Sequence[Any]) -> Losses:
     """Return the loss of each held-out row under a run's final model, summed over its tokens; computed once."""
-    from .final import row_losses
+    from .likelihood import row_losses
 
     place = run / "train" / "heldout.json"
     if not place.exists():

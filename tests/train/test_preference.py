@@ -181,7 +181,7 @@ def test_it_learns_the_better_answer_and_the_saved_model_is_the_trained_one(pair
     assert results["validation"][0] == pytest.approx(math.log(2), abs=1e-6)  # nothing is preferred yet
     assert results["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert results["validation"][1] < 0.5
-    assert "loaded again, its loss" in err
+    assert "loaded again by a fresh process, its loss" in err
     card = (tmp_path / "run" / "train" / "final" / "README.md").read_text()
     assert "- dpo" in card
     assert "sftkit train preference" in card
