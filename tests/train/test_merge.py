@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from sftkit.cli import sftkit
 from sftkit.core.chat import load_chat
 from sftkit.core.errors import UserError
@@ -66,6 +67,19 @@ def test_rounding_that_changes_what_it_says_is_refused_with_the_figure(
     ):
         merge(adapter, tmp_path / "merged", dtype="bfloat16")
     assert not (tmp_path / "merged").exists()
+
+
+def test_the_bar_is_a_thousandth_of_a_nat(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Twelve times as strong, the adapter leaves weights that bfloat16 rounds too coarsely: 5e-3 nats a token, as it is 2e-5."""
+    loud = tmp_path / "loud"
+    shutil.copytree(adapter, loud)
+    weights = load_file(loud / "adapter_model.safetensors")
+    save_file({name: 12 * each if "lora_B" in name else each for name, each in weights.items()}, loud / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"KL\(adapter ‖ merged\) 0\.00[0-9]+ nats a token, allowed 0\.001; .*give --dtype float32"):
+        merge(loud, tmp_path / "merged", dtype="bfloat16")
+    assert not (tmp_path / "merged").exists()
+    assert merge(loud, tmp_path / "whole", dtype="float32").kl < 1e-6
+    assert 1e-6 < merge(adapter, tmp_path / "half", dtype="bfloat16").kl < 1e-3
 
 
 def test_another_base_is_refused(adapter: Path, tiny_model: Path, tiny_base_model: Path, tmp_path: Path) -> None:
