@@ -203,6 +203,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._before = (steps[-1]["num_tokens"], steps[-1]["seconds"]) if steps else (0, 0.0)
         self._sound = state.global_step
         self._trained = state.global_step >= state.max_steps
+        if state.global_step:  # the first evaluation stands; that of an epoch's end comes after a checkpoint there, and may be missing
+            epoch_ended = self._trained or state.epoch == round(state.epoch)
+            evaluated = any("eval_loss" in line and line["step"] == state.global_step for line in kept)
+            args.eval_on_start = args.eval_strategy == "epoch" and epoch_ended and not evaluated
         if state.is_world_process_zero:
             write_json_lines(self.metrics, kept)
             self._progress = Progress("train", total=state.max_steps, unit="steps", done=state.global_step).__enter__()

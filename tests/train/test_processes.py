@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
 import pickle
+import random
 import shutil
 import signal
 import subprocess
@@ -22,6 +24,8 @@ from sftkit.train import processes
 from sftkit.train.checkpoints import last_checkpoint
 from sftkit.train.config import PreferenceConfig, TrainConfig
 from sftkit.train.sft import train
+
+log = logging.getLogger(__name__)
 
 SETTINGS: dict[str, Any] = {
     "epochs": 2.0, "validation": 0.1, "dtype": "float32", "learning_rate": 1e-3, "logging_steps": 1, "stop_check": 0, "batch_size": 8,
@@ -91,8 +95,9 @@ def test_two_processes_train_as_one_in_every_way_and_one_goes_on_from_their_chec
     for way in ways:
         preferring, lora, _ = way
         one, two = whole[way[:2]], place(way)
-        for name in ("loss", "eval_loss", "grad_norm", *(("rewards/accuracies", "eval_rewards/margins") if preferring else ())):
-            assert metrics(two, name) == pytest.approx(metrics(one, name), abs=1e-5, rel=1e-5), (way, name)
+        for name in ("loss", "eval_loss", *(("rewards/accuracies", "eval_rewards/margins") if preferring else ())):
+            assert metrics(two, name) == pytest.approx(metrics(one, name), abs=1e-5), (way, name)
+        assert metrics(two, "grad_norm") == pytest.approx(metrics(one, "grad_norm"), rel=1e-5), way
         assert metrics(two, "num_tokens") == metrics(one, "num_tokens")
         copy = tmp_path / f"{two.name}-gone-on"
         shutil.copytree(two, copy)
@@ -105,7 +110,7 @@ def test_two_processes_train_as_one_in_every_way_and_one_goes_on_from_their_chec
             assert (last / "adapter_model.safetensors").stat().st_size <= 2 * adapter
         shutil.rmtree(last)
         again = train_(copy, preferring, lora)
-        assert metrics(again, "loss") == pytest.approx(metrics(one, "loss"), abs=1e-5, rel=1e-5), way
+        assert metrics(again, "loss") == pytest.approx(metrics(one, "loss"), abs=1e-5), way
         first, *others = (load_model(resolve_model(each)).state_dict() for each in (one, two, again))
         for other in others:
             assert max(float((first[name] - other[name]).abs().max()) for name in first) < 1e-3, way
@@ -174,14 +179,37 @@ def test_killed_and_gone_on_the_losses_are_those_of_a_run_in_one_piece(tmp_path,
     run = tmp_path / "run"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sftkit.train.sft", "sftkit.train.trainer"])  # imported once
-    process = context.Process(target=train, args=(data, str(tiny_model), run, settings))
-    process.start()
-    deadline = time.monotonic() + 200
-    while (last := last_checkpoint(run / "train" / "checkpoints")) is None or int(last.name.split("-")[1]) < 3:
-        assert process.is_alive()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.kill()
-    process.join()
-    train(data, str(tiny_model), run, settings)  # waits for the processes of the killed one
+    seed = random.SystemRandom().randrange(10**6)
+    log.warning("seed %d", seed)  # shown where the test fails
+    drawn = random.Random(seed)
+    for kill, first, last in ((kill_parent, 1, 8), (kill_all, 12, 24)):
+        step = drawn.randint(first, last)
+        process = context.Process(target=train, args=(data, str(tiny_model), run, settings))
+        process.start()
+        deadline = time.monotonic() + 200
+        while (saved := last_checkpoint(run / "train" / "checkpoints")) is None or int(saved.name.split("-")[1]) < step:
+            assert process.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        others = psutil.Process(process.pid).children(recursive=True)
+        assert len(others) >= 3  # torchrun and two processes
+        kill(process.pid, others)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    train(data, str(tiny_model), run, settings)
     assert metrics(run, "loss") == pytest.approx(metrics(whole, "loss"), abs=1e-5)
+    assert metrics(run, "eval_loss") == pytest.approx(metrics(whole, "eval_loss"), abs=1e-5)
+
+
+def kill_parent(parent: int, others: list[psutil.Process]) -> None:
+    """As kill -9 of the command does: its processes still write a checkpoint, which the next call waits for."""
+    os.kill(parent, signal.SIGKILL)
+
+
+def kill_all(parent: int, others: list[psutil.Process]) -> None:
+    """As a cluster does, or a container that is out of memory: all at one instant, in the middle of a step or of a checkpoint."""
+    for each in (together := [psutil.Process(parent), *others]):
+        each.suspend()
+    for each in together:
+        each.kill()
+    assert not psutil.wait_procs(others, timeout=30)[1]

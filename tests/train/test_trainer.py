@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from sftkit.core.chat import load_chat
-from sftkit.core.files import read_json_lines
+from sftkit.core.files import read_json_lines, write_json_lines
 from sftkit.core.models import load_model, resolve_model
 from sftkit.train.attention import packed_attention, use_own_attention, use_packed_attention
 from sftkit.train.compiling import can_compile
@@ -353,6 +353,30 @@ def test_a_run_that_stops_within_an_epoch_does_not_evaluate_first(tmp_path: Path
     watch.late, control = late, SimpleNamespace(should_evaluate=True)
     watch.on_epoch_end(None, SimpleNamespace(epoch=epoch), control)
     assert control.should_evaluate is wanted
+
+
+@pytest.mark.parametrize(
+    ("step", "strategy", "written", "wanted"),
+    [
+        (0, "epoch", [], True),
+        (3, "epoch", [0], False),  # within the first epoch: it would stand in the curve of no run in one piece
+        (4, "epoch", [0], True),  # the checkpoint of an epoch's end is written before the evaluation there
+        (4, "epoch", [0, 4], False),
+        (6, "epoch", [0, 4], True),  # the last step, within the second epoch
+        (4, "steps", [0, 2], False),
+        (4, "no", [], False),
+    ],
+)
+def test_a_run_that_goes_on_evaluates_first_only_what_was_not(
+    tmp_path: Path, step: int, strategy: str, written: list[int], wanted: bool
+) -> None:
+    lines = [{"step": each, "eval_loss": 1.0} for each in written] + [{"step": 5, "eval_loss": 1.0}]  # 5: after the checkpoint
+    write_json_lines(tmp_path / "metrics.jsonl", lines if step != 6 else lines[:-1])
+    arguments = SimpleNamespace(eval_on_start=strategy != "no", eval_strategy=strategy)
+    state = SimpleNamespace(global_step=step, max_steps=6, epoch=step / 4, is_world_process_zero=True)
+    with closing(Watch(tmp_path / "metrics.jsonl", SimpleNamespace(configure=lambda _: None), save_minutes=60)) as watch:
+        watch.on_train_begin(arguments, state, None)
+    assert arguments.eval_on_start is wanted
 
 
 def test_losses_are_those_of_trls_own_trainer(tmp_path: Path, tiny_model: Path) -> None:
