@@ -19,6 +19,8 @@ from sftkit.train.head import LinearCrossEntropy, _losses, _losses_in_place, los
 from sftkit.train.packing import Packs
 from sftkit.train.trainer import Watch, compile_layers, keeps_rows_apart, learn_from_packs, make_trainer
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
@@ -141,6 +143,45 @@ def test_a_row_does_not_see_its_neighbours(tiny_model) -> None:
         kept["targets"][batch["score_at"] < begin] = -100
         losses.append(float(loss_sum(model, kept).detach()))
     assert losses[0] == losses[1]
+
+
+class NoSquare(TorchDispatchMode):
+    """Fails as soon as a tensor is made that has two dimensions of at least so many tokens, on the way back, too."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens, self.tensors = tokens, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for each in tree_leaves(out):
+            if isinstance(each, torch.Tensor):
+                self.tensors += 1
+                assert sum(size >= self.tokens for size in each.shape) < 2, f"{func} made {list(each.shape)}"
+        return out
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_no_tensor_of_a_pack_is_as_wide_and_as_high_as_the_pack_is_long(tiny_model: Path, static: bool) -> None:
+    rows = [row(length) for length in [*range(11, 55), 45, 60]]
+    made = packs(rows, batch_size=len(rows), batch_tokens=4096)
+    if static:
+        made.pad_to(made.largest_shape())
+    (batch,) = [made[number] for number in range(len(made))]
+    tokens = batch["num_tokens"]
+    model = load_model(resolve_model(tiny_model), dtype="float32")
+    assert tokens > max(model.config.vocab_size, *(size for weight in model.parameters() for size in weight.shape))
+    own = {name: batch[name] for name in ("input_ids", "position_ids")}
+    with NoSquare(tokens), pytest.raises(AssertionError, match=rf"made \[1, 1, {len(own['input_ids'][0])}, "):
+        model(**own, use_cache=False)  # what TRL's packs do without a kernel for variable lengths: a mask
+    use_packed_attention(model)
+    with NoSquare(tokens) as seen:
+        forward = loss_sum(model, batch)
+        before = seen.tensors
+        forward.backward()
+    assert before > 100
+    assert seen.tensors > before + 100
+    assert all(weight.grad is not None for weight in model.parameters())
 
 
 @pytest.mark.parametrize(("softcap", "scale", "bias"), [(0.0, 1.0, False), (5.0, 1.0, False), (0.0, 0.25, True)])
