@@ -1,4 +1,4 @@
-"""What `distill --dry-run` says a run will take, and what the run then takes: tokens, and seconds of generation.
+"""What `distill --dry-run` says a run will take, and what the run then takes: tokens, and seconds of generation, and those with the engine's start.
 
     python benchmarks/dry_run.py MODEL [--prompts 3000] [-k 4] [--max-new-tokens 64] [--engine transformers]
     python benchmarks/dry_run.py TOKENIZER --shape 135m --engine vllm --prompts 20000 --max-new-tokens 128       on a GPU, 4 min
@@ -145,9 +145,12 @@ def main() -> None:
         with timeline.watching():
             dry = estimate(questions, folder / "run", config)
             print(dry.summary(), *timeline.calls, sep="\n", flush=True)
+            began = time.monotonic()
             result = distill(questions, folder / "run", config)
+            whole = time.monotonic() - began
         assert dry.new_tokens is not None
         assert dry.seconds is not None
+        said = dry.seconds + (dry.seconds_to_start or 0.0)
         row = {
             "engine": given.engine,
             "samples before": dry.probed,
@@ -157,8 +160,10 @@ def main() -> None:
             "tokens": result.new_tokens,
             "seconds said": round(dry.seconds, 1),
             "seconds": round(result.seconds, 1),
+            "with start said": round(said, 1),
+            "with start": round(whole, 1),
         }
-        row["off by %"] = [round(100 * (row[f"{each} said"] / row[each] - 1), 1) for each in ("tokens", "seconds")]
+        row["off by %"] = [round(100 * (row[f"{each} said"] / row[each] - 1), 1) for each in ("tokens", "seconds", "with start")]
         row["calls"] = timeline.calls
         print(json.dumps(row))
         with open(given.out, "a", encoding="utf-8") as file:

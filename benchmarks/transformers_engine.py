@@ -4,7 +4,7 @@
     python benchmarks/transformers_engine.py --prompts 252 --large     on a GPU: its own batches, and those of 16,384 tokens
 
 Both sample at temperature 0.8, top-p 0.95, at most 160 new tokens, in batches under 16,384 tokens, longest prompts first.
-`generate` runs each batch until its last row ends; its tokens are counted up to each row's end. Three repetitions in turn, medians.
+`generate` runs each batch until its last row ends; its tokens are counted up to each row's end. Three rounds in turn, medians.
 With --large the engine's batches are as large as it makes them by itself, and `generate` is left out.
 """
 
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2-135m-instruct")
     parser.add_argument("--prompts", type=int, default=120)
     parser.add_argument("--large", action="store_true", help="the engine's batches by itself beside those of 16,384 tokens")
+    parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     engine = open_engine(given.model, EngineConfig(engine="transformers", batch_tokens=16_384))
     assert isinstance(engine, TransformersEngine)
@@ -78,7 +79,7 @@ def main() -> None:
     else:
         ways = {"generate": partial(theirs, engine, requests), "sftkit": partial(ours, engine, requests)}
     rates: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(3):
+    for _ in range(given.rounds):
         for name, run in ways.items():
             tokens, seconds, waited = run()
             rates[name].append(tokens / seconds)
