@@ -1,4 +1,4 @@
-"""What `distill --dry-run` says a run will take, and what the run then takes: tokens, and seconds of generation, and those with the engine's start.
+"""What `distill --dry-run` says a run will take, and what it then takes: tokens, seconds of generation, and with the engine's start.
 
     python benchmarks/dry_run.py MODEL [--prompts 3000] [-k 4] [--max-new-tokens 64] [--engine transformers]
     python benchmarks/dry_run.py TOKENIZER --shape 135m --engine vllm --prompts 20000 --max-new-tokens 128       on a GPU, 4 min
