@@ -22,7 +22,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +30,11 @@ from .errors import UserError
 from .example import Message, Tool
 from .files import read_json
 from .models import ModelRef, load_tokenizer
+from .parts import SENTINEL, common_prefix, trained_part
 from .templates import BUILT_IN, PAD_CANDIDATES
 
 log = logging.getLogger(__name__)
 
-SENTINEL = "\ue000sftkit\ue001"  # private-use characters: no template and no answer holds them
 DATE = "26 Jul 2024"  # what Llama's templates say when nothing tells them the date
 FIXED_CLOCK = (  # put before a template that asks for the time: the same moment, in whatever form it asks
     "{%- macro strftime_now(format) -%}{{- format"
@@ -56,10 +56,14 @@ class How(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A conversation as token ids. `mask[i]` is True where token i is the assistant's: its answer and its end of turn."""
+    """A conversation as token ids. `mask[i]` is True where token i is the assistant's: its answer and its end of turn.
+
+    `written` is the mask as it would be with nothing left out of it; None where it is the same.
+    """
 
     ids: list[int]
     mask: list[bool]
+    written: list[bool] | None = None
 
 
 class Chat:
@@ -93,15 +97,17 @@ class Chat:
 
     def render(
         self, messages: Sequence[Message], *, generation_prompt: bool = False, thinking: bool = False, tools: Sequence[Tool] = (),
-        train_on: str = "all",
+        train_on: str = "all", leave_out: Sequence[str] = (),
     ) -> Rendered:  # fmt: skip
         """Return the token ids of a conversation and the mask of the assistant's tokens.
 
         A turn is masked from where the generation prompt ends to its end-of-turn token: what the model has to write by itself.
         `tools` are the functions that can be called, which the template writes where it knows any (`writes_tools`).
-        `train_on` "all" masks every assistant turn, "last" only the final one. With `generation_prompt` the ids end where
-        an answer begins, and they are the same ids that a training row with that answer begins with. The mask does not
-        depend on `{% generation %}` marks: each turn is found by rendering again with a sentinel in its place. Raises
+        `train_on` "all" masks every assistant turn, "last" only the final one. `leave_out` takes parts of these out of the mask, and
+        leaves the ids as they are: "thinking" the thought, up to where the answer's text begins; "tool_calls" the calls, from the end
+        of what is said before them to the end of the turn (`core/parts.py`). With `generation_prompt` the ids end where an answer
+        begins, and they are the same ids that a training row with that answer begins with. The mask does not depend on
+        `{% generation %}` marks: each turn is found by rendering again with a sentinel in its place. Raises
         UserError for a conversation that the template refuses.
         """
         messages = _with_arguments([{**each, "content": "" if each.get("content") is None else each["content"]} for each in messages], dict)
@@ -109,15 +115,27 @@ class Chat:
         text = self._text(messages, how)
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         spans = {turn: self._span(messages, turn, text, how) for turn in turns}
-        ids, offsets = self._encode(text, [span for span in spans.values() if span])
-        mask = [False] * len(ids)
-        for turn, span in spans.items():
-            if span and not generation_prompt and (train_on == "all" or turn == turns[-1]):
+        wanted = {} if generation_prompt else {turn: span for turn, span in spans.items() if train_on == "all" or turn == turns[-1]}
+        kept: dict[int, tuple[int, int]] = {}
+        if leave_out:
+            write = partial(self._try_text, how=how)
+            kept = {turn: trained_part(messages, turn, text, span, write, leave_out) for turn, span in wanted.items() if span}
+        cuts = [span for span in spans.values() if span]
+        if not self.tokenizer.is_fast:
+            cuts += kept.values()  # else a part's tokens could not be told from the turn's others
+        ids, offsets = self._encode(text, cuts)
+        mask, written = [False] * len(ids), [False] * len(ids)
+        for turn, span in wanted.items():
+            if span:
                 first, last = (_count_before(offsets, edge) for edge in span)
                 # a special token that swallows the white space after it reaches over its turn's end
                 last += last < len(ids) and ids[last] in self.stop_ids and offsets[last][0] < span[1]
+                written[first:last] = [True] * (last - first)
+                begin, end = kept.get(turn, span)
+                first = _count_before(offsets, begin)
+                last = last if end == span[1] else max(first, _count_before(offsets, end))
                 mask[first:last] = [True] * (last - first)
-        return Rendered(ids, mask)
+        return Rendered(ids, mask, None if mask == written else written)
 
     def prompt(self, messages: Sequence[Message], *, thinking: bool = False, tools: Sequence[Tool] = ()) -> list[int]:
         """Return the ids to generate from: the conversation, up to where the assistant's answer begins."""
@@ -293,7 +311,7 @@ class Chat:
         prompts = (self._try_text(messages[:turn], each) for each in asked if turn)
         start = next((len(each) for each in prompts if each and text.startswith(each)), None)
         if start is None and around:
-            start = _common_prefix(around[0], text)
+            start = common_prefix(around[0], text)
         if start is None or end is None:
             return None
         end = max(start, end)
@@ -315,7 +333,7 @@ class Chat:
             return None, False
         end = len(text) - _common_suffix(around[1], text)
         told = self._around(messages, turn + 1, how) if turn + 1 < len(messages) else None
-        if told and _common_prefix(told[0], text) < end:
+        if told and common_prefix(told[0], text) < end:
             return None, False  # the tool's answer is written into the turn of the assistant, who did not say it
         return end, False
 
@@ -432,13 +450,5 @@ def _count_before(offsets: Sequence[tuple[int, int]], edge: int) -> int:
     return bisect.bisect_right(offsets, edge, key=lambda each: each[1])
 
 
-def _common_prefix(one: str, other: str) -> int:
-    length = min(len(one), len(other))
-    for position in range(length):
-        if one[position] != other[position]:
-            return position
-    return length
-
-
 def _common_suffix(one: str, other: str) -> int:
-    return len(one) if other.endswith(one) else _common_prefix(one[::-1], other[::-1])
+    return len(one) if other.endswith(one) else common_prefix(one[::-1], other[::-1])

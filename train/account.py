@@ -28,6 +28,7 @@ CURES = {
     "calls_left_out": "the chat template writes no tool calls: give a model whose template does",
     "refused_by_template": "change the rows as the template wants them, or give a model with another template",
     "over_max_length": "raise max_length, or give overlong: split, which cuts a conversation between its turns",
+    "nothing_left": "mask_thinking and mask_tool_calls leave nothing of their answers to train on: take that option, or the rows, out",
     "no_pair": "give rows with a prompt, a chosen and a rejected answer (sftkit curate export --format preference)",
     "same_answers": "nothing can be learned from a pair of like answers: take them out",
     "prompts_differ": "the chat template writes another prompt before the one answer than before the other: leave thoughts out",
@@ -47,8 +48,8 @@ def prepare(
 ) -> TrainingData:
     """Render all rows, decide which are trained on, and record a decision for each in `ledger`, a file.
 
-    Rules: `no_assistant_turn`, `empty_answer`, `refused_by_template`, `calls_left_out`, `over_max_length`, `no_end_of_turn`, `over_limit`,
-    `over_share` (what a `mixture` has too much of);
+    Rules: `no_assistant_turn`, `empty_answer`, `refused_by_template`, `calls_left_out`, `over_max_length`, `no_end_of_turn`, `nothing_left`
+    (to train on, after `mask_thinking` or `mask_tool_calls`), `over_limit`, `over_share` (what a `mixture` has too much of);
     of pairs also `no_pair`, `same_answers`, `prompts_differ`.
     Raises UserError when nothing is left, too few answers end with a token that ends them, or a token is beyond the `vocabulary`.
     What is no error and yet seldom meant stands in the report's warnings, and is said aloud.
@@ -120,6 +121,7 @@ def prepare(
             *_warnings(left_out, cures, kept, repeated, chat),
             *_half_used(kept, config),
             *_unwritten_thoughts(kept, chat, config.train_on),
+            *_nothing_masked([] if "nothing_left" in left_out else rows, config),
             *mixture.warnings(places),
         ),
     )
@@ -194,6 +196,14 @@ def _half_used(kept: Sequence[Example], config: TrainConfig) -> list[str]:
     if not pairs:
         return []
     return [f"{_rows(pairs)} with a rejected answer, too, which is not learned from ({_named(pairs)}): sftkit train preference does that"]
+
+
+def _nothing_masked(rows: Sequence[Row], config: TrainConfig) -> list[str]:
+    """Say where leaving thoughts or calls out of what is trained on changes no row."""
+    given = [f"mask_{part}" for part in config.leave_out]
+    if not given or not rows or any(row.written is not row.trained for row in rows):
+        return []
+    return [f"{' and '.join(given)}: nothing is left out by it: no row has such a part that the template writes; see sftkit train preview"]
 
 
 def _unwritten_thoughts(kept: Sequence[Example], chat: Chat, train_on: str) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..core.config import setting
 from ..core.errors import UserError, unknown_name
+from ..core.parts import THINKING, TOOL_CALLS
 
 MOST_RATE = 1.0  # AdamW moves each weight by so much a step: no model bears that
 
@@ -30,6 +31,10 @@ class TrainConfig:
         choices=("drop", "split", "raise"),
     )
     train_on: str = setting("all", "Which answers of a conversation are trained on.", choices=("all", "last"))
+    mask_thinking: bool = setting(False, "Read the thoughts of answers without training on them: up to where the answer's text begins.")
+    mask_tool_calls: bool = setting(
+        False, "Read tool calls without training on them, nor on the end of their turn; what is said beside them is trained on."
+    )
     validation: float = setting(0.05, "Share of the rows that are not trained on and give eval_loss; 0 for none.")
     limit: int | None = setting(None, "Only the first rows.")
     seed: int = setting(0, "Decides the order of the rows and the start of LoRA's weights.")
@@ -117,6 +122,11 @@ class TrainConfig:
         return self.lora or self.qlora
 
     @property
+    def leave_out(self) -> tuple[str, ...]:
+        """Return which parts of the answers are not trained on, as `Chat.render` knows them."""
+        return (*((THINKING,) if self.mask_thinking else ()), *((TOOL_CALLS,) if self.mask_tool_calls else ()))
+
+    @property
     def rate(self) -> float:
         """Return the highest learning rate."""
         return self.learning_rate if self.learning_rate is not None else (2e-4 if self.adapter else 2e-5)
@@ -139,6 +149,8 @@ class PreferenceConfig(TrainConfig):
             raise UserError(f"beta: expected more than 0, found {self.beta:g}")
         if self.train_on != "all" or self.overlong == "split":
             raise UserError("train_on and overlong: split are not for pairs: of each, the last answer is compared, whole")
+        if self.leave_out:
+            raise UserError("mask_thinking and mask_tool_calls are not for pairs: of each, the last answer is compared, whole")
         if self.loss != "nll" or self.neftune or self.weight_by or self.curriculum:
             raise UserError("loss, neftune, weight_by and curriculum are not for pairs; objective and beta say how they are learned from")
 

@@ -24,17 +24,20 @@ Mask = npt.NDArray[np.bool_]
 class Row:
     """One row, rendered. `source` is where it stands, as file:row; `tokens` and `trained` are its ids and mask as arrays."""
 
-    __slots__ = ("key", "messages", "rejected", "score", "source", "tokens", "tools", "trained", "weight")
+    __slots__ = ("key", "messages", "rejected", "score", "source", "tokens", "tools", "trained", "weight", "written")
 
     def __init__(
-        self, key: RowKey, ids: Sequence[int] | Ids, mask: Sequence[bool] | Mask, source: str = "", messages: Sequence[Message] = ()
-    ) -> None:
+        self, key: RowKey, ids: Sequence[int] | Ids, mask: Sequence[bool] | Mask, source: str = "", messages: Sequence[Message] = (),
+        written: Sequence[bool] | Mask | None = None,
+    ) -> None:  # fmt: skip
         self.key, self.source, self.messages = key, source, messages
         self.tools: Sequence[Tool] = ()  # the functions that can be called in it
         self.rejected: Row | None = None  # of a pair, the row with the worse answer to the same prompt
         self.weight, self.score = 1.0, 0.0  # in the loss, and by which rows come in order
         self.tokens: Ids = np.asarray(ids, dtype=np.int32)
         self.trained: Mask = np.asarray(mask, dtype=bool)
+        # all of the assistant's tokens: with what is not trained on by choice (mask_thinking, mask_tool_calls)
+        self.written: Mask = self.trained if written is None else np.asarray(written, dtype=bool)
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -67,13 +70,13 @@ class Row:
     @property
     def answer_start(self) -> int:
         """Return where the last answer begins: the ids before it are what the model goes on from."""
-        end = int(np.flatnonzero(self.trained)[-1])
-        before = np.flatnonzero(~self.trained[:end])
+        end = int(np.flatnonzero(self.written)[-1])
+        before = np.flatnonzero(~self.written[:end])
         return int(before[-1]) + 1 if len(before) else 0
 
     def answer(self) -> Ids:
         """Return the ids of the last answer, up to its end of turn."""
-        return self.tokens[self.answer_start : int(np.flatnonzero(self.trained)[-1]) + 1]
+        return self.tokens[self.answer_start : int(np.flatnonzero(self.written)[-1]) + 1]
 
     def sides(self) -> "list[Row]":
         """Return the row, and of a pair the one with the worse answer too."""
@@ -144,8 +147,8 @@ def key_of(example: Example) -> RowKey:
 
 
 def _shortest_span(row: Row) -> int:
-    """Return how many tokens the shortest trained stretch of a row has."""
-    edges = np.flatnonzero(np.diff(row.trained, prepend=False, append=False))
+    """Return how many tokens the shortest stretch of a row has that the assistant wrote."""
+    edges = np.flatnonzero(np.diff(row.written, prepend=False, append=False))
     return int((edges[1::2] - edges[::2]).min()) if len(edges) else 0
 
 
@@ -189,7 +192,7 @@ def _render(examples: Sequence[Example], chat: Chat, config: TrainConfig, limit:
     asked = [place for place, each in enumerate(found) if each is None]
     chosen = [examples[place] for place in asked]
     tools = [tools_of(each.meta) for each in chosen]
-    rendered = render_many([each.messages for each in chosen], chat, pieces, config.train_on, tools)
+    rendered = render_many([each.messages for each in chosen], chat, pieces, config.train_on, tools, config.leave_out)
     for place, each in zip(asked, rendered, strict=True):
         found[place] = _outcome(examples[place], each, chat, config, limit)
     return [each for each in found if each is not None]
@@ -243,7 +246,7 @@ def _outcome(example: Example, rendered: Rendered | UserError, chat: Chat, confi
     if isinstance(rendered, UserError):
         return Outcome(rule="refused_by_template", said=str(rendered))
     key = key_of(example)
-    row = Row(key, rendered.ids, rendered.mask, example.source)
+    row = Row(key, rendered.ids, rendered.mask, example.source, written=rendered.written)
     calls = [each for each in _wanted(example, config) if each.get("tool_calls") and not (each.get("content") or "").strip()]
     if calls and _shortest_span(row) < 2:
         return Outcome(rule="calls_left_out")  # nothing of a turn but its end
@@ -256,17 +259,19 @@ def _outcome(example: Example, rendered: Rendered | UserError, chat: Chat, confi
     if not rows:
         return Outcome(rule="over_max_length", score=float(len(row)))
     for each in rows:
-        ends = each.tokens[np.flatnonzero(each.trained & ~np.append(each.trained[1:], False))]
+        ends = each.tokens[np.flatnonzero(each.written & ~np.append(each.written[1:], False))]
         messages = each.messages or example.messages
         count = sum(message["role"] == "assistant" for message in messages) if config.train_on == "all" else 1
         if len(ends) < count or any(token not in chat.stop_ids for token in ends.tolist()):
             return Outcome(rule="no_end_of_turn")
-    return Outcome(rows=rows)
+    if config.leave_out:
+        rows = [each for each in rows if not np.isin(each.tokens[each.trained], chat.stop_ids).all()]  # of a row that is split, parts
+    return Outcome(rows=rows) if rows else Outcome(rule="nothing_left")
 
 
 def _row(messages: Sequence[Message], example: Example, key: RowKey, chat: Chat, config: TrainConfig) -> Row:
-    rendered = chat.render(messages, tools=tools_of(example.meta), train_on=config.train_on)
-    return Row(key, rendered.ids, rendered.mask, example.source, messages)
+    rendered = chat.render(messages, tools=tools_of(example.meta), train_on=config.train_on, leave_out=config.leave_out)
+    return Row(key, rendered.ids, rendered.mask, example.source, messages, rendered.written)
 
 
 def _cut(example: Example, key: RowKey, chat: Chat, config: TrainConfig, limit: int) -> list[Row]:

@@ -33,7 +33,9 @@ SCHEMA = 7  # counts up when the same rows would be rendered, stored or reported
 LEAST_ROWS = 5_000  # fewer are rendered in seconds
 KEPT = 8  # preparations
 ABANDONED = 24 * 3600.0  # seconds after which what was half written will not be finished
-DECISIVE = ("max_length", "overlong", "train_on", "validation", "limit", "seed", "weight_by", "curriculum")  # settings
+DECISIVE = (  # settings
+    *("max_length", "overlong", "train_on", "mask_thinking", "mask_tool_calls", "validation", "limit", "seed", "weight_by", "curriculum"),
+)
 
 
 class Preparation:
@@ -180,6 +182,8 @@ def _save(folder: Path, made: TrainingData) -> None:
     rows = [*made.train, *made.validation]
     np.save(folder / "tokens.npy", np.concatenate([row.tokens for row in rows]))
     np.save(folder / "trained.npy", np.concatenate([row.trained for row in rows]))
+    if any(row.written is not row.trained for row in rows):
+        np.save(folder / "written.npy", np.concatenate([row.written for row in rows]))
     asked = {id(row) for row in checked(rows)}
     table = pl.DataFrame(
         {
@@ -203,8 +207,9 @@ def _save(folder: Path, made: TrainingData) -> None:
 
 
 def _load(folder: Path) -> TrainingData:
-    files = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "trained"))
-    tokens, trained = (each.view(np.ndarray) for each in files)  # whose parts are taken in half the time
+    names = ("tokens", "trained", *(("written",) if (folder / "written.npy").exists() else ()))
+    files = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in names)
+    tokens, trained, *written = (each.view(np.ndarray) for each in files)  # whose parts are taken in half the time
     table = pl.read_parquet(folder / "rows.parquet")
     ends = table["length"].cum_sum().to_list()
     facts = read_json(folder / "report.json")
@@ -213,6 +218,8 @@ def _load(folder: Path) -> TrainingData:
     rows = []
     for (name, index, source, length, weight, score, messages, tools), end in zip(table.iter_rows(), ends, strict=True):
         row = Row((name, index), tokens[end - length : end], trained[end - length : end], source, json.loads(messages) if messages else ())
+        if written:
+            row.written = written[0][end - length : end]
         row.weight, row.score, row.tools = weight, score, json.loads(tools) if tools else ()
         rows.append(row)
     return TrainingData(rows[: report.train_rows], rows[report.train_rows :], report)

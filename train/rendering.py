@@ -16,11 +16,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..core.chat import Chat, How, Rendered
 from ..core.errors import UserError
 from ..core.example import Message, Tool
+from ..core.parts import THINKING, thought_length
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,15 @@ PARALLEL = 1024  # rows from which a second process pays
 AUDITED = 128  # one row of so many is rendered the long way too
 MOST_PROCESSES = 16
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+class Span(NamedTuple):
+    """Places of an answer in a text: where its header begins, it, what it says after a thought; its end."""
+
+    header: int
+    start: int
+    said: int
+    end: int
 
 
 class Pieces:
@@ -76,8 +86,8 @@ class Pieces:
                 return False
         return True
 
-    def spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int, int]]] | None:
-        """Return a conversation as text, and of each answer (begin of its header, begin, end); None where the long way is needed."""
+    def spans(self, messages: Sequence[Message]) -> tuple[str, list[Span]] | None:
+        """Return a conversation as text, and where its answers stand; None where the long way is needed."""
         if not all(each.keys() <= {"role", "content"} and isinstance(each["content"], str) and each["content"] for each in messages):
             return None
         names = [each["role"] for each in messages]
@@ -100,7 +110,9 @@ class Pieces:
                 asked = self.asked.get(names[number - 1])
                 if asked is None or not text.startswith(asked, before):
                     return None
-                found.append((before, before + len(asked), self._ending(text, max(before + len(asked), end))))
+                start = before + len(asked)
+                said = max(start, place + thought) if (thought := thought_length(message["content"])) else start
+                found.append(Span(before, start, said, self._ending(text, max(start, end))))
             before, place = end, end + len(pieces[number + 1])
         return text, found
 
@@ -119,33 +131,48 @@ class Pieces:
             self._headers[text] = None if place < 0 else (place, self.chat._tokenize(text[place:])[0])
         return self._headers[text]
 
-    def mask(
-        self, text: str, spans: Sequence[tuple[int, int, int]], ids: list[int], offsets: Sequence[tuple[int, int]], wanted: str
-    ) -> Any:
-        """Return the mask of the answers' tokens; None where a token stands across an edge, or a prompt would be cut otherwise."""
+    def render(
+        self,
+        text: str,
+        spans: Sequence[Span],
+        ids: list[int],
+        offsets: Sequence[tuple[int, int]],
+        wanted: str,
+        leave_out: Sequence[str] = (),
+    ) -> Rendered | None:
+        """Return ids and mask of the answers; None where a token stands across an edge, or a prompt would be cut otherwise."""
         begin = self.chat.tokenizer.bos_token_id
         if begin is not None and len(ids) > 1 and ids[0] == begin == ids[1]:
             return None
         ends = [each[1] for each in offsets]
-        mask = [False] * len(ids)
-        for before, start, end in spans:
-            header = self.header(text[before:start])
-            first, last = bisect_right(ends, start), bisect_right(ends, end)
-            across = [place for place in (first, last) if place < len(ids) and offsets[place][0] < (start if place == first else end)]
+        mask, written = [False] * len(ids), [False] * len(ids)
+        for span in spans:
+            header = self.header(text[span.header : span.start])
+            first, last = bisect_right(ends, span.start), bisect_right(ends, span.end)
+            across = [
+                place for place in (first, last) if place < len(ids) and offsets[place][0] < (span.start if place == first else span.end)
+            ]
             if (
                 header is None
                 or across
                 or ids[first - len(header[1]) : first] != header[1]
-                or offsets[first - len(header[1])][0] != before + header[0]
+                or offsets[first - len(header[1])][0] != span.header + header[0]
             ):
                 return None
-            if wanted == "all" or (before, start, end) == spans[-1]:
+            if wanted == "all" or span == spans[-1]:
+                written[first:last] = [True] * (last - first)
+                first = bisect_right(ends, min(span.said, span.end)) if THINKING in leave_out else first
                 mask[first:last] = [True] * (last - first)
-        return mask
+        return Rendered(ids, mask, None if mask == written else written)
 
 
 def render_many(
-    conversations: Sequence[Sequence[Message]], chat: Chat, pieces: Pieces, train_on: str, tools: Sequence[Sequence[Tool]] = ()
+    conversations: Sequence[Sequence[Message]],
+    chat: Chat,
+    pieces: Pieces,
+    train_on: str,
+    tools: Sequence[Sequence[Tool]] = (),
+    leave_out: Sequence[str] = (),
 ) -> list[Rendered | UserError]:
     """Render conversations as `chat.render` does, one by one or all at once; in the place of one that is refused stands the error.
 
@@ -160,21 +187,22 @@ def render_many(
             texts = [text for _, (text, _) in told]
             coded = chat.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
             for (place, (text, spans)), ids, offsets in zip(told, coded["input_ids"], coded["offset_mapping"], strict=True):
-                mask = pieces.mask(text, spans, ids, offsets, train_on)
-                found[place] = None if mask is None else Rendered(ids, mask)
+                found[place] = pieces.render(text, spans, ids, offsets, train_on, leave_out)
         for place in range(0, len(conversations), AUDITED):
             quick = found[place]
-            if quick is not None and quick != _render(conversations[place], (), chat, train_on):
+            if quick is not None and quick != _render(conversations[place], (), chat, train_on, leave_out):
                 log.warning("%s: its template is more than pieces around what was said; its rows are rendered one by one", chat.name)
                 pieces.usable = False
-                return render_many(conversations, chat, pieces, train_on, tools)
+                return render_many(conversations, chat, pieces, train_on, tools, leave_out)
     asked = zip(conversations, tools, found, strict=True)
-    return [_render(messages, callable_, chat, train_on) if each is None else each for messages, callable_, each in asked]
+    return [_render(messages, callable_, chat, train_on, leave_out) if each is None else each for messages, callable_, each in asked]
 
 
-def _render(messages: Sequence[Message], tools: Sequence[Tool], chat: Chat, train_on: str) -> Rendered | UserError:
+def _render(
+    messages: Sequence[Message], tools: Sequence[Tool], chat: Chat, train_on: str, leave_out: Sequence[str]
+) -> Rendered | UserError:
     try:
-        return chat.render(messages, tools=tools, train_on=train_on)
+        return chat.render(messages, tools=tools, train_on=train_on, leave_out=leave_out)
     except UserError as error:
         return error
 

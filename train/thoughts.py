@@ -7,9 +7,9 @@ from typing import Any
 from ..core.chat import Chat
 from ..core.errors import UserError
 from ..core.example import Example, Message, tools_of
+from ..core.parts import THOUGHT_FIELDS
 from ..core.reasoning import CLOSE, OPEN, split_reasoning
 
-FIELDS = ("reasoning_content", "reasoning", "thinking")  # what a template may know a turn's thoughts as
 IN_TEXT = f"{OPEN} in the text"
 
 Shape = tuple[tuple[str, str, bool], ...]
@@ -57,7 +57,7 @@ def _kind(message: Message) -> str:
     """Return how a turn has thoughts; nothing where it has none."""
     if message["role"] != "assistant":
         return ""
-    named = next((name for name in FIELDS if str(message.get(name) or "").strip()), "")
+    named = next((name for name in THOUGHT_FIELDS if str(message.get(name) or "").strip()), "")
     content = message.get("content")
     return named or (IN_TEXT if isinstance(content, str) and CLOSE in content and split_reasoning(content)[0] else "")
 
