@@ -9,12 +9,14 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from sftkit.core.chat import Chat, load_chat
 from sftkit.core.config import to_mapping
+from sftkit.core.engines.base import Completion
 from sftkit.core.errors import UserError
 from sftkit.core.files import read_json_lines, write_json_lines
 from sftkit.core.formats import read_examples
@@ -80,6 +82,33 @@ def test_a_model_that_does_not_stop_is_warned_about(tiny_model: Path, chats, sai
     assert "train longer or with a higher learning rate" in said.text
     assert "measured on training prompts" in said.text
     assert check_stops(tiny_model, data, 0, "cpu") is None
+
+
+@pytest.mark.parametrize(("stopped", "worse"), [(30, False), (30, True), (31, False), (32, False)])
+def test_a_stop_rate_below_95_percent_is_warned_about(
+    tiny_model: Path, chats, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, stopped: int, worse: bool
+) -> None:
+    """30 of 32 are 93.75 %, 31 are 96.9 %; the answers are made up, the count and the rule are not."""
+    data = prepare(read_examples(chats(33)), load_chat(resolve_model(tiny_model)), config(validation=0.0), context=512)
+    asked: list[int] = []
+
+    def generate(requests):
+        asked.extend(request.sampling.max_new_tokens for request in requests)
+        reasons = ["stop"] * stopped + ["length"] * (32 - stopped)
+        return [Completion(key=str(place), text="", token_ids=(), finish_reason=reason) for place, reason in enumerate(reasons)]
+
+    monkeypatch.setattr("sftkit.train.sampling.open_engine", lambda *_: SimpleNamespace(generate=generate, close=lambda: None))
+    found = check_stops(tiny_model, data, None, "cpu", worse=worse)
+    assert found is not None
+    assert asked == [64] * 32
+    assert (found.prompts, found.stopped, found.rate) == (32, stopped, stopped / 32)
+    warned = [each.getMessage() for each in said.records if each.levelno == logging.WARNING]
+    if stopped >= 31:
+        assert not warned
+    else:
+        cure = "" if worse else ": train longer or with a higher learning rate, or on rows whose answers are whole"
+        told = "30 of 32 answers to training prompts ended within 64 tokens (94%); a model that has learned to stop does so in 95 %"
+        assert warned == [told + cure]
 
 
 def test_the_same_prompts_are_answered_at_each_evaluation(trained: TrainResult) -> None:
@@ -294,7 +323,6 @@ def test_where_the_last_answer_begins() -> None:
 
 
 def test_numbers_go_to_the_tracker_that_is_named(tmp_path, tiny_model, chats, monkeypatch) -> None:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
@@ -317,7 +345,60 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, tiny_model, chats, m
 
 def test_trackio_takes_the_numbers_on_this_machine(tmp_path, tiny_model, chats, monkeypatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
-    pytest.importorskip("trackio")  # which reads the variable
+    for name in [each for each in sys.modules if each.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)  # which reads the variable when it is imported, by TRL, too
     train(chats(40), str(tiny_model), tmp_path / "run", TrainConfig(trackers=("trackio",), logging_steps=1, stop_check=0, dtype="float32"))
     files = [*tmp_path.glob("*.db"), *tmp_path.glob("*.db-wal")]
     assert b"train/loss" in b"".join(each.read_bytes() for each in files)
+
+
+WANDB = """
+from types import SimpleNamespace
+
+class Config(dict):
+    def update(self, values, allow_val_change=False):
+        dict.update(self, values)
+
+run, config, summary, began, lines = None, Config(), {}, [], []
+
+def init(**told):
+    global run
+    began.append(told)
+    run = SimpleNamespace(_label=lambda **_: None, summary=summary)
+
+def log(numbers):
+    lines.append(numbers)
+
+def define_metric(*_, **__):
+    pass
+
+def finish():
+    pass
+"""
+
+
+def test_wandb_is_given_the_numbers_under_the_name_of_the_run(tmp_path, tiny_model, chats, monkeypatch) -> None:
+    """Its package is large and wants an account: a stand-in takes what transformers' own callback gives it."""
+    stand_in = tmp_path / "packages" / "wandb"
+    (stand_in / "sdk" / "lib").mkdir(parents=True)
+    for folder in (stand_in / "sdk", stand_in / "sdk" / "lib"):
+        (folder / "__init__.py").touch()
+    (stand_in / "__init__.py").write_text(WANDB)
+    (stand_in / "sdk" / "lib" / "config_util.py").write_text("class ConfigError(Exception):\n    pass\n")
+    monkeypatch.syspath_prepend(stand_in.parent)
+    before = set(sys.modules)
+    try:
+        settings = TrainConfig(trackers=("wandb",), logging_steps=1, stop_check=0, dtype="float32")
+        run = train(chats(40), str(tiny_model), tmp_path / "named", settings).run
+        import wandb
+    finally:
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] == "wandb":
+                del sys.modules[name]
+    assert [each["name"] for each in wandb.began] == ["named"]
+    lines = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "grad_norm"):
+        assert [each[f"train/{name}"] for each in wandb.lines if f"train/{name}" in each] == [line[name] for line in lines if name in line]
+    assert [each["eval/loss"] for each in wandb.lines if "eval/loss" in each] == [
+        line["eval_loss"] for line in lines if "eval_loss" in line
+    ]
