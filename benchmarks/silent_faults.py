@@ -260,7 +260,7 @@ FAULTS = [  # what is seeded, and what tests/train/test_faults.py holds sftkit t
     ("an answer longer than max_length", "right: never cut; left out with a warning that names the row, or cut between turns"),
     ("nothing to learn in any row", "error: names rule, rows and cure"),
     ("Alpaca columns", "right: read"),
-    ("a template of another family", "error: answers without an end of turn, with their rows"),
+    ("a template of another family", "error: answers without an end of turn, with their rows and the cure"),
     ("rows that do not fit a pack", "right: a row is never cut"),
     ("rows of a pack see each other", "right: the loss is that of each row alone, to 1e-5"),
     ("rows that vanish", "warning: how many, which, and the cure; the ledger has each"),
@@ -271,9 +271,9 @@ FAULTS = [  # what is seeded, and what tests/train/test_faults.py holds sftkit t
     ("LoRA on a tied head", "right: never trained; a foreign one is not merged, with its KL"),
     ("merge into a quantised base", "error: before training and before merging"),
     ("an adapter saved from one shard", "error: how many weights are missing or bent, and which"),
-    ("a resumed run changes the order", "right: the losses of a run in one piece, to 1e-5"),
+    ("a resumed run changes the order", "right: the losses of a run in one piece, to the last digit"),
     ("the template is lost on save", "error: the saved model is loaded and held against the trained one"),
-    ("null or NaN where a text should be", "error: file, row and column"),
+    ("null or NaN where a text should be", "error: file, row, column and cure"),
 ]
 
 

@@ -158,7 +158,7 @@ def _text(value: Any, place: str, what: str) -> str:
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         return "".join(_part(part, place, what) for part in value)
     found = "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
-    raise UserError(f"{place}: {what} is {found}; expected a text")
+    raise UserError(f"{place}: {what} is {found}; expected a text: write it, or take the row out")
 
 
 def _part(part: Row, place: str, what: str) -> str:

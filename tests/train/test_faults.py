@@ -19,7 +19,7 @@ from sftkit.train.account import prepare
 from sftkit.train.checkpoints import last_checkpoint
 from sftkit.train.config import TrainConfig
 from sftkit.train.data import TrainingData
-from sftkit.train.final import answer_loss, check_saved
+from sftkit.train.final import answer_loss
 from sftkit.train.merge import merge
 from sftkit.train.packing import Packs
 from sftkit.train.sft import TrainResult, train
@@ -110,7 +110,10 @@ def test_04_an_answer_is_never_cut_before_its_end(tmp_path: Path, chat: Chat, sa
 
 
 def test_05_a_set_that_teaches_nothing_is_refused(tmp_path: Path, chat: Chat) -> None:
-    with pytest.raises(UserError, match=r"none of the 2 rows .*no_assistant_turn 2 .*rows\.jsonl:1, .*rows\.jsonl:2\): nothing in them"):
+    with pytest.raises(
+        UserError,
+        match=r"none of the 2 rows .*no_assistant_turn 2 .*rows\.jsonl:1, .*rows\.jsonl:2\): nothing in them.*give rows with answers",
+    ):
         read(tmp_path, chat, {"messages": TURNS[:2]}, {"prompt": "What is 2+2?"})
     with pytest.raises(UserError, match=r"empty_answer 1 .*rows\.jsonl:1\): fill the answers in"):
         read(tmp_path, chat, {"messages": [USER("hi"), ASSISTANT(" ")]})
@@ -127,8 +130,28 @@ def test_07_a_template_whose_tokens_the_model_does_not_know_is_refused(tmp_path:
     tokenizer = load_tokenizer(resolve_model(tiny_model))
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|eot_id|>")  # another family's
     rows = [{"messages": TURNS}, {"messages": [*TURNS, USER("and 2+2?"), ASSISTANT("4")]}]
-    with pytest.raises(UserError, match=r"no_end_of_turn 2 .*rows\.jsonl:1.*check the chat template"):
+    with pytest.raises(UserError, match=r"no_end_of_turn 2 .*rows\.jsonl:1, .*rows\.jsonl:2\): check the chat template"):
         read(tmp_path, Chat(tokenizer, name="foreign"), *rows)
+
+
+def test_07_rows_without_an_end_of_turn_are_refused_among_good_ones_below_99_9_percent(
+    tmp_path: Path, tiny_model: Path, said: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = load_tokenizer(resolve_model(tiny_model))
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "'<|im_end|>'", "('' if message['content'] == 'Open' and loop.last else '<|im_end|>')"
+    )
+    chat = Chat(tokenizer, name="leaky")
+    good, bad = {"messages": [USER("a"), ASSISTANT("b")]}, {"messages": [USER("a"), ASSISTANT("Open")]}
+    with pytest.raises(
+        UserError, match=r"^1 answers do not end with leaky's end-of-turn token \(.*rows\.jsonl:4\); check the chat template"
+    ):
+        read(tmp_path, chat, *[good] * 3, bad, *[good] * 995)
+    data = read(tmp_path, chat, *[good] * 3, bad, *[good] * 996)  # one of a thousand
+    assert (data.report.train_rows, data.report.rejected) == (999, {"no_end_of_turn": 1})
+    assert "1 row left out as no_end_of_turn" in said.text
+    assert "rows.jsonl:4): check the chat template, or train on last answers only (train_on: last)" in said.text
+    assert set(learned(data, chat)) == {"b<|im_end|>"}
 
 
 def test_08_a_pack_never_cuts_a_row(tmp_path: Path, chat: Chat) -> None:
@@ -152,7 +175,7 @@ def test_10_rows_that_vanish_are_counted_and_named(tmp_path: Path, chat: Chat, s
     data = read(tmp_path, chat, {"messages": TURNS}, *[long] * 5, max_length=128)
     assert (data.report.rows, data.report.train_rows, data.report.rejected) == (6, 1, {"over_max_length": 5})
     assert "5 rows left out as over_max_length" in said.text
-    assert "rows.jsonl:4 and 2 more" in said.text
+    assert "rows.jsonl:4 and 2 more): raise max_length, or give overlong: split" in said.text
     with pytest.raises(UserError, match=r"none of the 2 rows .*over_max_length 2 .*raise max_length"):
         read(tmp_path, chat, long, long, max_length=128)
 
@@ -223,6 +246,7 @@ def test_15_an_adapter_on_a_tied_head_is_not_merged_into_both(tmp_path: Path, ti
 
 
 def test_16_nothing_is_merged_into_a_quantised_base(adapted: TrainResult, tmp_path: Path, tiny_model: Path, chats) -> None:
+    """The base only says that it is quantised, which is all that is looked at; bitsandbytes need not be here to be refused."""
     base = tmp_path / "quantised"
     shutil.copytree(tiny_model, base)
     settings = json.loads((base / "config.json").read_text())
@@ -247,7 +271,7 @@ def test_17_a_part_of_an_adapter_is_not_taken_for_the_whole(adapted: TrainResult
         merge(part, tmp_path / "merged")
     flat = {name: each[:0] if "lora_B" in name else each for name, each in weights.items()}  # what one shard of FSDP may hold
     save_file(flat, part / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"14 have another shape.* is \(0, 16\), expected \(\d+, 16\)"):
+    with pytest.raises(UserError, match=r"14 have another shape.* is \(0, 16\), expected \(\d+, 16\)\); save it from all processes"):
         merge(part, tmp_path / "merged")
 
 
@@ -268,32 +292,45 @@ def test_18_a_run_that_goes_on_has_the_order_of_one_in_one_piece(tmp_path: Path,
         train(path, str(tiny_model), run, config(logging_steps=1, epochs=2.0, max_hours=1e-9))
     assert sorted(each.name for each in saved.parent.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     train(path, str(tiny_model), run, config(logging_steps=1, epochs=2.0))
-    assert losses(run) == pytest.approx(losses(whole.run), abs=1e-5)
+    assert losses(run) == losses(whole.run)
     assert len(losses(run)) == 10
 
 
-def test_19_a_lost_template_is_noticed(adapted: TrainResult, tmp_path: Path, chat: Chat) -> None:
+def test_19_a_lost_template_is_noticed(adapted: TrainResult, tmp_path: Path, tiny_model: Path, chat: Chat, chats, monkeypatch) -> None:
     assert load_chat(resolve_model(adapted.model)).fingerprint() == chat.fingerprint()
-    lost = tmp_path / "lost"
-    shutil.copytree(adapted.model, lost)
-    (lost / "chat_template.jinja").unlink()
-    shorter = {"content": "{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"}
-    (lost / "chat_template.jinja").write_text(shorter["content"])
-    with pytest.raises(UserError, match="the chat template was not saved whole"):
-        check_saved(lost, chat, [], 0.0)
+    whole = Chat.save
+
+    def lose(self: Chat, folder: Path) -> None:
+        whole(self, folder)
+        (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}")
+
+    monkeypatch.setattr(Chat, "save", lose)
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=r"run/train/final: .*the chat template was not saved whole; .*the same command goes on") as error:
+        train(chats(12), str(tiny_model), run, config())
+    assert f"the checkpoints are in {run / 'train' / 'checkpoints'}" in str(error.value)
+    assert not (run / "train" / "done.json").exists()
+    monkeypatch.undo()
+    assert load_chat(resolve_model(train(chats(12), str(tiny_model), run, config()).model)).fingerprint() == chat.fingerprint()
 
 
-def test_20_a_text_that_is_no_text_is_named(tmp_path: Path, chat: Chat) -> None:
-    path = tmp_path / "rows.jsonl"
-    good = json.dumps({"messages": TURNS})
-    for bad, found in (
+@pytest.mark.parametrize(
+    ("bad", "found"),
+    [
         (
             '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": null}]}',
-            r"messages\[1\]: the content is null",
+            r"messages\[1\]: the content is null; expected a text: write it, or take the row out",
         ),
-        ('{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": NaN}]}', r"rows\.jsonl:2"),
-        ('{"prompt": "hi", "completion": NaN}', r"rows\.jsonl:2"),
-    ):
-        path.write_text(f"{good}\n{bad}\n")
-        with pytest.raises(UserError, match=found):
-            read_examples(path)
+        (
+            '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": NaN}]}',
+            r"messages\[1\]: the content is null; expected a text: write it, or take the row out",
+        ),
+        ('{"prompt": "hi", "completion": NaN}', r"completion is null; give its text, or leave the column away"),
+        ('{"prompt": NaN, "completion": "hi"}', r"prompt is null; fill it in, or take the row out"),
+    ],
+)
+def test_20_a_text_that_is_no_text_is_named(tmp_path: Path, bad: str, found: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": TURNS}) + f"\n{bad}\n")
+    with pytest.raises(UserError, match=rf"rows\.jsonl:2: {found}"):
+        read_examples(path)
