@@ -87,7 +87,7 @@ def sft(
 @config_option(PreferenceConfig, "objective")
 @config_option(PreferenceConfig, "lora")
 @config_option(PreferenceConfig, "epochs")
-@config_option(PreferenceConfig, "learning_rate")
+@click.option("--learning-rate", type=float, help="Highest learning rate, at most 1; 1e-6, with LoRA 1e-5, when not given.")
 @config_option(PreferenceConfig, "batch_size")
 @config_option(PreferenceConfig, "batch_tokens")
 @config_option(PreferenceConfig, "max_length")

@@ -235,3 +235,12 @@ def test_data_and_settings_that_make_no_sense_are_refused(chats, tiny_model, tmp
         config(beta=0.0)
     with pytest.raises(UserError, match="not for pairs"):
         config(overlong="split")
+
+
+def test_the_help_says_the_rates_of_pairs_and_not_those_of_single_answers(cli) -> None:
+    code, out, _ = cli("train", "preference", "--help")
+    told = " ".join(out.split())
+    assert code == 0
+    assert "1e-6, with LoRA 1e-5, when not given" in told
+    assert (PreferenceConfig().rate, PreferenceConfig(lora=True).rate) == (1e-6, 1e-5)
+    assert "2e-" not in told
