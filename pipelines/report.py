@@ -40,6 +40,8 @@ svg{max-width:100%;height:auto}pre{background:var(--panel);padding:.8rem;border-
 figure{margin:1rem 0}a{color:var(--accent)}footer{margin:3rem 0 1rem;color:var(--soft);font-size:.85rem}
 """
 
+SAMPLED = 4  # evaluations whose answers stand side by side
+
 
 def write_report(path: Path) -> Path:
     """Write `report.html` of a run folder from what stands in it; return its path. Parts that were not run are left out.
@@ -271,7 +273,29 @@ def _training(path: Path) -> str:
     told = f"{facts['rows']:,} rows, {facts['steps']:,} steps, {facts['tokens']:,} tokens in {duration(facts['seconds'])} ({rate})"
     link = "<a href='train/preview.html'>What is trained on, token by token</a>" if (path / "train" / "preview.html").exists() else ""
     points = {name: [(line["step"], line[name]) for line in lines if line.get(name) is not None] for name in ("loss", "eval_loss")}
-    return f"<h2>Training</h2>{_curve(points)}<p>{_text(told)}. {link}</p>"
+    return f"<h2>Training</h2>{_curve(points)}<p>{_text(told)}. {link}</p>{_samples(path / 'train' / 'samples.jsonl')}"
+
+
+def _samples(file: Path) -> str:
+    """Return what the model in training answered to the same prompts, at a few of its evaluations side by side."""
+    lines = read_json_lines(file)
+    steps = sorted({line["step"] for line in lines})
+    if not steps:
+        return ""
+    shown = sorted({steps[round(number * (len(steps) - 1) / (SAMPLED - 1))] for number in range(SAMPLED)})
+    cells: dict[tuple[str, str], list[str]] = {}
+    for line in sorted((line for line in lines if line["step"] in shown), key=lambda line: line["step"]):
+        ended = line.get("finish_reason") == "stop"
+        mark = f"<span class={'stop' if ended else 'cut'}>{'ended by itself' if ended else _text(line.get('error') or 'cut')}</span>"
+        answer = f"<div class=text>{_text(line.get('answer') or '')}</div>"
+        head = f"<h4>step {line['step']:,} · {mark}</h4>"
+        cells.setdefault((line["source"], line["prompt"]), []).append(f"<div class=answer>{head}{answer}</div>")
+    told = f"Greedy answers at {len(shown)} of {len(steps)} evaluations; train/samples.jsonl of the run has all."
+    parts = [
+        f"<p class=question>{_text(prompt)}</p><div class=answers style='--models:{len(each)}'>{''.join(each)}</div>"
+        for (_, prompt), each in cells.items()
+    ]
+    return f"<h3>The same prompts during training</h3><p class=soft>{told}</p>{''.join(parts)}"
 
 
 def _curve(points: dict[str, list[tuple[float, float]]]) -> str:

@@ -1,5 +1,6 @@
 """The whole chain with a tiny model: one folder, each step done once, a stop anywhere and the rest afterwards, one honest page."""
 
+import html
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ import polars as pl
 import pytest
 import yaml
 from sftkit.core.errors import UserError
+from sftkit.core.text import visible
 from sftkit.evaluate.config import LossConfig
 from sftkit.evaluate.loss import loss
 from sftkit.pipelines.chain import run_chain
@@ -179,3 +181,21 @@ def test_tasks_of_a_recipe_stand_in_the_report(recipe: Any, tmp_path: Path) -> N
     assert re.search(r"four times in five|too few questions to find any difference", page)
     with pytest.raises(UserError, match=r"evaluate\.tasks: expected names"):
         load_recipe(recipe(evaluate={"tasks": {"limit": 3}}))
+
+
+def test_answers_during_training_stand_in_the_report(recipe: Any, tmp_path: Path, tiny_model: Path) -> None:
+    training = {
+        "model": str(tiny_model), "epochs": 5, "learning_rate": 0.003, "validation": 0.1, "dtype": "float32", "samples": 2, "stop_check": 0,
+    }  # fmt: skip
+    page = run_chain(load_recipe(recipe(train=training, evaluate={})), tmp_path / "run").report.read_text()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "train" / "samples.jsonl").read_text().splitlines()]
+    steps = sorted({line["step"] for line in lines})
+    assert (len(steps), len(lines)) == (6, 12)
+    assert "<h3>The same prompts during training</h3><p class=soft>Greedy answers at 4 of 6 evaluations; train/samples.jsonl" in page
+    shown = [steps[place] for place in (0, 2, 3, 5)]
+    assert re.findall(r"<h4>step ([\d,]+) ·", page) == [str(step) for step in shown] * 2
+    for line in lines:
+        cell = f"<div class=text>{html.escape(visible(line['answer']))}</div>"
+        assert (cell in page) or line["step"] not in shown
+        assert html.escape(visible(line["prompt"])) in page
+    assert EVIL not in page
