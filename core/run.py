@@ -89,11 +89,14 @@ class Run:
         """Write a step's settings; return the names of those that differ from last time.
 
         Settings named in `free` (or all of them, with `free=("*",)`) may change between calls: they do not decide
-        what is made. Any other change raises UserError, naming the setting with its old and new value.
+        what is made. Any other change raises UserError, naming the setting with its old and new value. A setting that is off now and
+        was not known to the sftkit that began the folder has not changed.
         """
         config = self.config()
         before = config.get(section)
-        changed = [] if before is None else sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
+        known = before or {}
+        differing = (k for k in {*known, *settings} if known.get(k) != settings.get(k) and (k in known or settings[k] is not False))
+        changed = [] if before is None else sorted(differing)
         fixed = [name for name in changed if name not in free and free != ("*",)]
         if fixed and before is not None:
             told = "; ".join(each for name in fixed for each in _differences(f"{section}.{name}", before.get(name), settings.get(name)))

@@ -48,6 +48,14 @@ def test_other_settings_are_refused_and_nothing_is_changed(tmp_path: Path) -> No
             run.configure("filter", {})
 
 
+def test_a_setting_that_was_added_since_changes_nothing_while_it_is_off(tmp_path: Path) -> None:
+    with Run.create(tmp_path) as run:
+        run.configure("train", {"limit": 3})
+        assert run.configure("train", {"limit": 3, "mask_thinking": False}) == []
+        with pytest.raises(UserError, match="mask_thinking was None, now True"):
+            run.configure("train", {"limit": 3, "mask_thinking": True})
+
+
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "cat.jpg").write_bytes(b"cat")
     with pytest.raises(UserError, match="is not empty and not a run of sftkit; give a new folder"):
