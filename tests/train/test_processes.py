@@ -172,7 +172,7 @@ def test_asked_to_stop_after_the_last_step_the_parent_saves_the_model_and_stops(
 
 
 @pytest.mark.slow
-def test_killed_and_gone_on_the_losses_are_those_of_a_run_in_one_piece(tmp_path, tiny_model, chats) -> None:
+def test_killed_and_gone_on_the_losses_are_those_of_a_run_in_one_piece(tmp_path, tiny_model, chats, capfd) -> None:
     data = chats(150)
     whole = train(data, str(tiny_model), tmp_path / "whole", TrainConfig(**SETTINGS)).run
     settings = TrainConfig(**{**SETTINGS, "gpus": 2, "parallel": "fsdp", "save_minutes": 0.0005})
@@ -182,7 +182,7 @@ def test_killed_and_gone_on_the_losses_are_those_of_a_run_in_one_piece(tmp_path,
     seed = random.SystemRandom().randrange(10**6)
     log.warning("seed %d", seed)  # shown where the test fails
     drawn = random.Random(seed)
-    for kill, first, last in ((kill_parent, 1, 8), (kill_all, 12, 24)):
+    for kill, first, last, code in ((kill_parent, 1, 6, -signal.SIGKILL), (kill_one, 10, 16, 1), (kill_all, 20, 26, -signal.SIGKILL)):
         step = drawn.randint(first, last)
         process = context.Process(target=train, args=(data, str(tiny_model), run, settings))
         process.start()
@@ -195,8 +195,9 @@ def test_killed_and_gone_on_the_losses_are_those_of_a_run_in_one_piece(tmp_path,
         assert len(others) >= 3  # torchrun and two processes
         kill(process.pid, others)
         process.join()
-        assert process.exitcode == -signal.SIGKILL
-    train(data, str(tiny_model), run, settings)
+        assert process.exitcode == code
+    assert "training on 2 processes ended as process 1 did, by SIGKILL" in capfd.readouterr().err
+    train(data, str(tiny_model), run, TrainConfig(**SETTINGS))  # to the end on one: it starts sooner
     assert metrics(run, "loss") == pytest.approx(metrics(whole, "loss"), abs=1e-5)
     assert metrics(run, "eval_loss") == pytest.approx(metrics(whole, "eval_loss"), abs=1e-5)
 
@@ -204,6 +205,12 @@ def test_killed_and_gone_on_the_losses_are_those_of_a_run_in_one_piece(tmp_path,
 def kill_parent(parent: int, others: list[psutil.Process]) -> None:
     """As kill -9 of the command does: its processes still write a checkpoint, which the next call waits for."""
     os.kill(parent, signal.SIGKILL)
+
+
+def kill_one(parent: int, others: list[psutil.Process]) -> None:
+    """As the kernel does when memory runs out: the command ends with an error, of itself."""
+    (one,) = [each for each in others if each.environ().get("RANK") == "1"]
+    one.kill()
 
 
 def kill_all(parent: int, others: list[psutil.Process]) -> None:
