@@ -62,7 +62,8 @@ def merge(adapter: str | Path, out: Path, *, base: str | None = None, dtype: str
     whole, kl, learned = merge_adapter(model, probes, wanted)
     name = str(wanted).removeprefix("torch.")
     if not kl <= MOST_KL:
-        mend = "give --dtype float32" if wanted != torch.float32 else "the adapter changes a weight that stands in two places (a tied head)"
+        tied = "the adapter changes a weight that stands in two places (a tied head): use it as it is, or train it again on other layers"
+        mend = "give --dtype float32" if wanted != torch.float32 else tied
         raise UserError(
             f"{folder}: merged in {name} it says something else (KL(adapter ‖ merged) {kl:.2g} nats a token, allowed {MOST_KL:g}; the"
             f" adapter is {learned:.2g} from its base); {mend}"
