@@ -275,31 +275,32 @@ class Distillation:
                 before = None
                 while waiting and len(waiting) != before:  # a round that asked for nothing: the budget is used up
                     before = len(waiting)
-                    stream = engine.generate(self._ask(waiting))
-                    for completion in stream:
-                        wanted = self._asked.pop(completion.key)
-                        if enough is not None:
-                            self._enough = enough(completion, len(self._asked)) or self._enough
-                        self._spent += completion.num_tokens
-                        self._read += completion.prompt_tokens or prompt_tokens(wanted.prompt)
-                        if completion.finish_reason == "error":
-                            writer.put_failure(wanted.key, *wanted.row, " ".join((completion.error or "the engine gave no reason").split()))
-                        else:
-                            sample = self._sample(wanted, completion, sampling_key)
-                            writer.put(wanted.key, sample)
-                        if completion.key in checking:
-                            checking.discard(completion.key)
+                    # an error's traceback holds the stream, and at the interpreter's exit it is too late to end its thread
+                    with closing(engine.generate(self._ask(waiting))) as stream:  # type: ignore[type-var]
+                        for completion in stream:
+                            wanted = self._asked.pop(completion.key)
+                            if enough is not None:
+                                self._enough = enough(completion, len(self._asked)) or self._enough
+                            self._spent += completion.num_tokens
+                            self._read += completion.prompt_tokens or prompt_tokens(wanted.prompt)
                             if completion.finish_reason == "error":
-                                self._broken += (completion.error or "").startswith(NOT_FINITE)
-                            elif watching:
-                                seen.add(message_text(wanted.prompt.messages[-1]), sample.text, sample.finish_reason)
-                            if not checking:
-                                self._look_at_first(seen)
-                        if self._overdue():
-                            log.warning("%s answers under way are given up: the time is over", f"{len(self._asked):,}")
-                            self._asked.clear()
-                            stream.close()  # type: ignore[attr-defined]
-                            break
+                                told = " ".join((completion.error or "the engine gave no reason").split())
+                                writer.put_failure(wanted.key, *wanted.row, told)
+                            else:
+                                sample = self._sample(wanted, completion, sampling_key)
+                                writer.put(wanted.key, sample)
+                            if completion.key in checking:
+                                checking.discard(completion.key)
+                                if completion.finish_reason == "error":
+                                    self._broken += (completion.error or "").startswith(NOT_FINITE)
+                                elif watching:
+                                    seen.add(message_text(wanted.prompt.messages[-1]), sample.text, sample.finish_reason)
+                                if not checking:
+                                    self._look_at_first(seen)
+                            if self._overdue():
+                                log.warning("%s answers under way are given up: the time is over", f"{len(self._asked):,}")
+                                self._asked.clear()
+                                break
                     for key, wanted in self._asked.items():
                         writer.put_failure(key, *wanted.row, "the engine gave no answer")
                     self._asked.clear()

@@ -10,6 +10,7 @@ import math
 import queue
 import random
 import re
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
@@ -335,6 +336,8 @@ class _Connection:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if sys.is_finalizing():  # the thread stands still for good, and would be waited for for ever
+            return
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

@@ -1,6 +1,8 @@
 """The engine for servers, against a real one in a thread: what is sent, what an answer says, and how requests and answers flow."""
 
 import logging
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -208,6 +210,22 @@ def test_an_interruption_of_the_caller_leaves_no_thread(server: Server) -> None:
     with pytest.raises(KeyboardInterrupt):
         consume()
     assert threads() == []
+
+
+LEFT = """
+import sys
+from sftkit.core.engines.base import EngineConfig, Request, Sampling
+from sftkit.core.engines.registry import open_engine
+engine = open_engine("m", EngineConfig(base_url=sys.argv[1]))
+asked = [Request(key=str(each), prompt_ids=(), messages=[{"role": "user", "content": "hi"}], sampling=Sampling(), seed=1) for each in range(9)]
+stream = engine.generate(asked)
+print(next(stream).text)
+"""
+
+
+def test_answers_that_nobody_takes_do_not_hold_up_the_end_of_a_program(server: Server) -> None:
+    ended = subprocess.run([sys.executable, "-c", LEFT, server.url], timeout=120, capture_output=True, text=True, check=True)
+    assert ended.stdout == "HI\n"
 
 
 def test_a_fault_of_the_source_is_the_callers(server: Server) -> None:

@@ -9,7 +9,7 @@ import pytest
 from sftkit.core.engines.base import Completion, Request
 from sftkit.core.errors import TooManyFailures, UserError
 from sftkit.core.run import Run
-from sftkit.core.store import sample_key
+from sftkit.core.store import SampleWriter, sample_key
 from sftkit.curate import distill as distill_module
 from sftkit.curate.distill import distill
 from sftkit.curate.rows import load_rows
@@ -104,3 +104,27 @@ def test_an_engine_that_swallows_a_request_fails_it_by_name(tmp_path: Path, sett
     with pytest.raises(TooManyFailures, match=r"1 of 3 samples failed.*the engine gave no answer"):
         distill(prompts(tmp_path / "p.jsonl", 3), tmp_path / "run", settings(**asked))
     assert stored(tmp_path / "run").height == 2
+
+
+def test_an_error_of_the_store_leaves_nothing_under_way(tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the error is told, whose traceback holds the stream: at the interpreter's exit its thread can no longer be ended."""
+    under_way: list[str] = []
+
+    class Open(Server):
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            under_way.append("a connection")
+            try:
+                yield from super().generate(requests)
+            finally:
+                under_way.clear()
+
+    def full(*_: object) -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(distill_module, "open_engine", lambda *arguments, **keywords: Open())
+    monkeypatch.setattr(SampleWriter, "put", full)
+    asked = {"teacher": "m", "engine": {"engine": "openai", "base_url": "http://localhost:1/v1"}}
+    with pytest.raises(UserError, match="the disk is full") as error:
+        distill(prompts(tmp_path / "p.jsonl", 3), tmp_path / "run", settings(**asked))
+    assert error.tb is not None
+    assert under_way == []
