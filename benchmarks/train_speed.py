@@ -32,7 +32,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch._functorch.config as functorch
 from datasets import Dataset
 from row_blocks import BLOCK, blocks_of_rows
 from sftkit.core.chat import Chat, load_chat
@@ -40,14 +39,13 @@ from sftkit.core.formats import read_examples
 from sftkit.core.hardware import measured_peak
 from sftkit.core.models import resolve_model
 from sftkit.train import attention, head, stream
-from sftkit.train import trainer as trainers
 from sftkit.train.account import prepare
 from sftkit.train.adapters import adapter_config, part_adapters
 from sftkit.train.attention import packed_attention
 from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row
 from sftkit.train.memory import token_flops
-from sftkit.train.trainer import Watch, compile_layers, make_trainer
+from sftkit.train.trainer import Watch, make_trainer
 from torch.nn.attention.flex_attention import flex_attention
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, TrainerCallback
@@ -179,8 +177,6 @@ def ours(
             until.enter_context(wide_stream())
         if varlen:
             until.enter_context(mock.patch.object(attention, "SHORT", {}))
-        if kept:
-            until.enter_context(mock.patch.object(trainers, "compile_layers", compile_and_keep))
         if small:
             until.enter_context(mock.patch.object(head, "piece_rows", lambda vocabulary, *_: max(1, head.ELEMENTS // vocabulary)))
         watch = Watch(Path(folder) / "metrics.jsonl", chat, save_minutes=1e9)
@@ -191,6 +187,7 @@ def ours(
         trainer.add_callback(clock)
         if peft:
             part_adapters(trainer.model)
+        trainer.keeps = kept
         if launched or flex or peft:
             trainer.records = False
         if flex:
@@ -202,12 +199,6 @@ def ours(
         watch.close()
         flops = token_flops(trainer.model, mean)
     return {"tokens_per_second": clock.rate(tokens), "flops": flops, "parts": parts, "step_tokens": tokens[0], "ms": clock.steps_ms()}
-
-
-def compile_and_keep(model: Any) -> None:
-    """Compile layers as torch.compile does by itself."""
-    compile_layers(model)
-    functorch.ban_recompute_materialized_backward = True
 
 
 def wide_stream() -> Any:

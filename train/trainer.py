@@ -56,6 +56,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     validation: Packs | None
     learning: dict[str, Any]  # how a token's loss is made in training: dft, neftune
     num_tokens = 0  # that went through the model in this process, pads not counted
+    keeps = False  # what is cheap to make again: compiled layers as torch.compile makes them by itself
     records = False  # each pass is the same sequence of kernels, which can be recorded
     recorded: Recorded | None = None
 
@@ -78,6 +79,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> torch.Tensor:
         (count,) = over_processes(sum(batch.get("weight", batch["num_targets"]) for batch in batch_samples))
         return torch.full((), count, device=device)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, with layers compiled so that they keep little (`compile_layers`): they are when they first run."""
+        with functorch.patch(ban_recompute_materialized_backward=self.keeps):
+            return super().train(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Make a pass forward and back, from a recording where there can be one."""
@@ -392,10 +398,9 @@ def compile_layers(model: Any) -> None:
     """Compile each decoder layer in place: layers share their code, so it is compiled once, in seconds, and not the model in minutes.
 
     The norm after them, too: written out, it reads and writes the stream ten times. What is cheap to make is not kept for the way back
-    but made again there: normed inputs, gated products, 16-bit copies of weights. A layer keeps a third to a half less for 1 to 3 % of
-    the speed (docs/training-speed.md).
+    but made again there (`Trainer.train`): normed inputs, gated products, 16-bit copies of weights. A layer keeps a third to a half less
+    for 1 to 3 % of the speed (docs/training-speed.md).
     """
-    functorch.ban_recompute_materialized_backward = False
     layers = decoder_layers(model)
     beside = next(each for each in model.modules() if any(child is layers for child in each.children())).children()
     for each in [*layers, *(module for module in beside if type(module).__name__.endswith("Norm"))]:

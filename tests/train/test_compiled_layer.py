@@ -7,7 +7,8 @@ import torch
 from sftkit.train import memory
 from sftkit.train.head import loss_sum
 from sftkit.train.memory import Load, bare_model, compiled_layer, decoder_layers, saved_by
-from sftkit.train.trainer import compile_layers
+from sftkit.train.trainer import Trainer, compile_layers
+from torch._functorch.config import patch
 from transformers import Qwen2Config, Qwen3Config
 
 TOKENS = 512
@@ -72,7 +73,7 @@ def test_the_partitioner_keeps_what_the_plan_says(monkeypatch, settings, dtype, 
     monkeypatch.setattr(torch, "compile", lambda *told, **named: compile(*told, **named, backend="aot_eager_decomp_partition"))
     compile_layers(model)
     autocast = torch.autocast("cpu", dtype=load.half) if adapter or dtype is not load.half else nullcontext()
-    with saved_by(decoder_layers(model)[-1], {each.untyped_storage()._cdata for each in model.parameters()}) as found, autocast:
+    with patch(ban_recompute_materialized_backward=Trainer.keeps), saved_by(decoder_layers(model)[-1], {each.untyped_storage()._cdata for each in model.parameters()}) as found, autocast:
         assert loss_sum(model, memory._batch(load)).requires_grad
     shared = 2 * 2 * TOKENS * (settings.hidden_size // 4 if settings is QWEN2 else 32)  # cosines and sines, which all layers read
     assert sum(found.values()) - shared == pytest.approx(compiled_layer(model, load), rel=0.03)
