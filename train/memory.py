@@ -454,6 +454,11 @@ def expert_weights(model: Any) -> list[torch.Tensor]:
     return [weight for each in holders for weight in each.parameters(recurse=False) if weight.dim() == 3]
 
 
+def experts_taken(config: Any) -> int | None:
+    """Return how many experts a token goes to; None where a text config names none."""
+    return getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)  # the latter: Gemma 4
+
+
 def token_flops(model: Any, mean_length: float) -> float:
     """Return the operations that training takes for a token: 6 for each weight of a matrix product, 4 for a frozen one, and attention.
 
@@ -465,6 +470,7 @@ def token_flops(model: Any, mean_length: float) -> float:
     embedding = model.get_input_embeddings().weight
     tied = getattr(config, "tie_word_embeddings", False)
     weights = [each for each in model.parameters() if each.dim() > 1 and (tied or each is not embedding)]
-    experts = {id(each): config.num_experts_per_tok / len(each) for each in expert_weights(model)}
+    taken = experts_taken(config)
+    experts = {id(each): taken / len(each) for each in expert_weights(model)} if taken else {}
     products = sum(each.numel() * experts.get(id(each), 1) * (6 if each.requires_grad else 4) for each in weights)
     return products + 6 * config.num_hidden_layers * config.hidden_size * mean_length

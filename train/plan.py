@@ -17,7 +17,7 @@ from ..core.progress import duration
 from .compiling import COMPILED_STEPS
 from .config import TrainConfig
 from .data import DataReport
-from .memory import Load, Memory, NotReplayed, bare_model, expert_weights, gathered, predict, token_flops
+from .memory import Load, Memory, NotReplayed, bare_model, expert_weights, experts_taken, gathered, predict, token_flops
 from .prepared import load_rows
 from .recorded import can_record
 
@@ -199,7 +199,7 @@ def _card(config: TrainConfig, gpu: str | None) -> Card:
 def _basis(card: Card, settings: Any) -> str:
     if not card.flops:
         return "speed: not known for a card without a name"
-    if getattr(settings.get_text_config(), "num_experts_per_tok", None):
+    if experts_taken(settings.get_text_config()):
         return "speed: not known for a model of experts: none was measured"
     peak = f"{card.flops / 1e12:.0f} TFLOP/s {'measured here' if card.measured else 'by its data sheet'}"
     return f"speed: from {peak} and the share of it that models of this width reached on an H200, not measured on this card"

@@ -16,7 +16,7 @@ from sftkit.train.memory import Load, bare_model, decoder_layers, predict, saved
 from sftkit.train.plan import Card, choose, find_card, rated_flops
 from sftkit.train.preference import pair_losses
 from sftkit.train.sft import train
-from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 LLAMA = LlamaConfig(
     vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
@@ -106,6 +106,17 @@ def test_experts_stand_whole_and_a_token_takes_its_own(settings) -> None:
     embedding = model.get_input_embeddings().weight.numel()
     small = sum(each.numel() for each in model.parameters() if each.dim() == 1)
     assert memory.token_flops(model, 0) == pytest.approx(6 * (number - idle - embedding - small), rel=1e-6)
+
+
+def test_experts_by_another_name_end_no_training() -> None:
+    gemma = AutoConfig.for_model(
+        "gemma4_text", **SMALL, num_key_value_heads=1, head_dim=16, enable_moe_block=True, num_experts=8, top_k_experts=2,
+        moe_intermediate_size=32, vocab_size_per_layer_input=512,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(gemma)
+    assert memory.experts_taken(gemma) == 2
+    assert 0 < memory.token_flops(model, 0) < 6 * model.num_parameters()
 
 
 @pytest.mark.parametrize("settings", [MIXTRAL, AutoConfig.for_model("lfm2", **SMALL, num_key_value_heads=2)], ids=["mixtral", "lfm2"])
