@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import site
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -41,9 +42,23 @@ def reload_apart(folder: Path, rows: Sequence[Row]) -> Reloaded:
     """Do what `reload` does in a process of its own, which sees no GPU: a training may hold all of its memory.
 
     Raises UserError as `reload` does, and where the process dies or gives no answer. Ctrl-C ends it with this one, and not before.
+    Where none can be started it is done in this process, which is said.
     """
+    try:
+        return _apart(folder, rows)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("no process can be started to load the saved model (%s): it is loaded in this one", error)
+        return reload(folder, rows)
+
+
+def _apart(folder: Path, rows: Sequence[Row]) -> Reloaded:
+    if not sys.executable:
+        raise OSError("this Python does not know its own path")
     told = json.dumps([{"ids": row.ids, "labels": row.labels} for row in rows])
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    home = str(Path(__file__).parents[2])  # of the package
+    if home in sys.path and home not in site.getsitepackages():  # a notebook may have put it there
+        environment["PYTHONPATH"] = os.pathsep.join(each for each in (os.environ.get("PYTHONPATH"), home) if each)
     with subprocess.Popen(
         [sys.executable, "-P", "-m", "sftkit.train.reloaded", str(folder)],
         env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
@@ -70,7 +85,8 @@ def _end(code: int, said: str) -> str:
     how = f"ended with exit code {code} and without a whole answer"
     if code < 0:
         why = ", as a rule for want of memory" if code == -signal.SIGKILL else ""
-        how = f"was killed by {signal.Signals(-code).name} (exit code {code}{why})"
+        name = {each.value: each.name for each in signal.Signals}.get(-code, f"signal {-code}")
+        how = f"was killed by {name} (exit code {code}{why})"
     words = [line.strip() for line in said.splitlines() if line.strip()]
     return f"{how}; {'its last words: ' + words[-1][-300:] if words else 'it said nothing'}"
 

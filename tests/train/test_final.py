@@ -99,6 +99,16 @@ def test_a_process_that_dies_over_it_is_one_line_with_its_last_words_and_where_t
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("python", ["", "/nowhere/python"])
+def test_where_no_process_can_be_started_this_one_loads_it(
+    python: str, loads_apart: None, tiny_model: Path, chat: Chat, rows: list[Row], monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    loss = final.answer_loss(load_model(resolve_model(tiny_model)), rows)
+    monkeypatch.setattr(reloaded.sys, "executable", python)
+    final.check_saved(tiny_model, chat, rows, loss)
+    assert "no process can be started to load the saved model" in caplog.text
+
+
 def test_ctrl_c_leaves_no_process_behind(
     loads_apart: None, chat: Chat, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
