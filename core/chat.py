@@ -133,7 +133,10 @@ class Chat:
                 written[first:last] = [True] * (last - first)
                 begin, end = kept.get(turn, span)
                 first = _count_before(offsets, begin)
-                last = last if end == span[1] else max(first, _count_before(offsets, end))
+                if end != span[1]:
+                    last = max(first, _count_before(offsets, end))
+                    # of a token that holds the end of what is said and the begin of a call (a stop and the line's end)
+                    last += end > begin and last < len(ids) and offsets[last][0] < end
                 mask[first:last] = [True] * (last - first)
         return Rendered(ids, mask, None if mask == written else written)
 

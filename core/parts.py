@@ -14,8 +14,12 @@ Write = Callable[[Sequence[Message]], str | None]
 
 
 def thought_length(content: str) -> int:
-    """Return where a text's answer begins: after the thought in `<think>` marks that it begins with; 0 without one."""
-    if not content.lstrip().startswith(OPEN) or CLOSE not in content:
+    """Return where a text's answer begins: after the thought that it begins with; 0 without one.
+
+    The thought stands in `<think>` marks, of which the prompt may have had the first (DeepSeek-R1, Qwen3-Thinking).
+    """
+    before, closed, _ = content.partition(CLOSE)
+    if not closed or (OPEN in before and not before.lstrip().startswith(OPEN)):
         return 0
     end = content.index(CLOSE) + len(CLOSE)
     return end + len(content[end:]) - len(content[end:].lstrip())
@@ -77,7 +81,8 @@ def _thinking(message: Message, thought: str) -> Message:
     content = message["content"]
     fields = {name: thought for name in THOUGHT_FIELDS if _thought(message, name)}
     if thought_length(content):
-        begin, close = content.index(OPEN) + len(OPEN), content.index(CLOSE)
+        close = content.index(CLOSE)
+        begin = content.index(OPEN) + len(OPEN) if OPEN in content[:close] else 0
         content = content[:begin] + thought + content[close:]
     return {**message, **fields, "content": content}
 

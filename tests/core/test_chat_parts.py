@@ -14,6 +14,7 @@ QUESTION = user("1+1?")
 CONVERSATIONS = {
     "field": [QUESTION, assistant("It is 2.", reasoning_content="add them")],
     "text": [QUESTION, assistant("<think>\nadd them\n</think>\n\nIt is 2.")],
+    "begun": [QUESTION, assistant("add them\n</think>\n\nIt is 2.")],
     "several": [QUESTION, assistant("2", reasoning_content="add them"), user("1+2?"), assistant("3", reasoning_content="once more")],
     "call": [user("w?"), assistant("", tool_calls=CALL), TOLD, assistant("It is sunny.")],
     "talk": [user("w?"), assistant("Let me look.", tool_calls=CALL), TOLD, assistant("It is sunny.")],
@@ -57,6 +58,8 @@ def left_out(chat: Chat, messages: list[Message], leave_out: tuple[str, ...]) ->
         ("qwen3_5_think", "field", "thinking", "⟦add them\n</think>\n\n⟧It is 2.<|im_end|>"),
         ("chatml", "text", "thinking", "⟦<think>\nadd them\n</think>\n\n⟧It is 2.<|im_end|>"),
         ("chatml", "field", "thinking", "It is 2.<|im_end|>"),
+        ("qwen3", "begun", "thinking", "⟦<think>\nadd them\n</think>\n\n⟧It is 2.<|im_end|>"),
+        ("chatml", "begun", "thinking", "⟦add them\n</think>\n\n⟧It is 2.<|im_end|>"),
         ("instruct", "text", "thinking", "⟦ <think>\nadd them\n</think>\n\n⟧It is 2.</eos>"),
         ("llama3", "text", "thinking", "⟦<think>\nadd them\n</think>\n\n⟧It is 2.<|eot_id|>"),
         ("deepseek_r1_distill", "text", "thinking", "\n\nIt is 2.<｜end▁of▁sentence｜>"),  # it writes no thought
@@ -131,7 +134,8 @@ def test_an_answer_begins_after_its_thought() -> None:
         (" \n<think>\na\n</think>\n\n b </think>", "b </think>"),
         ("<think></think>\n", ""),
         ("b <think>a</think>", "b <think>a</think>"),
-        ("a</think>b", "a</think>b"),
+        ("a</think>\n\nb", "b"),  # its prompt began the thought
+        ("b, not <think>a</think>", "b, not <think>a</think>"),
     ):
         assert text[thought_length(text) :] == answer
 
@@ -142,18 +146,30 @@ def test_prompts_are_not_masked_whatever_is_left_out() -> None:
     assert asked == Rendered(chat.prompt([QUESTION]), [False] * len(asked.ids))
 
 
-def test_a_token_with_a_part_of_the_answer_in_it_is_trained_on() -> None:
-    """A vocabulary with a token of the blank line before an answer and its first letter."""
+@pytest.mark.parametrize(
+    ("name", "pairs", "conversation", "choice", "expected"),
+    [  # tokens of the blank line before an answer and its first letter, and of a stop and the line's end before a call
+        ("chatml", [("Ċ", "Ċ"), ("ĊĊ", "I")], "text", "thinking", "⟦<think>\nadd them\n</think>⟧\n\nIt is 2.<|im_end|>"),
+        (
+            "qwen3",
+            [(".", "Ċ")],
+            "talk",
+            "tool_calls",
+            f"Let me look.\n⟦<tool_call>\n{CALLED}\n</tool_call><|im_end|>⟧<think>\n\n</think>\n\nIt is sunny.<|im_end|>",
+        ),
+    ],
+)
+def test_a_token_with_a_part_of_the_answer_in_it_is_trained_on(name, pairs, conversation, choice, expected) -> None:
     import json
 
     from tokenizers import Tokenizer, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = make_tokenizer(BUILT_IN["sftkit:chatml"][1])
+    tokenizer = make_chat(name).tokenizer
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     merged: dict[str, Any] = json.loads(backend.to_str())
-    for one, other in (("Ċ", "Ċ"), ("ĊĊ", "I")):
+    for one, other in pairs:
         merged["model"]["vocab"].setdefault(one + other, max(merged["model"]["vocab"].values()) + 1000)
         merged["model"]["merges"].insert(0, [one, other])
     crossing = PreTrainedTokenizerFast(
@@ -161,8 +177,8 @@ def test_a_token_with_a_part_of_the_answer_in_it_is_trained_on() -> None:
     )
     crossing.chat_template = tokenizer.chat_template
     chat = Chat(crossing)
-    assert left_out(chat, CONVERSATIONS["text"], ("thinking",)) == "⟦<think>\nadd them\n</think>⟧\n\nIt is 2.<|im_end|>"
-    assert runs(chat.render(CONVERSATIONS["text"], leave_out=("thinking",)).mask) == 1
+    assert left_out(chat, CONVERSATIONS[conversation], (choice,)) == expected
+    assert runs(chat.render(CONVERSATIONS[conversation], leave_out=(choice,)).mask) == expected.count("<|im_end|>")
 
 
 def test_parts_are_found_where_the_tokenizer_does_not_tell_where_its_tokens_stand(monkeypatch) -> None:
