@@ -47,8 +47,10 @@ class Run:
             raise UserError(f"{path}: cannot be written: {error.strerror}; give another folder") from None
         try:
             fcntl.flock(run._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             run._lock.close()
+            if not isinstance(error, BlockingIOError):
+                raise UserError(f"{path}: cannot be locked: {error.strerror}; give a folder on another disk") from None
             raise UserError(f"{path}: another process is writing this run; wait for it, or give another folder") from None
         clear_temporaries(path)
         if not (path / "config.yaml").exists():
@@ -94,9 +96,7 @@ class Run:
         """
         config = self.config()
         before = config.get(section)
-        known = before or {}
-        differing = (k for k in {*known, *settings} if known.get(k) != settings.get(k) and (k in known or settings[k] is not False))
-        changed = [] if before is None else sorted(differing)
+        changed = [] if before is None else sorted(k for k in {*before, *settings} if not _same(before, settings, k))
         fixed = [name for name in changed if name not in free and free != ("*",)]
         if fixed and before is not None:
             told = "; ".join(each for name in fixed for each in _differences(f"{section}.{name}", before.get(name), settings.get(name)))
@@ -107,10 +107,20 @@ class Run:
         return changed
 
 
+def _same(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> bool:
+    """Say whether a setting is what it was; one that is off (False, None) and was not known before is."""
+    if name not in before:
+        return now[name] is None or now[name] is False
+    one, other = before[name], now.get(name)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return all(_same(one, other, each) for each in {*one, *other})
+    return bool(one == other)
+
+
 def _differences(name: str, before: Any, now: Any) -> list[str]:
     """Say how a setting differs; of settings within settings only those that do."""
     if isinstance(before, Mapping) and isinstance(now, Mapping) and before and now:
-        names = [each for each in {**before, **now} if before.get(each) != now.get(each)]
+        names = [each for each in {**before, **now} if not _same(before, now, each)]
         return [told for each in names for told in _differences(f"{name}.{each}", before.get(each), now.get(each))]
     return [f"{name} was {before!r}, now {now!r}"]
 

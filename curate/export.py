@@ -3,6 +3,7 @@
 import fcntl
 import json
 import logging
+import os
 import random
 import shutil
 from collections import Counter
@@ -68,8 +69,12 @@ def export(run: Run, out: Path, config: ExportConfig) -> Exported:
     with open(out / LOCK, "w") as lock:  # held until it is closed
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            if os.fstat(lock.fileno()).st_ino != os.stat(out / LOCK).st_ino:  # another has ended meanwhile, and taken its file away
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
             raise UserError(f"{out}: another process is exporting into it; wait for it, or give another folder") from None
+        except OSError as error:
+            raise UserError(f"{out}: cannot be locked: {error.strerror}; give a folder on another disk") from None
         try:
             return _export(run, out, config)
         finally:

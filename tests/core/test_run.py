@@ -50,8 +50,10 @@ def test_other_settings_are_refused_and_nothing_is_changed(tmp_path: Path) -> No
 
 def test_a_setting_that_was_added_since_changes_nothing_while_it_is_off(tmp_path: Path) -> None:
     with Run.create(tmp_path) as run:
-        run.configure("train", {"limit": 3})
-        assert run.configure("train", {"limit": 3, "mask_thinking": False}) == []
+        run.configure("train", {"limit": 3, "engine": {"x": 1}})
+        assert run.configure("train", {"limit": 3, "mask_thinking": False, "engine": {"x": 1, "quick": False, "of": None}}) == []
+        with pytest.raises(UserError, match=r"\(train.engine.quick was None, now True\)"):
+            run.configure("train", {"limit": 3, "engine": {"x": 1, "quick": True, "of": None}})
         with pytest.raises(UserError, match="mask_thinking was None, now True"):
             run.configure("train", {"limit": 3, "mask_thinking": True})
 
