@@ -24,7 +24,7 @@ import httpx
 from ..chat import Chat
 from ..errors import UserError, unknown_name
 from .base import NOT_FINITE, Completion, EngineConfig, Request, ScoreRequest, TokenLogprobs
-from .servers import Names, Server, address_of, answer_of, error_of, key_of_servers, make_room, text_and_thoughts, written_call
+from .servers import Names, Server, address_of, answer_of, count_of, error_of, key_of_servers, make_room, text_and_thoughts, written_call
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ DISPENSABLE = {  # what is left out from the first refusal on, and what is lost 
     "seed": "an answer cannot be made a second time, and servers that begin with the same random numbers give the same answers",
     "n": "nothing is lost",
 }
-UNCOUNTED = "the server does not tell how many tokens the answer has (no usage, no log-probabilities)"
+UNCOUNTED = "the server does not tell how many tokens the answer has (no count in usage that is a number from 0, no log-probabilities)"
 NO_TOKEN = "the server ended the answer before its first token"
 NO_PARSER = re.compile(r"auto\W{0,3}tool.choice|tool.call.parser")  # vLLM's words, started without
 NO_NUMBER = "not JSON compliant"  # Python's word, and so that of vLLM's server, for a NaN among the log-probabilities
@@ -267,8 +267,8 @@ class OpenAIEngine:
             calls = [written_call(each["function"]) for each in message.get("tool_calls") or []]
             listed = (choice.get("logprobs") or {}).get("content") or []
             logprobs = [math.nan if each["logprob"] is None else float(each["logprob"]) for each in listed]  # null: some servers' NaN
-            counted = (answer.get("usage") or {}).get("completion_tokens")
-            asked = (answer.get("usage") or {}).get("prompt_tokens")
+            usage = answer.get("usage") or {}
+            counted, asked = count_of(usage.get("completion_tokens")), count_of(usage.get("prompt_tokens"))
             thoughts = message.get("reasoning_content") or message.get("reasoning") or thoughts
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             return None
@@ -276,8 +276,8 @@ class OpenAIEngine:
             text, reason = "\n".join([text, *calls] if text else calls), "stop" if reason == "tool_calls" else reason
         if counted == 0 and (text or thoughts):  # no count
             counted = None
-        self._counts = self._counts and isinstance(counted, int)
-        num_tokens = counted if isinstance(counted, int) else len(logprobs)
+        self._counts = self._counts and counted is not None
+        num_tokens = len(logprobs) if counted is None else counted
         error = None
         if message.get("refusal"):
             error = f"the server refuses: {' '.join(str(message['refusal']).split())[:300]}"
@@ -297,7 +297,7 @@ class OpenAIEngine:
             num_tokens=num_tokens,
             logprob=math.fsum(logprobs) / len(logprobs) if known else None,
             reasoning=thoughts if isinstance(thoughts, str) else None,
-            prompt_tokens=asked if isinstance(asked, int) else None,
+            prompt_tokens=asked,
         )
 
 

@@ -166,6 +166,11 @@ def answer_of(response: httpx.Response) -> Any:
         return None
 
 
+def count_of(found: object) -> int | None:
+    """Return a number of tokens that a server tells; None for what is none: with numbers below 0 no budget would ever be used up."""
+    return found if isinstance(found, int) and not isinstance(found, bool) and found >= 0 else None
+
+
 def text_and_thoughts(content: Any) -> tuple[str, str | None]:
     """Return the text and the thoughts of a message's content: a text, or a list of parts, of which some may be thoughts.
 

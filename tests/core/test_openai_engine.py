@@ -17,6 +17,7 @@ from sftkit.core.errors import UserError
 
 TEXT = {"type": "text", "text": "hm"}
 INFINITE = f"{NOT_FINITE} for one of its tokens, by the server's log-probabilities"
+UNCOUNTED = "the server does not tell how many tokens the answer has (no count in usage that is a number from 0, no log-probabilities)"
 NO_NUMBER = "Out of range float values are not JSON compliant: nan"  # vLLM's
 pytestmark = pytest.mark.usefixtures("hasty")
 
@@ -68,10 +69,22 @@ def test_a_server_that_counts_no_token_of_what_it_said_does_not_count(server: Se
     assert (found.text, found.num_tokens, found.error) == ("x", 3, None)
 
 
+@pytest.mark.parametrize("count", [-7, "seven", True, None])
+def test_what_is_no_count_is_not_taken_for_one(server: Server, count: object) -> None:
+    """A budget of tokens would never be used up."""
+    usage = {"completion_tokens": count, "prompt_tokens": count}
+    server.reply = lambda body: answer("x", usage=usage, **({} if body.get("logprobs") else {"logprobs": None}))
+    (found,) = engine(server).generate([replace(request("hi"), logprob=False)])
+    assert (found.text, found.num_tokens, found.prompt_tokens) == ("x", 3, None)
+    server.reply = lambda body: answer("x", usage=usage, logprobs=None)
+    (found,) = engine(server).generate([request("hi")])
+    assert found.error == UNCOUNTED
+
+
 def test_a_server_that_neither_counts_nor_tells_fails_row_by_row(server: Server) -> None:
     server.reply = lambda body: fault(400, "logprobs is not supported") if "logprobs" in body else answer("x", usage=None, logprobs=None)
     (found,) = engine(server).generate([replace(request("hi"), logprob=False)])
-    assert found.error == "the server does not tell how many tokens the answer has (no usage, no log-probabilities)"
+    assert found.error == UNCOUNTED
     assert len(server.asked) == 3
 
 
@@ -110,7 +123,7 @@ def test_only_what_is_drawn_has_a_seed_and_each_sample_its_own(server: Server) -
         (answer("x", logprobs={"content": [{"logprob": None}]}), {"error": INFINITE}),
         (
             answer("x", usage=None, logprobs=None),
-            {"error": "the server does not tell how many tokens the answer has (no usage, no log-probabilities)"},
+            {"error": UNCOUNTED},
         ),
         (fault(400, "This model's maximum context length is 512 tokens"), {"error": "400: This model's maximum context length is 512 tokens"}),
         (fault(400, NO_NUMBER), {"error": f"{NOT_FINITE} for one of its tokens; the server says 400: {NO_NUMBER}"}),
