@@ -18,7 +18,7 @@ def best(run: Run, config: BestConfig) -> Outcome:
 
     Not eligible, in this order: cut answers (rule truncated), rows without an answer (no_response), a gate not passed (gate:NAME) or
     without a value (unscored). Of a prompt whose share of samples that are eligible lies outside the band none is kept (min_pass_rate,
-    max_pass_rate); those that `distill` left out since they were cut count among them. With `majority`, the eligible samples vote with the
+    max_pass_rate); those that `distill` left out count among them. With `majority`, the eligible samples vote with the
     answer they give (no_answer: none); those with another answer lose (not_majority: score is the share of their answer, threshold that of
     the winning one). A tie between answers goes to the one whose best row is better. Better is: higher by the scores in order, no value
     last; then shorter; then the lower index. Where the best is not `min_margin` above the median of those left (Llama 3's rejection
@@ -96,8 +96,8 @@ def _reject(case: pl.Expr, rule: str, score: pl.Expr, threshold: pl.Expr, witnes
 
 
 def _cut(run: Run) -> pl.DataFrame:
-    """Return how many samples of each prompt `distill` left out since they were cut."""
-    found = run.ledger.scan().filter((pl.col("stage") == "distill") & (pl.col("rule") == "truncated"))
+    """Return how many samples of each prompt `distill` left out since they were cut or empty."""
+    found = run.ledger.scan().filter((pl.col("stage") == "distill") & (pl.col("action") == "rejected"))
     return found.group_by("example_id").agg(pl.len().alias("cut")).collect()
 
 

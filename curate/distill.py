@@ -44,6 +44,7 @@ FREE = (  # settings that do not decide what a sample is
 PROBE = 50  # prompts
 SECONDS_TO_FINISH, SHARE_TO_FINISH = 60.0, 0.05  # of a budget of time: what is under way then has the longer of these
 TRUNCATED = "truncated"  # the rule of answers that were cut: no later step takes them
+EMPTY = "empty_answer"  # the rule of answers that ended without a word: no later step takes them either
 BUDGET = "budget"  # the rule of samples that were not asked for, because a budget was used up
 
 
@@ -387,16 +388,19 @@ class Distillation:
         )
 
     def finish(self, new_samples: int, new_tokens: int, seconds: float) -> DistillResult:
-        """Record the stage `distill` and make the samples that were not cut the run's data set. Raises TooManyFailures afterwards."""
+        """Record the stage `distill` and make samples that ended with words the run's data set. Raises TooManyFailures afterwards."""
         config = self.teacher.config
         stored, failures = self.samples(), self.store.failures()
-        have = {row[:2]: row[2:] for row in stored.select("example_id", "sample_index", "finish_reason", "num_tokens").iter_rows()}
+        seen = stored.select("example_id", "sample_index", "finish_reason", "num_tokens", blank=pl.col("text").str.strip_chars() == "")
+        have = {row[:2]: row[2:] for row in seen.iter_rows()}
         errors = dict(zip(failures["key"], failures["error"], strict=True))
         decisions = []
         for each in self.wanted:
-            reason, tokens = have.get(each.row, (None, None))
+            reason, tokens, blank = have.get(each.row, (None, None, False))
             if reason == "length":
                 decisions.append(Decision(*each.row, "distill", "rejected", TRUNCATED, tokens))
+            elif blank:
+                decisions.append(Decision(*each.row, "distill", "rejected", EMPTY, tokens))
             elif reason is not None:
                 decisions.append(Decision(*each.row, "distill", "kept"))
             else:
@@ -413,6 +417,7 @@ class Distillation:
             rejected=dict(zip(rejected["rule"], rejected["rows"], strict=True)),
             samples=stored.height,
             cut=stored.filter(pl.col("finish_reason") == "length").height,
+            empty=sum(each.rule == EMPTY for each in decisions),
             cure="a larger max_new_tokens may end them, in another folder"
             if config.retry_truncated
             else "retry_truncated asks for them once more, with twice the tokens",

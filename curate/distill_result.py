@@ -15,7 +15,8 @@ class DistillResult:
     rejected: dict[str, int]  # prompts that were not sent, by rule
     samples: int
     cut: int  # of the samples: reached max_new_tokens
-    cure: str  # what helps these
+    empty: int  # of the samples: ended without a word
+    cure: str  # what helps those that were cut
     matched: int | None  # of the samples: hold the wanted format; None where none is wanted, or its pattern takes too long
     tokens: int
     failed: dict[str, int]  # samples, by error
@@ -43,6 +44,8 @@ class DistillResult:
             lines.append(f"cost: {self.cost:,.4f}")
         if self.cut:
             lines.append(f"left out: {self.cut:,} cut answers (truncated); {self.cure}")
+        if self.empty:
+            lines.append(f"left out: {self.empty:,} answers without a word (empty_answer)")
         if self.rejected:
             lines.append("prompts not asked: " + ", ".join(f"{count:,} {rule}" for rule, count in self.rejected.items()))
         if self.failed:

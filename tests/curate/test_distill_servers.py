@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from sftkit.curate import distill as distill_module
 from sftkit.curate.distill import distill
 from sftkit.curate.rows import load_rows
 
-from .teachers import Server, data_set, prompts, stored
+from .teachers import Server, data_set, ledger, prompts, stored
 
 
 def test_a_server_is_sent_messages_and_keyed_by_them(tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +105,23 @@ def test_an_engine_that_swallows_a_request_fails_it_by_name(tmp_path: Path, sett
     with pytest.raises(TooManyFailures, match=r"1 of 3 samples failed.*the engine gave no answer"):
         distill(prompts(tmp_path / "p.jsonl", 3), tmp_path / "run", settings(**asked))
     assert stored(tmp_path / "run").height == 2
+
+
+def test_an_answer_without_a_word_is_left_out_by_name(tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = ["", " \n", "<think>Hm.</think>", "4"]
+
+    class Silent(Server):
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            yield from (replace(each, text=text) for each, text in zip(super().generate(requests), said, strict=True))
+
+    monkeypatch.setattr(distill_module, "open_engine", lambda *arguments, **keywords: Silent())
+    asked = {"teacher": "m", "engine": {"engine": "openai", "base_url": "http://localhost:1/v1"}}
+    result = distill(prompts(tmp_path / "p.jsonl", 1), tmp_path / "run", settings(k=4, **asked))
+    assert (result.samples, result.empty, result.failed) == (4, 3, {})
+    assert "left out: 3 answers without a word (empty_answer)" in result.summary()
+    decided = ledger(tmp_path / "run", "distill").select("sample_index", "action", "rule").rows()
+    assert decided == [(index, "rejected", "empty_answer") for index in range(3)] + [(3, "kept", "")]
+    assert [each["messages"][-1]["content"] for each in data_set(tmp_path / "run")] == ["4"]
 
 
 def test_an_error_of_the_store_leaves_nothing_under_way(tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
