@@ -93,14 +93,17 @@ class Names:
         self._since: float | None = None  # when the doubt began
 
     def heed(self, server: Server, name: object) -> None:
-        """Take note of the name in an answer. Raises UserError where two servers answer in different names.
+        """Take note of the name in an answer, which without one is that asked for. Raises UserError for two, of one server or several.
 
         Another name than was asked for is told alone: many servers have a longer one, with the model's version.
         """
         name = name if isinstance(name, str) and name else self._asked
-        if self._found.get(server.url) == name:
-            return
-        self._found[server.url] = name
+        before = self._found.setdefault(server.url, name)
+        if before != name:
+            raise UserError(
+                f"{server.url}: answered in the name of {before!r}, and now in that of {name!r}: its samples would be of two models; let it"
+                " serve one, and run the same command again. What finished is kept"
+            )
         for url, other in self._found.items():
             if other != name:
                 raise UserError(

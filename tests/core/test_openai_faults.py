@@ -191,6 +191,17 @@ def test_servers_that_answer_in_different_names_are_not_mixed(server: Server, la
     assert "imposter" not in given
 
 
+@pytest.mark.parametrize(("first", "then"), [("m", "imposter"), ("m-2026-01-01", "m"), ("", "imposter")])
+def test_a_server_that_changes_its_name_is_not_mixed_in(server: Server, first: str, then: str) -> None:
+    server.reply = lambda body: in_name(first if len(server.asked) <= 5 else then, str(len(server.asked)))
+    given: list[str] = []
+    with pytest.raises(UserError, match=f"{server.url}: answered in the name of '{first or 'm'}', and now in that of '{then}': .* is kept"):
+        given.extend(
+            each.text for each in open_engine("m", EngineConfig(base_url=server.url, concurrency=1)).generate(map(request, "abcdefghi"))
+        )
+    assert given == list("12345")
+
+
 def test_another_name_than_was_asked_for_is_told_once(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     server.reply = lambda body: in_name("m-2026-01-01")
     assert len(list(open_engine("m", EngineConfig(base_url=server.url)).generate(request(str(number)) for number in range(9)))) == 9
