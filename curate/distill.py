@@ -184,6 +184,7 @@ class Distillation:
     _enough: bool = False  # nothing more is asked
     _checked: set[str] = field(default_factory=set)  # keys, PROBE at most, whose log-probabilities show whether they are numbers
     _broken: int = 0  # of their answers: had none that was finite
+    _told: bool = False  # what the first answers show
     _opened: dict[tuple[int, ...], bool] = field(default_factory=dict)  # by the last tokens of a prompt: whether a thought is open there
 
     def missing(self) -> list[Wanted]:
@@ -337,7 +338,19 @@ class Distillation:
                 " weights are damaged, or its numbers too large for the format it runs in (dtype). What finished is kept"
             )
         if seen.answers >= FEWEST:
+            self._told = True
             seen.warn()
+
+    def _look_at_last(self, stored: pl.DataFrame) -> None:
+        """Tell whether the samples, 50 at most, evenly spaced, are as wanted, where the first answers were too few for it."""
+        found = Probe(self.teacher.config)
+        if self._told or not found.wanted:
+            return
+        most = min(PROBE, stored.height)
+        for row in stored[[place * stored.height // most for place in range(most)]].iter_rows(named=True):
+            found.add("", row["text"], row["finish_reason"])
+        for fault in found.unlike() if found.answers else ():
+            log.warning("warning: %s (%s answers looked at)", fault, f"{found.answers:,}")
 
     def _ask(self, waiting: deque[Wanted]) -> Iterator[Request]:
         config = self.teacher.config
@@ -431,6 +444,7 @@ class Distillation:
             seconds=seconds,
             gpu_busy=self._gpus.share if self._gpus else None,
         )
+        self._look_at_last(stored)
         untold = stored["logprob"].null_count()
         if config.logprobs and untold:
             log.warning(

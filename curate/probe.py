@@ -93,12 +93,17 @@ class Probe:
             found.append(f"only {self.stopped_share:.1%} of the answers stopped by themselves: raise max_new_tokens{also}")
         if self.too_slow:
             found.append(self.too_slow)
+        found += self.unlike(least)
+        return found
+
+    def unlike(self, least: float = ENOUGH) -> list[str]:
+        """Return that the answers are not as wanted, and what helps, in a line; none where enough are, or nothing is wanted."""
         if self.matched_share is not None and self.matched_share < least:
             cure = "ask for it in the system message, best with an example, or want the format that this teacher has"
             if self.config.json_schema is not None:
                 cure = "cut ones seldom are, and some servers do not hold answers to one; `score --with json_schema` finds them"
-            found.append(f"only {self.matched_share:.1%} of the answers are {self.wanted}: {cure}")
-        return found
+            return [f"only {self.matched_share:.1%} of the answers are {self.wanted}: {cure}"]
+        return []
 
     def warn(self) -> None:
         """Log the shares, and with three examples what is wrong."""

@@ -111,6 +111,27 @@ def test_answers_that_do_not_follow_the_schema_are_noticed_at_once(
         settings(json_schema='{"type": "objct"}')
 
 
+@pytest.mark.parametrize(("count", "k"), [(1, 1), (12, 1), (2, 30)])
+def test_few_answers_that_are_not_as_wanted_are_told_at_the_end(
+    count: int, k: int, tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(distill_module, "open_engine", lambda *arguments, **keywords: Server())
+    asked = {"teacher": "m", "engine": {"engine": "openai", "base_url": "http://localhost:1/v1"}, "k": k}
+    path = prompts(tmp_path / "p.jsonl", count)
+    for name, wanted, told in (
+        ("a", {"json_schema": '{"type": "object"}'}, "as the JSON schema says"),
+        ("b", {"want_format": "####"}, "in the wanted format '####'"),
+    ):
+        caplog.clear()
+        distill(path, tmp_path / name, settings(**asked, **wanted))
+        (warning,) = [each.getMessage() for each in caplog.records]
+        assert warning.startswith(f"warning: only 0.0% of the answers are {told}: ")
+        assert warning.endswith(f"({min(count * k, 50)} answers looked at)")
+    caplog.clear()
+    distill(path, tmp_path / "c", settings(**asked, want_format="."))
+    assert caplog.records == []
+
+
 def test_a_wanted_format_that_would_backtrack_for_years_ends_and_costs_no_sample(
     tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
