@@ -180,6 +180,12 @@ class OpenAIEngine:
             answer = answer_of(response)
             found = self._read(request, answer)
             if found is None:
+                if not server.load.garbled:  # at once, since it is asked again for a minute and more before it fails
+                    server.load.garbled = True
+                    kind = response.headers.get("content-type", "no type")
+                    log.warning(
+                        "%s: an answer is not of the protocol (%s) and is asked for again: %.100r", server.url, kind, server.told(response)
+                    )
                 return _Fault(f"an answer that is not of the protocol: {server.told(response)}")
             self._names.heed(server, answer.get("model"))
             uncounted = found.error == UNCOUNTED and not self._counts  # from now on log-probabilities are asked for, which can be counted
@@ -472,10 +478,11 @@ def _wait(attempt: int) -> float:
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Return the seconds that a Retry-After header asks for, which gives seconds or a date; None without one."""
+    """Return the seconds that a Retry-After header asks for, which gives seconds or a date; None without one, or for no number."""
     text = response.headers.get("retry-after", "").strip()
     try:
-        return max(0.0, float(text))
+        seconds = float(text)
+        return max(0.0, seconds) if math.isfinite(seconds) else None
     except ValueError:
         pass
     try:

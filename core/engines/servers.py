@@ -29,6 +29,7 @@ class Load:
     answered_at: float = field(default_factory=time.monotonic)  # the last time, or when it was found
     faults: int = 0  # in a row
     held_until: float = 0.0  # by time.monotonic: nothing is sent before
+    garbled: bool = False  # has given an answer that is not of the protocol, which is told once
     down_since: float | None = None  # nobody has listened there since
 
     def hold(self, seconds: float) -> None:

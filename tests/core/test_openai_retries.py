@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from openai_client import answers, engine, request
+from openai_client import SECRET, answers, engine, request
 from openai_server import Reply, Server, answer, fault
 from sftkit.core.engines import openai_engine
 from sftkit.core.engines.base import Completion
@@ -30,6 +30,20 @@ def test_an_answer_that_is_none_is_asked_again(server: Server, content: bytes) -
     replies = iter([(200, {}, content), answer("in the end")])
     server.reply = lambda body: next(replies)
     assert answers(engine(server), ["a"])["a"].text == "in the end"
+
+
+def test_the_first_answer_that_is_none_is_told_at_once(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    page = f"<html>\n{SECRET} {'log in ' * 30}</html>".encode()
+    server.reply = lambda body: (200, {"content-type": "text/html"}, page) if len(server.asked) < 5 else answer()
+    assert len(answers(engine(server, concurrency=2), list("abc"))) == 3
+    (told,) = [each.getMessage() for each in caplog.records]
+    before, _, shown = told.partition(": '")
+    assert before == f"{server.url}: an answer is not of the protocol (text/html) and is asked for again"
+    assert shown.startswith("<html> [key] log in log in ")
+    assert 90 <= len(shown) <= 100
 
 
 def test_a_request_that_fails_for_good_fails_alone(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,16 +100,15 @@ def test_retry_after_is_obeyed_by_all(server: Server, form: str) -> None:
     assert min(others) - first >= told[0] - 0.05
 
 
-@pytest.mark.parametrize("header", ["36000", "inf"])
-def test_a_server_that_wants_hours_is_not_waited_for(server: Server, header: str) -> None:
-    server.reply = lambda body: fault(429, "daily limit", headers={"retry-after": header})
+def test_a_server_that_wants_hours_is_not_waited_for(server: Server) -> None:
+    server.reply = lambda body: fault(429, "daily limit", headers={"retry-after": "36000"})
     found = answers(engine(server), ["a"])["a"]
     assert found.error is not None
     assert found.error.startswith("429: daily limit, and asks to be left alone for")
     assert len(server.asked) == 1
 
 
-@pytest.mark.parametrize("header", ["soon", "-3", "nan"])
+@pytest.mark.parametrize("header", ["soon", "-3", "nan", "inf", "-inf", "1e999"])
 def test_a_retry_after_without_sense_is_no_reason_to_stop(server: Server, header: str) -> None:
     replies = iter([fault(429, headers={"retry-after": header}), answer("again")])
     server.reply = lambda body: next(replies)
