@@ -128,11 +128,14 @@ def _canonical(value: Any) -> bytes:
 class SampleStore:
     """The samples of a run, one SQLite file. Reads see what is committed; `writer` alone writes.
 
-    Raises UserError for a file that is damaged, of something else, or written by a newer sftkit.
+    Raises UserError for a file that is damaged, of something else, or written by a newer sftkit. One of no bytes is what a kill leaves
+    while it is made, and taken for new, unless it has been `made` before.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, made: bool = False) -> None:
         self.path = path
+        if made and path.exists() and not path.stat().st_size:
+            raise _damaged(path, "it holds no byte")
         with mendable(path):
             self._connection = _connect(path)
             self._prepare()

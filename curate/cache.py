@@ -45,7 +45,7 @@ def export(run: Path, path: Path) -> int:
     Run.open(run)
     if not store_path.exists():
         raise UserError(f"{run}: holds no samples of a teacher; `sftkit curate distill` makes some")
-    with SampleStore(store_path) as store:
+    with SampleStore(store_path, made=True) as store:
         return store.export(path)
 
 
@@ -64,7 +64,7 @@ def explain(run: Path, changes: Mapping[str, Any]) -> list[Explanation]:
     teacher = Teacher.find(load_config(DistillConfig, {**known, "k": 1, "budget_tokens": None, **changes, "engine": engine}))
     asked = teacher.settings()
     teacher.close()
-    with SampleStore(path) as store:
+    with SampleStore(path, made=True) as store:
         store.check()
         return [
             Explanation(

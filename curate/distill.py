@@ -162,7 +162,7 @@ def distillation(source: str | Path, path: Path, config: DistillConfig) -> Itera
             for prompt in prompts
             for index in range(config.k)  # a prompt's samples stand together, so that engines can share its prefix
         ]
-        with SampleStore(run.room("curate") / "samples.sqlite") as store:
+        with SampleStore(run.room("curate") / "samples.sqlite", made=began) as store:
             yield Distillation(run, teacher, store, wanted)
 
 

@@ -98,7 +98,7 @@ def _distilled(curate: Path, columns: Sequence[str]) -> pl.LazyFrame:
     asked = pl.scan_parquet(curate / "prompts.parquet").with_row_index("order")
     if "prompt" in columns:
         asked = asked.with_columns(pl.col("messages").map_batches(all_text, return_dtype=pl.String, is_elementwise=True).alias("prompt"))
-    with SampleStore(curate / "samples.sqlite") as store:
+    with SampleStore(curate / "samples.sqlite", made=True) as store:
         samples = store.frame().select("example_id", "sample_index", "text", "finish_reason", "num_tokens", "logprob", "reasoning")
     # asked again because it was cut, an answer is there twice: the one that is whole counts, or the longer
     samples = samples.sort(pl.col("finish_reason") == "length", -pl.col("num_tokens")).unique(KEY, keep="first", maintain_order=True)

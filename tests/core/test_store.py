@@ -386,6 +386,17 @@ def test_files_that_are_no_store_are_refused_untouched(tmp_path: Path) -> None:
     assert other.read_bytes() == before
 
 
+def test_a_store_of_no_bytes_is_new_only_where_none_was_made(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    path.touch()
+    with pytest.raises(UserError, match=r"s.sqlite: is damaged \(it holds no byte\)"):
+        SampleStore(path, made=True)
+    assert path.stat().st_size == 0
+    with SampleStore(path) as store:  # a kill while it was made left it
+        assert store.count() == 0
+    SampleStore(path, made=True).close()
+
+
 def test_a_damaged_store_says_so(tmp_path: Path) -> None:
     path = tmp_path / "s.sqlite"
     fill(path, 2000)

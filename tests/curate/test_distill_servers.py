@@ -146,3 +146,20 @@ def test_an_error_of_the_store_leaves_nothing_under_way(tmp_path: Path, settings
         distill(prompts(tmp_path / "p.jsonl", 3), tmp_path / "run", settings(**asked))
     assert error.tb is not None
     assert under_way == []
+
+
+def test_a_store_that_lost_its_bytes_is_not_filled_anew(tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server()
+    monkeypatch.setattr(distill_module, "open_engine", lambda *arguments, **keywords: server)
+    asked = {"teacher": "m", "engine": {"engine": "openai", "base_url": "http://localhost:1/v1"}}
+    path, run = prompts(tmp_path / "p.jsonl", 3), tmp_path / "run"
+    distill(path, run, settings(**asked))
+    store = run / "curate" / "samples.sqlite"
+    store.write_bytes(b"")
+    with pytest.raises(UserError, match=r"samples.sqlite: is damaged \(it holds no byte\).*Move it away"):
+        load_rows(Run.open(run), columns=["response"])
+    with pytest.raises(UserError, match=r"samples.sqlite: is damaged \(it holds no byte\).*Move it away"):
+        distill(path, run, settings(**asked))
+    assert (len(server.asked), store.stat().st_size) == (3, 0)
+    store.unlink()
+    assert distill(path, run, settings(**asked)).new_samples == 3
