@@ -73,7 +73,11 @@ def test_the_partitioner_keeps_what_the_plan_says(monkeypatch, settings, dtype, 
     monkeypatch.setattr(torch, "compile", lambda *told, **named: compile(*told, **named, backend="aot_eager_decomp_partition"))
     compile_layers(model)
     autocast = torch.autocast("cpu", dtype=load.half) if adapter or dtype is not load.half else nullcontext()
-    with patch(ban_recompute_materialized_backward=Trainer.keeps), saved_by(decoder_layers(model)[-1], {each.untyped_storage()._cdata for each in model.parameters()}) as found, autocast:
+    with (
+        patch(ban_recompute_materialized_backward=Trainer.keeps),
+        saved_by(decoder_layers(model)[-1], {each.untyped_storage()._cdata for each in model.parameters()}) as found,
+        autocast,
+    ):
         assert loss_sum(model, memory._batch(load)).requires_grad
     shared = 2 * 2 * TOKENS * (settings.hidden_size // 4 if settings is QWEN2 else 32)  # cosines and sines, which all layers read
     assert sum(found.values()) - shared == pytest.approx(compiled_layer(model, load), rel=0.03)
