@@ -48,7 +48,7 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) install --quiet --editable ".[test]"
+	$(PIP) install --quiet --editable ".[test,trackers]"
 	@touch $@
 
 # vLLM brings these three from the usual index, in builds that need CUDA and break transformers beside a torch for CPUs
