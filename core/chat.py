@@ -30,7 +30,7 @@ from .errors import UserError
 from .example import Message, Tool
 from .files import read_json
 from .models import ModelRef, load_tokenizer
-from .parts import SENTINEL, common_prefix, trained_part
+from .parts import SENTINEL, common_prefix, common_suffix, trained_part
 from .templates import BUILT_IN, PAD_CANDIDATES
 
 log = logging.getLogger(__name__)
@@ -306,7 +306,7 @@ class Chat:
         if messages[turn].get("tool_calls") and not (around and text in (said.join(around), said.strip().join(around))):
             end, closed = self._end_of_calls(messages, turn, text, around, how)
         else:
-            end, closed = len(text) - _common_suffix(around[1], text) if around else None, False
+            end, closed = len(text) - common_suffix(around[1], text) if around else None, False
         # where the answer begins at inference: some templates write a space or an empty thought between the two; one with a
         # thought in it stands as if thinking were on, and one before the last question as if no functions could be called (Mistral's)
         offered = (how.tools, ()) if how.tools else ((),)
@@ -334,7 +334,7 @@ class Chat:
             return len(alone), alone.endswith(self._endings)
         if around is None:
             return None, False
-        end = len(text) - _common_suffix(around[1], text)
+        end = len(text) - common_suffix(around[1], text)
         told = self._around(messages, turn + 1, how) if turn + 1 < len(messages) else None
         if told and common_prefix(told[0], text) < end:
             return None, False  # the tool's answer is written into the turn of the assistant, who did not say it
@@ -451,7 +451,3 @@ def _as_list(value: Any) -> list[int]:
 def _count_before(offsets: Sequence[tuple[int, int]], edge: int) -> int:
     """Return how many tokens end at or before a place of the text."""
     return bisect.bisect_right(offsets, edge, key=lambda each: each[1])
-
-
-def _common_suffix(one: str, other: str) -> int:
-    return len(one) if other.endswith(one) else common_prefix(one[::-1], other[::-1])

@@ -57,7 +57,7 @@ def trained_part(
     said = end if known is None else min(max(start, common_prefix(known, text)), end)
     if thinks and not talks:  # some write a thought beside calls alone: what stands behind it stands there without it, too
         plain = write(_with(messages, turn, _thinking(messages[turn], ""))) or ""
-        said = max(said, min(len(text) - common_prefix(plain[::-1], text[::-1]), end))
+        said = max(said, min(len(text) - common_suffix(plain, text), end))
     first, last = (said if thinks and THINKING in leave_out else start), end
     if masks_calls:
         answer = message["content"][inline:] if talks else ""
@@ -113,3 +113,8 @@ def common_prefix(one: str, other: str) -> int:
         if one[position] != other[position]:
             return position
     return length
+
+
+def common_suffix(one: str, other: str) -> int:
+    """Return how many characters two texts end with alike."""
+    return len(one) if other.endswith(one) else common_prefix(one[::-1], other[::-1])
