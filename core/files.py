@@ -1,13 +1,14 @@
-"""Files that are whole or absent: written beside their place, flushed to disk, then renamed."""
+"""Files that are whole or absent: written beside their place, flushed to disk, then renamed. Folders that one process writes."""
 
 import errno
+import fcntl
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import UserError
 
@@ -43,6 +44,28 @@ def _number_of(error: Exception, temporary: Path) -> int | None:
         return int(told[1])
     full = "thrift: transport error" in str(error) or (isinstance(error, OSError) and "written" in str(error))
     return errno.ENOSPC if full else None
+
+
+def hold_folder(folder: Path, name: str, doing: str) -> IO[str]:
+    """Make a folder, if needed, and hold its file `name` for this process until what is returned is closed.
+
+    Raises UserError for a folder that cannot be written or locked, and for one that another process holds: it is `doing` something.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / name, "w")  # noqa: SIM115  held until the caller closes it
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}; give another folder") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock.fileno()).st_ino != os.stat(folder / name).st_ino:  # another has ended meanwhile, and taken its file away
+            raise BlockingIOError
+    except OSError as error:
+        lock.close()
+        if isinstance(error, (BlockingIOError, FileNotFoundError)):
+            raise UserError(f"{folder}: another process is {doing}; wait for it, or give another folder") from None
+        raise UserError(f"{folder}: cannot be locked: {error.strerror}; give a folder on another disk") from None
+    return lock
 
 
 def whole_parquet(path: Path) -> Path:

@@ -1,6 +1,5 @@
 """The run folder: one folder that explains itself, refuses to be mixed up with another run, and knows what is done."""
 
-import fcntl
 import importlib.metadata
 import logging
 import os
@@ -13,7 +12,7 @@ import yaml
 
 from .config import read_yaml
 from .errors import UserError
-from .files import clear_temporaries, read_json, write_json, write_text
+from .files import clear_temporaries, hold_folder, read_json, write_json, write_text
 from .ledger import Ledger
 
 log = logging.getLogger(__name__)
@@ -40,18 +39,7 @@ class Run:
         if path.is_dir() and any(path.iterdir()) and not (path / "config.yaml").exists() and not (path / "run.lock").exists():
             raise UserError(f"{path}: is not empty and not a run of sftkit; give a new folder")
         run = cls(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            run._lock = open(path / "run.lock", "w")  # noqa: SIM115  held until close()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error.strerror}; give another folder") from None
-        try:
-            fcntl.flock(run._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            run._lock.close()
-            if not isinstance(error, BlockingIOError):
-                raise UserError(f"{path}: cannot be locked: {error.strerror}; give a folder on another disk") from None
-            raise UserError(f"{path}: another process is writing this run; wait for it, or give another folder") from None
+        run._lock = hold_folder(path, "run.lock", "writing this run")
         clear_temporaries(path)
         if not (path / "config.yaml").exists():
             write_text(path / "config.yaml", "{}\n")

@@ -1,9 +1,7 @@
 """Write a run's data set in the formats that other tools read; what a format cannot hold is refused by row and counted by reason."""
 
-import fcntl
 import json
 import logging
-import os
 import random
 import shutil
 from collections import Counter
@@ -17,7 +15,7 @@ import polars as pl
 
 from ..core.errors import UserError
 from ..core.example import Message, tools_of
-from ..core.files import clear_temporaries, write_atomically, write_json, write_text
+from ..core.files import clear_temporaries, hold_folder, write_atomically, write_json, write_text
 from ..core.formats import calls_of
 from ..core.run import Run
 from .config import ExportConfig
@@ -60,21 +58,14 @@ class Exported:
 def export(run: Run, out: Path, config: ExportConfig) -> Exported:
     """Write the rows that a run keeps to the folder `out`, with a card and export.json; refused.jsonl names what is refused.
 
-    Raises UserError for a folder that holds something else, for a run without pairs where pairs are asked for, and where no row
-    can be held.
+    Raises UserError for a folder that holds something else or cannot be written, for a run without pairs where pairs are asked for,
+    and where no row can be held.
     """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give a folder for the export")
     if out.exists() and any(each.name != LOCK for each in out.iterdir()) and not (out / "export.json").exists():
         raise UserError(f"{out}: is not empty and no export of sftkit; give a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / LOCK, "w") as lock:  # held until it is closed
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(lock.fileno()).st_ino != os.stat(out / LOCK).st_ino:  # another has ended meanwhile, and taken its file away
-                raise BlockingIOError
-        except (BlockingIOError, FileNotFoundError):
-            raise UserError(f"{out}: another process is exporting into it; wait for it, or give another folder") from None
-        except OSError as error:
-            raise UserError(f"{out}: cannot be locked: {error.strerror}; give a folder on another disk") from None
+    with hold_folder(out, LOCK, "exporting into it"):
         try:
             return _export(run, out, config)
         finally:

@@ -231,6 +231,15 @@ def test_a_folder_that_is_written_already_is_left_alone(run_of: Callable, tmp_pa
     assert not (out / ".export.lock").exists()
 
 
+def test_a_place_for_no_folder_is_told_in_one_line(run_of: Callable, tmp_path: Path) -> None:
+    run = run_of([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]])
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match=r"thesis.txt: is a file; give a folder for the export"):
+        export(run, tmp_path / "thesis.txt", ExportConfig())
+    with pytest.raises(UserError, match=r"thesis.txt/out: cannot be written: Not a directory; give another folder"):
+        export(run, tmp_path / "thesis.txt" / "out", ExportConfig())
+
+
 def test_nothing_that_can_be_held_is_an_error_and_leaves_no_rows(run_of: Callable, tmp_path: Path) -> None:
     run = run_of([[{"role": "user", "content": "q"}]])
     with pytest.raises(UserError, match="no row can be written as openai: no_answer 1"):
