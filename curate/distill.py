@@ -147,7 +147,10 @@ def distill(source: str | Path, run: Path, config: DistillConfig) -> DistillResu
 
 @contextmanager
 def distillation(source: str | Path, path: Path, config: DistillConfig) -> Iterator["Distillation"]:
-    """Open a run folder for distilling: prompts read, decided and recorded, keys made, nothing generated."""
+    """Open a run folder for distilling: prompts read, decided and recorded, keys made, nothing generated.
+
+    Raises UserError for a budget of cost that does not hold one answer, beside what `distill` raises it for.
+    """
     examples = list(islice(iterate_examples(source), config.limit))
     with closing(Teacher.find(config, prompts=len(examples))) as teacher, Run.create(path) as run:
         if config.thinking and teacher.chat is None:
@@ -162,6 +165,10 @@ def distillation(source: str | Path, path: Path, config: DistillConfig) -> Itera
             for prompt in prompts
             for index in range(config.k)  # a prompt's samples stand together, so that engines can share its prefix
         ]
+        if wanted and config.budget_cost is not None:
+            least = config.cost(config.max_new_tokens, prompt_tokens(wanted[0].prompt))
+            if config.budget_cost < least:  # the first alone would be too much, and nothing would be asked
+                raise UserError(f"budget_cost: expected {least:g} or more (one answer can cost that), found {config.budget_cost:g}")
         with SampleStore(run.room("curate") / "samples.sqlite", made=began) as store:
             yield Distillation(run, teacher, store, wanted)
 

@@ -63,6 +63,18 @@ def test_a_budget_of_cost_is_never_exceeded(tmp_path: Path, settings: Any) -> No
             settings(**changes)
 
 
+@pytest.mark.parametrize(("prices", "least"), [({"price_output": 1000.0}, "0.012"), ({"price_input": 1e6}, "2.")])
+def test_a_budget_below_the_price_of_one_answer_is_refused_before_anything_is_opened(
+    prices: dict[str, float], least: str, tmp_path: Path, settings: Any, between: Between
+) -> None:
+    path = prompts(tmp_path / "p.jsonl", 3)
+    for budget in (0.0119, 1e-9):
+        with pytest.raises(UserError, match=rf"budget_cost: expected {least}.* or more \(one answer can cost that\), found {budget:g}"):
+            distill(path, tmp_path / "run", settings(budget_cost=budget, **prices))
+    assert between.opened == 0
+    assert distill(path, tmp_path / "run", settings(budget_cost=100.0, **prices)).over_budget == 0
+
+
 def test_a_budget_of_time_stops_asking_and_is_no_failure(tmp_path: Path, settings: Any) -> None:
     path, run = prompts(tmp_path / "p.jsonl", 20), tmp_path / "run"
     result = distill(path, run, settings(k=2, budget_hours=1e-9))
