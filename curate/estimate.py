@@ -21,46 +21,13 @@ from ..core.formats import iterate_examples, split_prompt
 from ..core.progress import duration
 from .config import DistillConfig
 from .distill import PROBE, Distillation, Teacher, Wanted, distillation, prompt_tokens
+from .pace import WITHIN, Pace
 from .probe import Probe, tell
 
 MOST_TO_TUNE = 2000  # prompts
-WITHIN = 0.15  # of the tokens of a prompt's answer: two standard errors, up to which more prompts are asked
 MOST_PROBED = 250  # prompts
-SECONDS_OF_PACE = 20.0
 FEWEST_FOR_PACE = 1000  # missing samples; for fewer the probe's own rate will do
 SHARE_FOR_PACE = 2  # at most one in so many of them
-
-
-@dataclass(slots=True)
-class Pace:
-    """The rate at which an engine with all the work that it can take makes tokens, from the answers as they come.
-
-    As many answers as were under way at the first one are let go by: until then the short ones come, and the long ones are still
-    being written. Then tokens and seconds are counted, from an answer to an answer.
-    """
-
-    count: int = 0
-    passing: int = 0
-    tokens: int = 0
-    begin: float = 0.0
-    end: float = 0.0
-
-    def __call__(self, completion: Completion, under_way: int) -> bool:
-        """Take an answer; say whether it is enough."""
-        now = time.monotonic()
-        self.count += 1
-        if self.count == 1:
-            self.passing = under_way
-        if self.count <= self.passing + 1:
-            self.begin = self.end = now
-        elif self.end - self.begin < SECONDS_OF_PACE:
-            self.tokens, self.end = self.tokens + completion.num_tokens, now
-        return self.end - self.begin >= SECONDS_OF_PACE
-
-    @property
-    def rate(self) -> float | None:
-        """Return tokens per second; None where the answers were too few."""
-        return self.tokens / (self.end - self.begin) if self.end - self.begin >= SECONDS_OF_PACE else None
 
 
 @dataclass(slots=True)
@@ -109,7 +76,8 @@ class Estimate:
     full: bool  # the rate is that of a full engine, and not of the probe, which runs fewer answers at once than the whole will
     slots: int | None  # requests at once for which a server's rate is reckoned from the probe; None where it was not
     seconds_to_start: float | None  # that the engine took here; None where it was not needed
-    seconds_besides: float  # at the beginning and the end, when the engine is not full, more than that rate would have taken
+    seconds: float | None  # that the rest would take, without the engine's start
+    seconds_between: tuple[float, float] | None  # the least and the most of them; None where that is not known
 
     @property
     def remaining(self) -> int:
@@ -117,11 +85,12 @@ class Estimate:
         return self.wanted - self.stored - self.probed
 
     @property
-    def seconds(self) -> float | None:
-        """Return the time that the rest would take at this rate, without the engine's start."""
-        if self.new_tokens is None or not self.tokens_per_second:
-            return None
-        return self.new_tokens / self.tokens_per_second + self.seconds_besides
+    def vague(self) -> bool:
+        """Say whether the time may be off by more than WITHIN."""
+        if not self.seconds or self.seconds_between is None:
+            return False
+        least, most = self.seconds_between
+        return least < (1 - WITHIN) * self.seconds or most > (1 + WITHIN) * self.seconds
 
     def summary(self) -> str:
         """Write it for people."""
@@ -141,7 +110,10 @@ class Estimate:
             else:
                 rate += "that the probe ran at; a whole batch runs faster than its few answers"
             start = "" if self.seconds_to_start is None else f", after {duration(self.seconds_to_start)} to start"
-            lines.append(f"time: about {duration(self.seconds)} {rate}{start}")
+            between = "" if self.seconds_between is None else ", between {} and {},".format(*map(duration, self.seconds_between))
+            lines.append(f"time: about {duration(self.seconds)}{between} {rate}{start}")
+            if self.vague:
+                lines.append(f"that is not known within {WITHIN:.0%}: the run is too short for that, or the engine's pace too uneven")
         elif self.remaining:
             lines.append("time: not known, the probe measured nothing")
         if self.remaining and self.cost is not None:
@@ -196,8 +168,8 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
         served = choose(config.engine) == "openai"
         flow = Flow(config.engine.concurrency * len((config.engine.base_url or "").split(",")), last=time.monotonic())
         probed, tokens, seconds = work.generate(asked, label="probe", enough=flow)
-        rate, paced, besides = (None, 0, 0.0) if served and key_of_servers() else _pace(work, missing)
-        if rate is None and (more := _unlike(work, missing)):
+        paced = None if served and key_of_servers() else _pace(work, missing)
+        if paced is None and (more := _unlike(work, missing)):
             flow.last = time.monotonic()
             again = work.generate(more, label="probe", enough=flow)
             probed, tokens, seconds = probed + again[0], tokens + again[1], seconds + again[2]
@@ -206,22 +178,29 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
         left = [each for each in missing if each.key not in keys]
         mean, error, _ = _lengths(stored)
         probe = work.look_at(asked or work.first_of_each(work.wanted, PROBE))
-        full = rate is not None
-        if not full and probed:
-            rate = flow.rate if served else tokens / seconds
         new_tokens = None if mean is None else mean * len(left)
+        rate, whole, between = None, None, None
+        if paced and left and mean:
+            lengths = random.Random(0).choices(stored["num_tokens"].to_list(), k=len(left))
+            pace, order, ending = paced
+            found = pace.forecast(order, lengths, ending, in_batches=choose(config.engine) == "transformers")
+            off = math.hypot(found.unlike, 2 * (error or 0.0) / mean)
+            rate, whole, between = found.rate, found.seconds, (max(0.0, 1 - off) * found.least, (1 + off) * found.most)
+        elif probed:
+            rate = flow.rate if served else tokens / seconds
+            whole = new_tokens / rate if new_tokens and rate else None
+            if whole and choose(config.engine) == "vllm":
+                between = min(seconds, whole), whole  # one turn of a full engine takes no less than the probe's did
         read = sum(prompt_tokens(each.prompt) for each in left)
         retries = 0
         if config.retry_truncated and stored.height:
             retries = len(work.retries()) + round(len(left) * stored.filter(pl.col("finish_reason") == "length").height / stored.height)
-        cost = None
-        if config.priced and new_tokens is not None:
-            cost = config.cost(new_tokens, read, new_tokens / rate + besides if rate else 0.0)
+        cost = config.cost(new_tokens, read, whole or 0.0) if config.priced and new_tokens is not None else None
         return Estimate(
             run=work.run.path,
             wanted=len(work.wanted),
             stored=len(work.wanted) - len(missing),
-            probed=probed + paced,
+            probed=len(missing) - len(left),
             measured=stored.height,
             probe=probe,
             prompt_tokens=read if work.teacher.chat else None,
@@ -231,10 +210,11 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
             retry_tokens=2 * config.max_new_tokens * retries,
             cost=cost,
             tokens_per_second=rate,
-            full=full,
-            slots=flow.slots if served and not full else None,
+            full=paced is not None,
+            slots=flow.slots if served and paced is None else None,
             seconds_to_start=started,
-            seconds_besides=besides,
+            seconds=whole,
+            seconds_between=between,
         )
 
 
@@ -265,18 +245,16 @@ def _unlike(work: Distillation, missing: list[Wanted]) -> list[Wanted]:
     return work.first_of_each([each for each in missing if each.row[0] not in known], wanted) if wanted > 0 else []
 
 
-def _pace(work: Distillation, missing: list[Wanted]) -> tuple[float | None, int, float]:
-    """Let the engine run full for a while; return its rate, how many samples that made, and the seconds that it took besides.
+def _pace(work: Distillation, missing: list[Wanted]) -> tuple[Pace, list[str], float] | None:
+    """Let the engine run full for a while; return how its answers came, to what, in this order, and the seconds after the last one.
 
-    Those are of the beginning, when kernels are loaded and no answer is whole yet, and of the end, when fewer and fewer are under
-    way. A run has them once, however long it is; and with them it is slower than when full, so that a pace below that of the whole
-    was a slow moment. The prompts are taken in a random order, so that what they say of the rest is not what stands first in the
-    file, and each with all its samples, as in the whole run.
+    None where too little is missing, or nothing was answered. The prompts are taken in a random order, so that what they say of the
+    rest is not what stands first in the file, and each with all its samples, as in the whole run.
     """
     stored = work.store.keys()
     left = [each for each in missing if each.key not in stored]
     if len(left) < FEWEST_FOR_PACE:
-        return None, 0, 0.0
+        return None
     by_prompt: dict[str, list[Wanted]] = {}
     for each in left:
         by_prompt.setdefault(each.row[0], []).append(each)
@@ -285,10 +263,7 @@ def _pace(work: Distillation, missing: list[Wanted]) -> tuple[float | None, int,
     several = getattr(work.teacher.engine, "wait_for_all", None)
     if several is not None:
         several()  # processes on one card start one after another
-    pace = Pace()
     first = [each for group in groups for each in group][: len(left) // SHARE_FOR_PACE]
-    made, tokens, seconds = work.generate(first, label="pace", enough=pace)
-    if not made:
-        return None, 0, 0.0
-    rate = max(pace.rate or 0.0, tokens / seconds)
-    return rate, made, seconds - tokens / rate
+    pace = Pace(begin=time.monotonic())
+    _, tokens, seconds = work.generate(first, label="pace", enough=pace)
+    return (pace, [each.key for each in first], max(0.0, seconds - pace.times[-1])) if tokens else None

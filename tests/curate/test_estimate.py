@@ -4,17 +4,17 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from sftkit.core.config import load_config
 from sftkit.core.engines.base import Completion, Request
 from sftkit.curate import distill as distill_module
 from sftkit.curate import estimate as estimate_module
+from sftkit.curate import pace as pace_module
 from sftkit.curate.config import DistillConfig
 from sftkit.curate.distill import distill
 from sftkit.curate.estimate import Flow, estimate
+from sftkit.curate.pace import Pace
 
 from .teachers import prompts
 
@@ -49,59 +49,20 @@ def test_the_rate_of_a_server_is_reckoned_for_all_its_slots(monkeypatch: pytest.
     assert Flow(slots=4).rate is None
 
 
-def test_the_pace_is_that_of_an_engine_which_has_all_the_work_that_it_can_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    pace = estimate_module.Pace()  # long answers come last: the first ones that come are not the pace
-    clock = [0.0]
-    monkeypatch.setattr(estimate_module.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(estimate_module, "SECONDS_OF_PACE", 5.0)
-    for seconds, tokens, enough in [
-        (1, 1, False),
-        (2, 1, False),
-        (3, 10, False),
-        (4, 10, False),
-        (7, 10, False),
-        (8, 10, True),
-        (9, 3, True),
-    ]:
-        clock[0] = float(seconds)
-        assert pace(Completion(key="k", num_tokens=tokens), 2) is enough
-    assert pace.rate == pytest.approx(30 / 5)
-
-    pace = estimate_module.Pace()  # one at a time: no answer is let go by, and there is no beginning to count from
-    for number in range(4):
-        clock[0] = 70.0 + number
-        pace(Completion(key="k", num_tokens=6), 0)
-    assert pace.rate is None
-    clock[0] = 75.0
-    pace(Completion(key="k", num_tokens=6), 0)
-    assert pace.rate == pytest.approx(4 * 6 / 5)
-
-
-def test_what_the_beginning_and_the_end_take_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(estimate_module.time, "monotonic", lambda: clock[0])
-
-    def generate(first: list[Any], label: str, enough: Any) -> tuple[int, int, float]:
-        """Give waves of 100 answers of 6 tokens: the first after 9 s, the others after 2 s each; 200 are under way at a time."""
-        for number in range(len(first)):
-            clock[0] = 9.0 + 2 * (number // 100)
-            enough(Completion(key="k", num_tokens=6), 200)
-        clock[0] += 1  # until what was stored last is on disk
-        return len(first), 6 * len(first), clock[0]
-
-    missing: list[Any] = [SimpleNamespace(key=str(number), row=(str(number // 2), number % 2)) for number in range(2000)]
-    work: Any = SimpleNamespace(store=SimpleNamespace(keys=set), teacher=SimpleNamespace(engine=object()), generate=generate)
-    monkeypatch.setattr(estimate_module, "SECONDS_OF_PACE", 6.0)
-    rate, made, besides = estimate_module._pace(work, missing)
-    assert (rate, made) == (pytest.approx(300), 1000)  # 100 answers of 6 tokens in 2 s
-    assert besides == pytest.approx(28 - 1000 * 6 / 300)  # so the other 1000 are said to take 28 s, as these did
-    monkeypatch.setattr(estimate_module, "SECONDS_OF_PACE", 100.0)  # they are over before the pace is known
-    assert estimate_module._pace(work, missing) == (pytest.approx(6000 / 28), 1000, pytest.approx(0))
+def test_the_pace_is_looked_at_for_a_while_after_what_was_under_way_at_the_first_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [70.0]
+    monkeypatch.setattr(pace_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(pace_module, "SECONDS_OF_PACE", 5.0)
+    pace = Pace(begin=70.0)
+    for seconds, enough in [(1, False), (2, False), (3, False), (4, False), (7, False), (8, True), (9, True)]:
+        clock[0] = 70.0 + seconds
+        assert pace(Completion(key=str(seconds), num_tokens=10), 2) is enough
+    assert (pace.passing, pace.times) == (2, [1, 2, 3, 4, 7, 8, 9])
 
 
 def test_a_server_with_a_key_is_asked_no_more_than_the_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distill_module, "open_engine", lambda *arguments, **keywords: Served())
-    monkeypatch.setattr(estimate_module, "SECONDS_OF_PACE", 1e-9)
+    monkeypatch.setattr(pace_module, "SECONDS_OF_PACE", 1e-9)
     monkeypatch.setattr(estimate_module, "FEWEST_FOR_PACE", 50)
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"What is {number}?"}) + "\n" for number in range(200)))
