@@ -148,6 +148,9 @@ class OpenAIEngine:
                 if found is None:  # it was asked for what it does not know, and is asked for less now
                     continue
                 server.load.faults += 1
+                if not server.load.told or (found.down and server.load.faults == 1):  # and when it goes away
+                    server.load.told = True
+                    log.warning("%s: %s; it is asked again", server.url, found.told)
                 if attempt == ATTEMPTS or (found.asked or 0) > LONGEST_RETRY_AFTER:
                     ending = f"after {attempt} attempts" if attempt == ATTEMPTS else f"and asks to be left alone for {found.asked:.0f} s"
                     return Completion(key=request.key, finish_reason="error", error=f"{found.told}, {ending}"), True
@@ -180,13 +183,17 @@ class OpenAIEngine:
             answer = answer_of(response)
             found = self._read(request, answer)
             if found is None:
-                if not server.load.garbled:  # at once, since it is asked again for a minute and more before it fails
-                    server.load.garbled = True
-                    kind = response.headers.get("content-type", "no type")
-                    log.warning(
-                        "%s: an answer is not of the protocol (%s) and is asked for again: %.100r", server.url, kind, server.told(response)
+                kind, said = response.headers.get("content-type", "no type"), server.told(response)
+                if server.load.is_no_model_server():
+                    raise UserError(
+                        f"{server.url}: is no OpenAI-compatible server: none of {server.load.odd:,} answers is of the protocol, the last"
+                        f" ({kind}) is {said[:100]!r}; correct base_url. What finished is kept"
                     )
-                return _Fault(f"an answer that is not of the protocol: {server.told(response)}")
+                if not server.load.told:
+                    server.load.told = True
+                    log.warning("%s: an answer is not of the protocol (%s) and is asked for again: %.100r", server.url, kind, said)
+                return _Fault(f"an answer that is not of the protocol: {said}")
+            server.load.understood = True
             self._names.heed(server, answer.get("model"))
             uncounted = found.error == UNCOUNTED and not self._counts  # from now on log-probabilities are asked for, which can be counted
             return None if uncounted and "logprobs" not in {*body, *self._refused} else found
@@ -257,6 +264,8 @@ class OpenAIEngine:
         refusal = server.refusal(response)
         if refusal:
             raise refusal
+        if response.is_redirect:
+            raise UserError(f"{server.url}: answers {response.status_code}, to {response.headers.get('location')}; correct base_url")
         if response.status_code in NOT_THERE:
             serves = f"it serves {', '.join(_nearest(self._model, self._models))}" if self._models else "it does not tell its models"
             raise UserError(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import resource
 import time
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 KEY = "OPENAI_API_KEY"
 OTHER_FILES = 256  # that a process has open beside its connections, amply
+LEAST_ODD, SECONDS_ODD = 5, 3.0  # answers that are not of the protocol, and for how long, before a server counts as another's
 SECONDS_IN_DOUBT = 60.0  # for which answers are held back until each server has told in which model's name it answers
 
 
@@ -29,7 +31,10 @@ class Load:
     answered_at: float = field(default_factory=time.monotonic)  # the last time, or when it was found
     faults: int = 0  # in a row
     held_until: float = 0.0  # by time.monotonic: nothing is sent before
-    garbled: bool = False  # has given an answer that is not of the protocol, which is told once
+    told: bool = False  # its first fault has been told: it is asked again for a minute and more before a request fails
+    understood: bool = False  # has given an answer of the protocol
+    odd: int = 0  # answers that are not of the protocol, and when the first of them came
+    odd_since: float = math.inf
     down_since: float | None = None  # nobody has listened there since
 
     def hold(self, seconds: float) -> None:
@@ -40,6 +45,15 @@ class Load:
         """Take note of an answer."""
         self.answered_at = time.monotonic()
         self.faults, self.down_since = 0, None
+
+    def is_no_model_server(self) -> bool:
+        """Take note of an answer that is not of the protocol; say whether so many came, and not one that is, that no more is waited for.
+
+        More than twice as many as are under way: what breaks an answer now and then has the others still to come.
+        """
+        self.odd, self.odd_since = self.odd + 1, min(self.odd_since, time.monotonic())
+        enough = self.odd >= LEAST_ODD and self.odd > 2 * self.under_way and time.monotonic() - self.odd_since >= SECONDS_ODD
+        return enough and not self.understood
 
     def at_work(self, seconds: float) -> bool:
         """Say whether it has answered anything for so long."""

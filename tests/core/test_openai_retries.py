@@ -9,7 +9,7 @@ import httpx
 import pytest
 from openai_client import SECRET, answers, engine, request
 from openai_server import Reply, Server, answer, fault
-from sftkit.core.engines import openai_engine
+from sftkit.core.engines import openai_engine, servers
 from sftkit.core.engines.base import Completion
 from sftkit.core.errors import UserError
 
@@ -44,6 +44,54 @@ def test_the_first_answer_that_is_none_is_told_at_once(
     assert before == f"{server.url}: an answer is not of the protocol (text/html) and is asked for again"
     assert shown.startswith("<html> [key] log in log in ")
     assert 90 <= len(shown) <= 100
+
+
+def test_a_server_that_gives_pages_alone_ends_the_run_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not each request after minutes of asking: behind the address is something else."""
+    monkeypatch.setattr(servers, "SECONDS_ODD", 0.0)
+    server.reply = lambda body: (200, {"content-type": "text/html"}, b"<html>Welcome</html>")
+    told = rf"{server.url}: is no OpenAI-compatible server: none of 5 answers is of the protocol, the last \(text/html\) is '<html>Welcome"
+    with pytest.raises(UserError, match=told):
+        answers(engine(server, concurrency=1), ["a"])
+    assert len(server.asked) == 5
+
+
+@pytest.mark.parametrize(("before", "keys", "pages"), [(["fine"], ["odd"], 7), ([], ["a", "b", "c", "odd"], 8)])
+def test_pages_between_answers_end_no_run(
+    server: Server, before: list[str], keys: list[str], pages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What breaks an answer now and then is quicker than a model: one that came, or those still to come, tell that there is one."""
+    monkeypatch.setattr(servers, "SECONDS_ODD", 0.0)
+    given: list[str] = []
+    over = threading.Event()
+
+    def reply(body: dict[str, Any]) -> Reply:
+        if body["messages"][0]["content"] == "odd":
+            if len(given) < pages:
+                given.append("page")
+                return 200, {"content-type": "text/html"}, b"<html>busy</html>"
+            over.set()
+        elif not before:
+            over.wait(20)
+        return answer("whole")
+
+    server.reply = reply
+    opened = engine(server, concurrency=8)
+    answers(opened, before)
+    assert {each.text for each in answers(opened, keys).values()} == {"whole"}
+    assert len(given) == pages
+
+
+def test_a_server_elsewhere_is_told(server: Server) -> None:
+    server.reply = lambda body: (302, {"location": "/login"}, b"")
+    with pytest.raises(UserError, match=rf"{server.url}: answers 302, to /login; correct base_url"):
+        answers(engine(server), ["a"])
+
+
+def test_what_fails_is_told_once_and_not_for_minutes_later(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    server.reply = lambda body: fault(502, "Bad Gateway") if len(server.asked) < 5 else answer()
+    answers(engine(server, concurrency=2), list("abc"))
+    assert [each.getMessage() for each in caplog.records] == [f"{server.url}: 502: Bad Gateway; it is asked again"]
 
 
 def test_a_request_that_fails_for_good_fails_alone(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
