@@ -7,7 +7,8 @@
 The dry run's answers are the run's own, so that the run makes what is left. With --shape the model has random weights and the folder's
 tokenizer, and all answers are as long as they may be. A difference of up to 15 % is asked for. With --lengths the answers of a data set
 stand for the teacher's, a token for each 4.2 characters: of many draws of so many prompts, how far off the tokens of what was left were.
-Where the seconds are off, "tokens/s by tens of seconds" shows the pace that the dry run and the run had from one answer to the next.
+Where the seconds are off, "tokens/s by tens of seconds" shows the pace that the dry run and the run had from one answer to the next, and
+"seconds by fiftieths" when so many of the answers were there; "between" is what the dry run said the least and the most seconds are.
 """
 
 import argparse
@@ -60,19 +61,21 @@ class Timeline:
         generate = Distillation.generate
 
         def watched(work: Distillation, missing: Any, label: str = "distill", enough: Callable[..., bool] | None = None) -> Any:
-            tens = list[int]()
+            tens, times = list[int](), list[float]()
             work.teacher.engine  # noqa: B018  its start is not counted
             began = time.monotonic()
 
             def counted(completion: Completion, under_way: int) -> bool:
-                place = int((time.monotonic() - began) / 10)
+                times.append(round(time.monotonic() - began, 2))
+                place = int(times[-1] / 10)
                 tens.extend([0] * (place + 1 - len(tens)))
                 tens[place] += completion.num_tokens
                 return enough is not None and enough(completion, under_way)
 
             found = generate(work, missing, label, counted)
             told = {"label": label, "samples": found[0], "seconds": round(found[2], 1)}
-            self.calls.append({**told, "tokens/s by tens of seconds": [round(each / 10) for each in tens]})
+            shown = [times[(len(times) * part - 1) // 50] for part in range(1, 51)] if len(times) >= 50 else times
+            self.calls.append({**told, "tokens/s by tens of seconds": [round(each / 10) for each in tens], "seconds by fiftieths": shown})
             return found
 
         with mock.patch.object(Distillation, "generate", watched):
@@ -159,6 +162,7 @@ def main() -> None:
             "tokens said": round(dry.new_tokens),
             "tokens": result.new_tokens,
             "seconds said": round(dry.seconds, 1),
+            "between": dry.seconds_between and [round(each, 1) for each in dry.seconds_between],
             "seconds": round(result.seconds, 1),
             "with start said": round(said, 1),
             "with start": round(whole, 1),

@@ -31,6 +31,7 @@ WITHIN = 0.15  # what an estimate is meant to be right within
 AGAIN = 0.5  # of a cold beginning: a process loads its kernels anew, and finds those on the disk that another has compiled
 COLD_WEIGHT, EVEN_WEIGHT = 0.05, 0.02  # of what is taken where the answers do not tell: no cold, and half of a full step for its tokens
 COARSE, FINE = 1.25, 1.0005  # numbers of slots that are tried are so far apart, first and last
+SHOWN = 0.01  # of the time: what steps take at least, if they are seen at all
 MOST_GAPS = 8  # between answers, the longest, at which a wave may end
 FEWEST_TURNS, MOST_TURNS = 3, 6  # of the slots, whose paces are compared
 
@@ -57,15 +58,15 @@ class Pace:
 
         `asked` has the keys of the requests that were measured, in their order, and `ending` is the seconds after the last answer. An
         engine that works `in_batches` has no slots: its next requests wait for the last answer of a batch, and take as long for each
-        token as these did.
+        token as these did; so has one whose answers came all at once.
         """
         times, order = np.array(self.times), [self.tokens[key] for key in asked if key in self.tokens]
-        if in_batches:
+        engine = None if in_batches else fit(order, times, self.passing + 1)
+        if engine is None or engine.seconds(order) < SHOWN * times[-1]:
             rate = sum(order) / times[-1]
             rest, turn, cold, hidden = sum(lengths) / rate, self.passing + 1, 0.0, 0.0
             fitted = np.cumsum(order) / rate
         else:
-            engine = fit(order, times, self.passing + 1)
             rest, rate, turn, cold = engine.seconds(lengths), engine.rate, engine.slots, engine.cold
             fitted = engine.times(order)
             # within two turns nothing but unlike lengths tells a slow beginning from slow steps
@@ -163,6 +164,8 @@ def _unlike(times: Any, fitted: Any, turn: int, seconds: float) -> float:
     if parts < FEWEST_TURNS:
         return WITHIN
     took, meant = (np.diff([part.mean() for part in np.array_split(each, parts)]) for each in (times, fitted))
+    if not (took.any() and meant.all() and seconds):  # answers that all came at once, or are empty
+        return WITHIN
     pace = took / meant
     error = pace.std(ddof=1) / pace.mean()
-    return float(2 * error * math.sqrt(1 / len(pace) + meant.mean() / seconds)) if seconds else 0.0
+    return float(2 * error * math.sqrt(1 / len(pace) + meant.mean() / seconds))

@@ -182,3 +182,7 @@ def test_an_engine_that_works_in_batches_has_a_rate_and_no_slots(monkeypatch: py
     assert found.least == found.most == found.seconds
     assert found.unlike < 0.15
     assert pace.forecast([key for key, _ in asked[:100]], [50], 0.0, in_batches=True).unlike > 0
+    at_once = Pace(begin=0.0, times=[8.0] * 200, tokens={str(number): number for number in range(200)}, passing=0)
+    found = at_once.forecast([str(number) for number in range(200)], [100] * 398, 0.0, in_batches=False)
+    assert found.seconds == pytest.approx(16)
+    assert found.unlike == 0.15
