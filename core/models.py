@@ -16,6 +16,7 @@ from .catalogue import CATALOGUE, cache_dir, cached
 from .errors import UserError, unknown_name
 from .files import read_json, write_json
 from .gguf import check_gguf, load_unpacked
+from .hub import hub_away, is_for_want_of_it
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class ModelRef:
 def resolve_model(name: str | Path, *, revision: str | None = None) -> ModelRef:
     """Find a model: a folder or .gguf file, a training run of ours (its final model), a catalogue name, or a Hub id (`ID@REVISION`).
 
-    Raises UserError for whatever is none of these. Nothing is downloaded here.
+    Raises UserError for whatever is none of these. Nothing is downloaded here; for a Hub id the Hub is asked whether it is there.
     """
     text = str(name)
     path = Path(text).expanduser()
@@ -65,6 +66,7 @@ def resolve_model(name: str | Path, *, revision: str | None = None) -> ModelRef:
         raise UserError(f"{text}: no such model folder or file")
     hub_id, _, at = text.partition("@")
     if HUB_ID.fullmatch(hub_id):
+        hub_away()  # what loads it then asks in vain no more
         return ModelRef(text, hub_id=hub_id, revision=revision or at or None)
     raise unknown_name("model", text, CATALOGUE, "not a folder, a .gguf file or a Hub id (ORGANISATION/NAME)")
 
@@ -263,7 +265,9 @@ def _hub_errors(ref: ModelRef) -> Iterator[None]:
         if ref.path is not None:
             raise UserError(f"{ref.path}: cannot be read: {_one_line(error)}") from error
         cure = "check the name, `--revision`, the network and (for a gated model) HF_TOKEN, or give a folder"
-        raise UserError(f"model {ref.name}: not found on the Hub, nor in its cache ({_one_line(error)}); {cure}") from error
+        away = hub_away()
+        told = away if away and is_for_want_of_it(error) else _one_line(error)
+        raise UserError(f"model {ref.name}: not found on the Hub, nor in its cache ({told}); {cure}") from error
 
 
 def _one_line(error: BaseException) -> str:

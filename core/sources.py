@@ -18,6 +18,7 @@ from typing import IO, Any
 from . import llama_factory
 from .errors import UserError
 from .files import read_json
+from .hub import hub_away, is_for_want_of_it
 
 log = logging.getLogger(__name__)
 
@@ -354,15 +355,16 @@ def _standard_input() -> Iterator[tuple[str, Row]]:
 
 
 def _hub(name: str, revision: str | None, split: str) -> Iterator[tuple[str, Row]]:
+    away = hub_away()
     import datasets
 
     path, _, subset = name.partition(":")
     try:
         rows = datasets.load_dataset(path, subset or None, split=split, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
+        reason = f"{away}; nor is it in the Hub's cache" if away and is_for_want_of_it(error) else " ".join(str(error).split())[:240]
         raise UserError(
-            f"{name}: no such file, and not to be had as a data set of the Hub ({reason[:240]}); check the name, "
+            f"{name}: no such file, and not to be had as a data set of the Hub ({reason}); check the name, "
             "`NAME:SUBSET`, the split and the network, or give a file"
         ) from None
     for number, row in enumerate(rows, start=1):

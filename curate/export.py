@@ -17,6 +17,7 @@ from ..core.errors import UserError
 from ..core.example import Message, tools_of
 from ..core.files import clear_temporaries, hold_folder, write_atomically, write_json, write_text
 from ..core.formats import calls_of
+from ..core.hub import is_of_network
 from ..core.run import Run
 from .config import ExportConfig
 from .rows import EXPORTED, KEY, load_rows, row_ids, scan_rows, write_dataset
@@ -27,7 +28,6 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]
 SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation", "function_call": "function_call"}
 PLAIN_KEYS = {"role", "content"}
-CLIENTS = ("httpx", "httpx2")  # packages that huggingface_hub speaks through, by its version: their errors are those of the network
 LOCK = ".export.lock"
 ARRAY = ("llama-factory",)  # formats whose file is one JSON list
 FILES = ("train.jsonl", "train.json", "train.parquet", "refused.jsonl", "dataset_info.json")  # that one format has and another has not
@@ -134,7 +134,7 @@ def push(folder: Path, repository: str) -> str:
     except UserError:
         raise
     except Exception as error:
-        if not isinstance(error, (OSError, ValueError, RuntimeError)) and type(error).__module__.split(".")[0] not in CLIENTS:
+        if not isinstance(error, (ValueError, RuntimeError)) and not is_of_network(error):
             raise
         reason, cure = _why(error)
         raise UserError(f"{repository}: could not be pushed ({reason}); {kept}: {cure}then again") from None

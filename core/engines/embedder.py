@@ -57,6 +57,7 @@ def open(model: str, config: EngineConfig, *, revision: str | None = None) -> Em
 
     transformers.utils.logging.disable_progress_bar()
     reference: ModelRef = resolve_model(model, revision=revision)
+    identity = model_identity(reference)  # first, as it says best what is missing
     name, arguments = reference.pretrained()
     device = pick_device(config.device)
     try:
@@ -66,4 +67,4 @@ def open(model: str, config: EngineConfig, *, revision: str | None = None) -> Em
         raise UserError(f"{model}: is not an embedding model that sentence-transformers can load: {reason}") from error
     lengths = [each for each in (embedder.max_seq_length, config.max_model_len) if each is not None]
     embedder.max_seq_length = min(lengths, default=None)
-    return Embedder(embedder, model_identity(reference), device=device, dtype=config.dtype)
+    return Embedder(embedder, identity, device=device, dtype=config.dtype)
