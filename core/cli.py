@@ -18,7 +18,13 @@ import click
 
 from .errors import UserError
 
-MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # a full disk, a place that may not be written
+FULL, FORBIDDEN = "make room or name another place", "give this user the right to it, or name another place"
+MENDABLE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FULL),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), FORBIDDEN),
+    errno.EROFS: "name another place",
+}
+NO_TEMPORARY = "No usable temporary directory"  # Python's words, where torch is imported at the latest
 
 
 class Commands(click.Group):
@@ -83,10 +89,11 @@ def run_command_line(command: click.Command) -> None:
         click.echo(f"\nstopped. {said or 'Everything that finished is kept: the same command goes on from here.'}", err=True)
         sys.exit(130)
     except OSError as error:
-        if error.errno not in MENDABLE:
+        cure = "let TMPDIR name a folder that can be written" if NO_TEMPORARY in str(error) else MENDABLE.get(error.errno or 0)
+        if cure is None:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        click.echo(f"error: {place}{error.strerror}; make room or name another place: the same command goes on from here", err=True)
+        click.echo(f"error: {place}{error.strerror}; {cure}: the same command goes on from here", err=True)
         sys.exit(1)
 
 

@@ -125,7 +125,8 @@ def _disk() -> Iterator[Finding]:
         level: Literal["ok", "note"] = "note" if free < LITTLE_DISK else "ok"
         yield Finding(level, "disk", f"{free / 2**30:,.0f} GiB free for {name}, {place}")
         if not os.access(there, os.W_OK):
-            yield Finding("problem", "disk", f"{there} may not be written by this user")
+            cure = ": SFTKIT_CACHE names another place for the cache" if place == cache_dir() else ""
+            yield Finding("problem", "disk", f"{there} may not be written by this user{cure}")
 
 
 def _hub() -> Iterator[Finding]:

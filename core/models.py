@@ -1,5 +1,6 @@
 """Model references: what a user may write for a model, where its files are, what identifies it, and how it is loaded."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -146,8 +147,13 @@ def _file_hash(path: Path) -> str:
     try:
         write_json(place, {"path": str(path), "version": version, "sha256": digest.hexdigest()})
     except OSError as error:
-        log.warning("the hash of %s is not remembered (%s)", path.name, error)
+        _tell_unremembered(str(cache_dir()), error.strerror or str(error))
     return digest.hexdigest()
+
+
+@functools.cache
+def _tell_unremembered(place: str, reason: str) -> None:
+    log.warning("%s: cannot be written (%s): hashes of models are made anew each time; SFTKIT_CACHE names another place", place, reason)
 
 
 def load_tokenizer(ref: ModelRef) -> Any:

@@ -41,7 +41,20 @@ ENDINGS: dict[str, tuple[Callable[[], Any], int, list[str]]] = {
     "a place that may not be written": (
         fails(PermissionError(errno.EACCES, "Permission denied", "/locked/x")),
         1,
-        ["error: /locked/x: Permission denied"],
+        ["error: /locked/x: Permission denied; give this user the right to it, or name another place: the same command goes on from here"],
+    ),
+    "a disk that may not be written": (
+        fails(OSError(errno.EROFS, "Read-only file system", "/cd/x")),
+        1,
+        ["error: /cd/x: Read-only file system; name another place: the same command goes on from here"],
+    ),
+    "no place for what is passing": (
+        fails(FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/work']")),
+        1,
+        [
+            "error: No usable temporary directory found in ['/tmp', '/work']; let TMPDIR name a folder that can be written:"
+            " the same command goes on from here"
+        ],
     ),
 }
 
@@ -62,7 +75,10 @@ def test_how_a_command_ends(name: str, capsys: pytest.CaptureFixture[str], monke
     assert "Traceback" not in said.err
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EBADF, "Bad file descriptor"), AssertionError("ours")])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("a bug"), OSError(errno.EBADF, "Bad file descriptor"), FileNotFoundError(errno.ENOENT, "x"), AssertionError("ours")],
+)
 def test_a_bug_keeps_its_traceback(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["sftkit"])
     with pytest.raises(type(error)):

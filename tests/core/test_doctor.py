@@ -63,3 +63,10 @@ def test_a_full_disk_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     notes = [each.text for each in doctor.examine() if each.about == "disk"]
     assert f"1 GiB free for this folder, {tmp_path}" in notes
     assert all(each.level == "note" for each in doctor.examine() if each.about == "disk")
+
+
+def test_a_cache_that_cannot_be_made_is_a_problem_with_its_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SFTKIT_CACHE", str(tmp_path / "no" / "home"))
+    monkeypatch.setattr(doctor.os, "access", lambda place, _: place != tmp_path)
+    problems = [each.text for each in doctor.examine() if each.level == "problem" and each.about == "disk"]
+    assert problems == [f"{tmp_path} may not be written by this user: SFTKIT_CACHE names another place for the cache"]
