@@ -180,7 +180,7 @@ def load_settings(ref: ModelRef) -> Any:
     with _hub_errors(ref):
         try:
             return AutoConfig.from_pretrained(name, **arguments)
-        except UNREADABLE as error:
+        except (*UNREADABLE, AttributeError) as error:  # the latter of a setting that should hold others and does not
             raise UserError(f"{ref.name}: its config cannot be read: {_one_line(error)}") from error
 
 
@@ -229,7 +229,11 @@ def load_model(ref: ModelRef, *, dtype: str = "auto", device: str | None = None,
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     kind = quantisation(ref)
     if kind is not None:
-        if not AutoHfQuantizer.supports_quant_method(load_settings(ref).quantization_config):
+        try:
+            known = AutoHfQuantizer.supports_quant_method(load_settings(ref).quantization_config)
+        except ValueError:  # it does not say how
+            known = False
+        if not known:
             raise UserError(f"{ref.name}: its weights are quantised ({kind}), which transformers cannot read; {UNQUANTISED}")
         arguments["device_map"] = {"": device or "cpu"}
     with _hub_errors(ref):

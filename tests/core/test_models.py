@@ -268,6 +268,15 @@ def test_quantised_weights_are_read_or_it_is_said_what_reads_them(model: Path, m
         load_model(quantised(model, quant_method="awq", bits=4, group_size=64, zero_point=True, version="gemm"))
 
 
+def test_quantised_in_no_way_that_can_be_told_is_one_line(model: Path) -> None:
+    with pytest.raises(UserError, match=r"quantised \(in a way that it does not name\), which transformers cannot read; take the engine vllm"):
+        load_model(quantised(model))
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "quantization_config": "awq"}))
+    with pytest.raises(UserError, match="its config cannot be read"):
+        load_model(resolve_model(model))
+
+
 def test_a_model_that_bitsandbytes_quantised_answers(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
