@@ -269,7 +269,9 @@ def test_quantised_weights_are_read_or_it_is_said_what_reads_them(model: Path, m
 
 
 def test_quantised_in_no_way_that_can_be_told_is_one_line(model: Path) -> None:
-    with pytest.raises(UserError, match=r"quantised \(in a way that it does not name\), which transformers cannot read; take the engine vllm"):
+    with pytest.raises(
+        UserError, match=r"quantised \(in a way that it does not name\), which transformers cannot read; take the engine vllm"
+    ):
         load_model(quantised(model))
     settings = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**settings, "quantization_config": "awq"}))
