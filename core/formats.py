@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import UserError, unknown_name
 from .example import ROLES, Example, Message, content_id
-from .sources import Row, iterate_rows, parse_json
+from .sources import Faulty, Row, iterate_rows, parse_json
 
 ROLE_NAMES = {
     **{role: role for role in ROLES},
@@ -46,12 +46,13 @@ def iterate_examples(
     split: str = "train",
     prompt_column: str | None = None,
     answer_column: str | None = None,
+    faulty: Faulty | None = None,
 ) -> Iterator[Example]:
     """Yield the rows of a file, a folder, a run, standard input (`-`) or a Hub data set (ORG/NAME[:SUBSET]) as examples.
 
     `format` (a name in FORMATS) reads the rows as that and nothing else; the columns of a prompt and its answer can be named,
     where they have no usual names. Raises UserError, naming file and row, for a source without rows and for a row that is none of
-    the formats or lacks a text where there must be one.
+    the formats or lacks a text where there must be one; of such rows `faulty` is told, where it is given, and they are left out.
     """
     if format is not None and format not in FORMATS:
         raise unknown_name("format", format, FORMATS)
@@ -64,10 +65,10 @@ def iterate_examples(
         readers["prompt"] = partial(_question, prompts=prompts, answers=answers, answered=answered)
     found: dict[frozenset[str], str] = {}
     used: dict[str, int] = {}
-    for place, row in iterate_rows(source, revision=revision, split=split):
+
+    def example(row: Row, place: str) -> Example:
         if format is None and _is_own(row):
-            yield _own_example(row, place, used)
-            continue
+            return _own_example(row, place, used)
         # of a pair, a null one is a fault; where both are null, they are columns of other rows
         pair = row.get("chosen") is not None or row.get("rejected") is not None
         columns = frozenset(name for name, value in row.items() if value is not None or (pair and name in ("chosen", "rejected")))
@@ -76,7 +77,17 @@ def iterate_examples(
             name = found[columns] = _format_of(row, columns, place)
         meta = dict(row)
         messages = _with_system(meta, readers[name](meta, place))
-        yield Example(_unused(content_id(messages), used), messages, place, meta)
+        return Example(_unused(content_id(messages), used), messages, place, meta)
+
+    for place, row in iterate_rows(source, revision=revision, split=split, faulty=faulty):
+        try:
+            read = example(row, place)
+        except UserError as error:
+            if faulty is None:
+                raise
+            faulty(place, error)
+        else:
+            yield read
 
 
 def detect_format(columns: frozenset[str] | set[str], place: str = "") -> str:

@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +23,8 @@ from .hub import hub_away, is_for_want_of_it
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+Read = tuple[str, Row | UserError]  # the place of a row, and the row or why it cannot be read
+Faulty = Callable[[str, UserError], None]  # is told of the place of a row that cannot be read, and of the reason
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 ROW_COLUMNS = (  # an object with one of these is a row, not a wrapping around rows
@@ -36,11 +38,24 @@ UNNAMED = "Unnamed: 0"  # what pandas and datasets call a first column without a
 ROWS_AT_A_TIME = 10_000
 
 
-def iterate_rows(source: str | Path, *, revision: str | None = None, split: str = "train") -> Iterator[tuple[str, Row]]:
+def iterate_rows(
+    source: str | Path, *, revision: str | None = None, split: str = "train", faulty: Faulty | None = None
+) -> Iterator[tuple[str, Row]]:
     """Yield (place, row) from a file, a folder of files, a run folder, `-` (standard input) or a data set of the Hub.
 
-    A line of plain text is the row {"text": line}. Raises UserError, with file and row, for what cannot be read.
+    A line of plain text is the row {"text": line}. Raises UserError, with file and row, for what cannot be read; of single rows
+    `faulty` is told, where it is given, and they are left out.
     """
+    for place, row in _source(source, revision, split):
+        if not isinstance(row, UserError):
+            yield place, row
+        elif faulty is None:
+            raise row
+        else:
+            faulty(place, row)
+
+
+def _source(source: str | Path, revision: str | None, split: str) -> Iterator[Read]:
     if str(source) == "-":
         yield from _some(_standard_input(), "stdin")
         return
@@ -91,7 +106,7 @@ def _missing(path: Path) -> UserError:
     return UserError(f"{path}: no such file or folder{f'; did you mean {path.parent / near[0]}?' if near else ''}")
 
 
-def _folder(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
+def _folder(folder: Path, split: str) -> Iterator[Read]:
     if (folder / "config.yaml").exists() and ((folder / "curate").is_dir() or (folder / "ledger.parquet").exists()):
         made = folder / "curate" / "dataset.jsonl"
         if not made.exists():
@@ -102,7 +117,8 @@ def _folder(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
         return
     if (folder / "dataset_info.json").exists() and not (folder / "state.json").exists():
         for file, entry in llama_factory.data_sets(folder):
-            yield from ((place, llama_factory.renamed(row, entry)) for place, row in _file(file))
+            for place, row in _file(file):
+                yield place, row if isinstance(row, UserError) else llama_factory.renamed(row, entry)
         return
     if (folder / "export.json").exists():
         if "written" not in read_json(folder / "export.json"):
@@ -129,14 +145,14 @@ def _folder(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
         yield from _file(file)
 
 
-def _file(path: Path) -> Iterator[tuple[str, Row]]:
+def _file(path: Path) -> Iterator[Read]:
     kind = kind_of(path)
     if kind is None:
         raise UserError(f"{path}: not a kind of file that is read here; give {', '.join(KINDS)}, each also as .gz")
     yield from _some(_parsed(path, kind), str(path))
 
 
-def _some(rows: Iterable[tuple[str, Row]], name: str) -> Iterator[tuple[str, Row]]:
+def _some(rows: Iterable[Read], name: str) -> Iterator[Read]:
     found = False
     for row in rows:
         found = True
@@ -145,7 +161,7 @@ def _some(rows: Iterable[tuple[str, Row]], name: str) -> Iterator[tuple[str, Row
         raise UserError(f"{name}: is empty; expected at least one row")
 
 
-def _parsed(path: Path, kind: str) -> Iterator[tuple[str, Row]]:
+def _parsed(path: Path, kind: str) -> Iterator[Read]:
     with _reading(path) as file:
         if kind == ".parquet":
             yield from _parquet(path, file)
@@ -177,15 +193,16 @@ def _reading(path: Path) -> Iterator[IO[bytes]]:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _lines(file: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
-    """Yield (number, line) of the lines that are not blank, without their ends; numbers count from 1."""
+def _lines(file: Iterable[bytes], name: str) -> Iterator[tuple[int, str | UserError]]:
+    """Yield (number, line or why it is none) of the lines that are not blank, without their ends; numbers count from 1."""
     for number, line in enumerate(file, start=1):
         if number == 1:
             line = line.removeprefix(BYTE_ORDER_MARK)
         try:
             text = line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
-            raise _not_utf8(f"{name}:{number}", error) from None
+            yield number, _not_utf8(f"{name}:{number}", error)
+            continue
         if text and not text.isspace():
             yield number, text
 
@@ -194,47 +211,55 @@ def _not_utf8(place: str, error: UnicodeDecodeError) -> UserError:
     return UserError(f"{place}: not UTF-8 text (byte 0x{error.object[error.start]:02x}); save the file as UTF-8 if it is text")
 
 
-def _plain_lines(file: Iterable[bytes], name: str) -> Iterator[tuple[str, Row]]:
+def _plain_lines(file: Iterable[bytes], name: str) -> Iterator[Read]:
     for number, line in _lines(file, name):
-        yield f"{name}:{number}", {"text": line}
+        yield f"{name}:{number}", line if isinstance(line, UserError) else {"text": line}
 
 
-def _json(file: IO[bytes], name: str) -> Iterator[tuple[str, Row]]:
+def _json(file: IO[bytes], name: str) -> Iterator[Read]:
     """Yield the rows of JSON or JSON lines: which of the two it is stands in the content, whatever the file is called."""
     lines = _lines(file, name)
     first, second = next(lines, None), next(lines, None)
     if first is None:
         return
-    number, text = first
-    try:
-        alone = isinstance(parse_json(text), dict) and second is not None
-    except ValueError:
-        alone = not text.lstrip().startswith("[") and text.strip() != "{" and kind_of(Path(name)) != ".json"
-    rest = lines if second is None else itertools.chain([second], lines)
-    if alone:
-        for number, line in itertools.chain([first], rest):
-            yield _json_line(line, f"{name}:{number}")
+    text = first[1]
+    if isinstance(text, UserError):  # then its name tells
+        alone = kind_of(Path(name)) in (".jsonl", ".ndjson")
     else:
-        yield from _json_document("\n" * (number - 1) + "\n".join([text, *_with_blank(rest, number)]), name)
+        try:
+            parse_json(text)
+            alone = second is not None  # no document goes on behind a whole value
+        except ValueError:
+            alone = not text.lstrip().startswith("[") and text.strip() != "{" and kind_of(Path(name)) != ".json"
+    every = itertools.chain([first], lines if second is None else itertools.chain([second], lines))
+    if alone:
+        for number, line in every:
+            place = f"{name}:{number}"
+            yield place, line if isinstance(line, UserError) else _json_line(line, place)
+    else:
+        yield from _json_document("\n".join(_with_blank(every)), name)
 
 
-def _with_blank(lines: Iterable[tuple[int, str]], before: int) -> Iterator[str]:
+def _with_blank(lines: Iterable[tuple[int, str | UserError]]) -> Iterator[str]:
     """Return the lines with the blank ones between them, so that a fault keeps its line number."""
+    before = 0
     for number, line in lines:
+        if isinstance(line, UserError):
+            raise line
         yield from [""] * (number - before - 1)
         yield line
         before = number
 
 
-def _json_line(line: str, place: str) -> tuple[str, Row]:
+def _json_line(line: str, place: str) -> Row | UserError:
     try:
         row = parse_json(line)
     except ValueError as error:
-        raise UserError(f'{place}: not valid JSON ({error}); expected one object a line, as {{"messages": [...]}}') from None
-    return place, _row(row, place, mend="\\ud" in line.lower())
+        return UserError(f'{place}: not valid JSON ({error}); expected one object a line, as {{"messages": [...]}}')
+    return _row(row, place, mend="\\ud" in line.lower())
 
 
-def _json_document(text: str, name: str) -> Iterator[tuple[str, Row]]:
+def _json_document(text: str, name: str) -> Iterator[Read]:
     try:
         content = parse_json(text)
     except ValueError as error:
@@ -258,11 +283,11 @@ def _only_list(content: Row, name: str) -> list[Any]:
     return next(iter(lists.values()))
 
 
-def _row(row: Any, place: str, *, mend: bool) -> Row:
+def _row(row: Any, place: str, *, mend: bool) -> Row | UserError:
     if isinstance(row, str):
         row = {"text": row}
     if not isinstance(row, dict):
-        raise UserError(f'{place}: expected an object, as {{"messages": [...]}}, found {_kind(row)}')
+        return UserError(f'{place}: expected an object, as {{"messages": [...]}}, found {_kind(row)}')
     if mend and (mended := mend_text(row)) != row:
         log.warning("%s: half a surrogate pair became U+FFFD", place)
         return mended
@@ -274,7 +299,7 @@ def _kind(value: Any) -> str:
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
-def _table(path: Path, file: IO[bytes], delimiter: str | None) -> Iterator[tuple[str, Row]]:
+def _table(path: Path, file: IO[bytes], delimiter: str | None) -> Iterator[Read]:
     """Yield the rows of a CSV file. A row's number is that of its first line, as an editor counts."""
     csv.field_size_limit(sys.maxsize)  # the module's own limit of 131,072 characters is shorter than a long conversation
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
@@ -291,12 +316,12 @@ def _table(path: Path, file: IO[bytes], delimiter: str | None) -> Iterator[tuple
         line = 2
         reader = csv.reader(text, delimiter=comma, strict=True)
         for cells in reader:
+            place = f"{path}:{line}"
             if cells and len(cells) != len(names):
-                raise UserError(
-                    f"{path}:{line}: has {len(cells)} cells, the first line names {len(names)}; quote cells that hold {comma!r}"
-                )
-            if cells:
-                yield f"{path}:{line}", dict(zip(names, cells, strict=True))
+                told = f"{place}: has {len(cells)} cells, the first line names {len(names)}; quote cells that hold {comma!r}"
+                yield place, UserError(told)
+            elif cells:
+                yield place, dict(zip(names, cells, strict=True))
             line = reader.line_num + 2
     except csv.Error as error:
         raise UserError(f"{path}:{max(line, 1)}: not valid CSV ({error}); check its quotes") from None
@@ -340,7 +365,7 @@ def plain(value: Any) -> Any:
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
-def _standard_input() -> Iterator[tuple[str, Row]]:
+def _standard_input() -> Iterator[Read]:
     if sys.stdin.isatty():
         log.info("reading rows from this terminal; Ctrl-D ends them")
     content = sys.stdin.buffer.read()

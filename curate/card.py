@@ -1,6 +1,7 @@
 """The data-set card of a run: where its rows come from, what each step removed, and how to make it again."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
@@ -10,16 +11,31 @@ from .. import __version__
 from ..core.files import write_text
 from ..core.run import Run
 
+MOST_REASONS = 5  # of one rule, that a funnel names: the ledger has them all
+
 
 def funnel(run: Run) -> list[tuple[str, int, int, dict[str, int]]]:
-    """Return for each stage of a run: its name, rows in, rows kept, and the rows removed by each rule, most first."""
+    """Return for each stage of a run: its name, rows in, rows kept, and the rows removed by each rule, most first.
+
+    A rule with a reason behind it, as `error: timed out`, is counted with the others of its kind where they are many.
+    """
     stages = []
     for (_, stage), part in run.ledger.summary().group_by(["step", "stage"], maintain_order=True):
         removed = part.filter(pl.col("action") != "kept").sort("rows", "rule", descending=[True, False])
-        rules = dict(zip(removed["rule"].to_list(), removed["rows"].to_list(), strict=True))
+        rules = few_rules(dict(zip(removed["rule"].to_list(), removed["rows"].to_list(), strict=True)))
         num_input = int(part["rows"].sum())
         stages.append((str(stage), num_input, num_input - sum(rules.values()), rules))
     return stages
+
+
+def few_rules(rules: Mapping[str, int]) -> dict[str, int]:
+    """Return rules with how many rows each removed, most first, those that have many reasons behind them as one."""
+    kinds = Counter(rule.partition(": ")[0] for rule in rules)
+    told: Counter[str] = Counter()
+    for rule, count in rules.items():
+        kind = rule.partition(": ")[0]
+        told[kind if kinds[kind] > MOST_REASONS else rule] += count
+    return dict(told.most_common())
 
 
 def funnel_text(run: Run) -> str:

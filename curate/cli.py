@@ -33,6 +33,7 @@ def curate() -> None:
 @config_option(ImportConfig, "reference_column")
 @config_option(ImportConfig, "format")
 @config_option(ImportConfig, "limit")
+@config_option(ImportConfig, "max_failed")
 def import_(data: str, out: Path, **options: Any) -> None:
     """Take the rows of DATA, a file, folder, `-`, or Hub data set, into a run, so that the other commands can decide on them.
 
@@ -40,6 +41,7 @@ def import_(data: str, out: Path, **options: Any) -> None:
     sftkit curate import data.jsonl -o runs/a
     sftkit curate import answers.jsonl -o runs/b --samples model_1 --samples model_2     two answers to each question
     sftkit curate import faq.csv -o runs/c --prompt-column title --answer-column body
+    sftkit curate import crawled.jsonl -o runs/d --max-failed 0.01     without rows that cannot be read; show RUN --rejected unreadable
     """
     from .intake import import_run
 

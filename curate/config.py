@@ -222,10 +222,15 @@ class ImportConfig:
     reference_column: str | None = setting(None, "Column of the reference answer, where it has no usual name.")
     format: str | None = setting(None, "Format of the rows; found by itself when not given.")
     limit: int | None = setting(None, "Only the first rows.")
+    max_failed: float = setting(
+        0.0, "Share of rows that cannot be read above which the command ends with exit code 3; with 0 it ends at the first, taking none in."
+    )
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise UserError(f"limit: expected 1 or more, found {self.limit}")
+        if not 0 <= self.max_failed <= 1:
+            raise UserError(f"max_failed: expected a share between 0 and 1, as 0.01, found {self.max_failed}")
 
 
 @dataclass(frozen=True, kw_only=True)

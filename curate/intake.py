@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import polars as pl
 
 from ..core.config import to_mapping
-from ..core.errors import UserError, unknown_name
+from ..core.errors import TooManyFailures, UserError, unknown_name
 from ..core.example import Decision, Example, Message
 from ..core.files import write_atomically
 from ..core.formats import iterate_examples, split_prompt
@@ -22,6 +23,7 @@ from .rows import STORED
 
 log = logging.getLogger(__name__)
 
+UNREADABLE = "unreadable"  # the rule of rows that cannot be read; the reason follows it
 REFERENCES = ("reference", "ground_truth", "gold", "final_answer", "expected_answer")  # columns taken for the reference by themselves
 FEW = 8  # columns that a warning names
 TEXTS = ("solution", "text", "content", "response", "answer", "completion")  # where a candidate that is a mapping has its text
@@ -45,6 +47,7 @@ def import_run(source: str | Path, out: Path, config: ImportConfig) -> Run:
     run = Run.create(out)
     try:
         _take_in(source, run, config, *taken)
+        _check_failed(run, config, taken[-1])
     except BaseException:
         run.close()
         raise
@@ -55,19 +58,24 @@ def take_in(source: str | Path, run: Run, config: ImportConfig) -> Outcome | Non
     """Make the rows of a data file the candidates of a run, as the stage "import"; None where they are that already.
 
     With `samples`, each row is a prompt with one sample per column, numbered in their order; a row that lacks one has it
-    rejected (no_text). Raises UserError for a run that holds other rows.
+    rejected (no_text). Raises UserError for a run that holds other rows, and, with max_failed 0, for the first row that cannot be
+    read; with more, such rows are failed in the ledger, called FILE:ROW, and TooManyFailures is raised after the others are taken in.
     """
-    return _take_in(source, run, config, *_read(source, config))
+    taken = _read(source, config)
+    outcome = _take_in(source, run, config, *taken)
+    _check_failed(run, config, taken[-1])
+    return outcome
 
 
 Columns = dict[str, list[Any]]  # as in STORED
 
 
 def _read(source: str | Path, config: ImportConfig) -> tuple[list[Example], Columns, list[Decision]]:
-    examples = _examples(source, config)
+    examples, failed = _examples(source, config)
     if not examples:
-        raise UserError(f"{source}: has no rows")
-    return examples, *(_sampled(examples, config, source) if config.samples else _whole(examples, config))
+        raise UserError(f"{source}: has no rows that can be read; {failed[0].rule}" if failed else f"{source}: has no rows")
+    columns, decisions = _sampled(examples, config, source) if config.samples else _whole(examples, config)
+    return examples, columns, decisions + failed
 
 
 def _take_in(
@@ -95,6 +103,15 @@ def _take_in(
     return record(run, "import", [(each.example_id, each.sample_index) for each in decisions], decisions)
 
 
+def _check_failed(run: Run, config: ImportConfig, decisions: Sequence[Decision]) -> None:
+    failed = [each.rule for each in decisions if each.action == "failed"]
+    if len(failed) > config.max_failed * len(decisions):
+        raise TooManyFailures(
+            f"{run.path}: {len(failed):,} of {len(decisions):,} rows cannot be read, more than the share of {config.max_failed:g} that"
+            f" max_failed allows, the first: {failed[0]}; the others are taken in"
+        )
+
+
 def _tell_unanswered(source: str | Path, examples: Sequence[Example]) -> None:
     """Warn of rows without an answer: prompts look the same as pairs whose answer stands in a column of an unusual name."""
     without = [each for each in examples if each.messages[-1]["role"] != "assistant"]
@@ -104,22 +121,50 @@ def _tell_unanswered(source: str | Path, examples: Sequence[Example]) -> None:
         log.warning("%s: %s of %s rows have no answer, as %s%s", source, f"{len(without):,}", f"{len(examples):,}", without[0].source, hint)
 
 
-def _examples(source: str | Path, config: ImportConfig) -> list[Example]:
+def _examples(source: str | Path, config: ImportConfig) -> tuple[list[Example], list[Decision]]:
+    """Return the rows, and the decisions on those that cannot be read."""
     prompt, answer = config.prompt_column, config.answer_column
-    rows = iterate_examples(source, format=config.format, prompt_column=prompt, answer_column=answer)
-    return list(islice(rows, config.limit))
+    examples: list[Example] = []
+    failed: list[Decision] = []
+    named: Counter[str] = Counter()  # of files of one name in several folders
+
+    def faulty(place: str, error: UserError) -> None:
+        if examples and not config.max_failed:
+            raise UserError(f"{error}; `sftkit curate import --max-failed 0.01` leaves such rows out")
+        name = place.rpartition("/")[2]  # an id holds no /, which parts it from the number of a sample
+        named[name] += 1
+        failed.append(_failed(config, error, name if named[name] == 1 else f"{name}~{named[name]}"))
+
+    rows = iterate_examples(source, format=config.format, prompt_column=prompt, answer_column=answer, faulty=faulty)
+    for example in islice(rows, config.limit):
+        examples.append(example)  # one by one, as `faulty` looks at them
+    return examples, failed
+
+
+def _failed(config: ImportConfig, error: UserError, name: str, index: int | None = None) -> Decision:
+    """Return the decision on what cannot be read; raise the error where none may be so."""
+    if not config.max_failed:
+        raise error
+    return Decision(name, index, "import", "failed", f"{UNREADABLE}: {error}")
 
 
 def columns_of(examples: Sequence[Example], config: ImportConfig) -> dict[str, list[Any]]:
     """Return rows as columns, as in STORED."""
-    columns: dict[str, list[Any]] = {name: [] for name in STORED}
-    for example in examples:
-        _append(columns, example.id, None, example.messages, _reference(example, config), example.source, example.meta)
-    return columns
+    return _whole(examples, config)[0]
 
 
 def _whole(examples: Sequence[Example], config: ImportConfig) -> tuple[dict[str, list[Any]], list[Decision]]:
-    return columns_of(examples, config), [Decision(each.id, None, "import", "kept") for each in examples]
+    columns: dict[str, list[Any]] = {name: [] for name in STORED}
+    decisions = []
+    for example in examples:
+        try:
+            reference = _reference(example, config)
+        except UserError as error:
+            decisions.append(_failed(config, error, example.id))
+            continue
+        decisions.append(Decision(example.id, None, "import", "kept"))
+        _append(columns, example.id, None, example.messages, reference, example.source, example.meta)
+    return columns, decisions
 
 
 def _sampled(examples: Sequence[Example], config: ImportConfig, source: str | Path) -> tuple[dict[str, list[Any]], list[Decision]]:
@@ -131,10 +176,18 @@ def _sampled(examples: Sequence[Example], config: ImportConfig, source: str | Pa
     decisions = []
     for example in examples:
         prompt, answer = split_prompt(example)
-        reference = _reference(example, config) or answer
+        try:
+            reference = _reference(example, config) or answer
+        except UserError as error:
+            decisions.append(_failed(config, error, example.id))
+            continue
         rest = {name: value for name, value in example.meta.items() if name not in config.samples}
         for index, (column, candidate) in enumerate(_candidates(example, config.samples)):
-            text, extra = _candidate_text(candidate, f"{example.source}: column {column}")
+            try:
+                text, extra = _candidate_text(candidate, f"{example.source}: column {column}")
+            except UserError as error:
+                decisions.append(_failed(config, error, example.id, index))
+                continue
             if text is None:
                 decisions.append(Decision(example.id, index, "import", "rejected", "no_text"))
                 continue

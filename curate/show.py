@@ -21,6 +21,7 @@ from ..core.formats import iterate_examples
 from ..core.ledger import Ledger
 from ..core.run import Run
 from ..core.text import shortened, visible
+from .card import few_rules
 from .rows import KEY, keys, load_rows, message_text
 from .score import known_scores, read_score
 
@@ -54,7 +55,7 @@ def show(
         raise UserError(f"{source}: no row {wanted!r}; the ids stand in its ledger and data set")
     if not shown and is_run(source):
         rules = Run.open(Path(source)).ledger.summary().filter(pl.col("action") != "kept").sort("rows", descending=True)["rule"]
-        named = ", ".join(dict.fromkeys(rules)) or "none"
+        named = ", ".join(few_rules(dict.fromkeys(rules, 1))) or "none"
         log.warning("%s: no row is left to show; --rejected RULE shows what a rule removed: %s", source, named)
     console = console or Console()
     for row in shown:
@@ -137,7 +138,8 @@ def _of_run(run: Run, limit: int, wanted: str | None, rejected: str | None) -> l
         if values["reference"]:
             lines.insert(0, f"reference: {shortened(values['reference'], 300)}")
         shown.append(Shown(row_id(*key), json.loads(values["messages"]), [line for line in lines if line]))
-    return shown
+    names = {each.name for each in shown}
+    return shown + [Shown(name, (), told[name]) for name in told if name not in names and name.startswith(wanted or "")]
 
 
 def _rejected(run: Run, rule: str, limit: int | None) -> tuple[pl.DataFrame, dict[str, list[str]]]:
@@ -145,12 +147,15 @@ def _rejected(run: Run, rule: str, limit: int | None) -> tuple[pl.DataFrame, dic
     found = removed.filter((pl.col("rule") == rule) | pl.col("rule").str.starts_with(f"{rule}:")).collect(engine="streaming")
     if found.is_empty():
         rules = removed.select(pl.col("rule").unique()).collect(engine="streaming")["rule"].to_list()
-        told = f"its rules were {', '.join(sorted(rules))}" if rules else "it has rejected nothing"
+        told = f"its rules were {', '.join(sorted(few_rules(dict.fromkeys(rules, 1))))}" if rules else "it has rejected nothing"
         raise UserError(f"{run.path}: no row was rejected by {rule!r}; {told}")
-    rows = load_rows(run, all=True).join(found.select(KEY), on=KEY, how="semi", nulls_equal=True, maintain_order="left")
+    every = load_rows(run, all=True)
+    rows = every.join(found.select(KEY), on=KEY, how="semi", nulls_equal=True, maintain_order="left")
     if limit is not None:
         rows = rows.head(limit)
+        beside = found.join(every.select(KEY), on=KEY, how="anti", nulls_equal=True, maintain_order="left")  # that could not be read
         found = found.join(rows.select(KEY), on=KEY, how="semi", nulls_equal=True, maintain_order="left")
+        found = pl.concat([found, beside.head(limit - len(rows))])
     texts = _prompts(run, found["witness_id"].drop_nulls().to_list(), _grown(run))
     reasons = {}
     for row in found.iter_rows(named=True):

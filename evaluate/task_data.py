@@ -119,7 +119,7 @@ def fetch_data(name: str, source: str) -> tuple[Path, int]:
 def _shaped(source: str, known: DataSet, shape: Callable[[Row, str], list[Row]]) -> Iterator[Row]:
     splits = ("dev", "test") if "/" in source and not Path(source).expanduser().exists() else ("",)
     for split in splits:
-        for place, row in iterate_rows(source, **({"split": split} if split else {})):
+        for place, row in iterate_rows(source, split=split or "train"):
             try:
                 several = shape(row, split)
             except UserError as error:
