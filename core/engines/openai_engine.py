@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import difflib
-import email.utils
 import json
 import logging
 import math
@@ -16,15 +15,27 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from datetime import UTC
 from typing import Any, Literal
 
 import httpx
 
 from ..chat import Chat
 from ..errors import UserError, unknown_name
+from ..progress import duration
 from .base import NOT_FINITE, Completion, EngineConfig, Request, ScoreRequest, TokenLogprobs
-from .servers import Names, Server, address_of, answer_of, count_of, error_of, key_of_servers, make_room, text_and_thoughts, written_call
+from .servers import (
+    Names,
+    Server,
+    address_of,
+    answer_of,
+    count_of,
+    error_of,
+    key_of_servers,
+    make_room,
+    retry_after,
+    text_and_thoughts,
+    written_call,
+)
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +159,7 @@ class OpenAIEngine:
                 if found is None:  # it was asked for what it does not know, and is asked for less now
                     continue
                 server.load.faults += 1
-                if not server.load.told or (found.down and server.load.faults == 1):  # and when it goes away
+                if not server.load.told:
                     server.load.told = True
                     log.warning("%s: %s; it is asked again", server.url, found.told)
                 if attempt == ATTEMPTS or (found.asked or 0) > LONGEST_RETRY_AFTER:
@@ -174,6 +185,11 @@ class OpenAIEngine:
                 async with connection.client(server) as client:
                     response = await client.post(f"{server.url}/chat/completions", content=json.dumps(body))
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            if server.load.down_since is None:
+                server.load.told = True
+                log.warning(
+                    "%s: nobody listens there any more (%s); asked again, for %s at most", server.url, _named(error), duration(PATIENCE)
+                )
             return _Fault(_named(error), of_all=True, down=max(server.load.down(), 1e-9))
         except httpx.RequestError as error:
             return _Fault(_named(error))
@@ -205,7 +221,7 @@ class OpenAIEngine:
             return Completion(key=request.key, finish_reason="error", error=f"{NOT_FINITE} for one of its tokens; the server says {told}")
         if response.status_code not in RETRIED and response.status_code < 500:
             return Completion(key=request.key, finish_reason="error", error=told)
-        return _Fault(told, of_all=response.status_code == 429, asked=_retry_after(response))
+        return _Fault(told, of_all=response.status_code == 429, asked=retry_after(response))
 
     def _body(self, request: Request) -> dict[str, Any]:
         sampling = request.sampling
@@ -451,7 +467,7 @@ def _models(server: Server) -> list[dict[str, Any]]:
             if response.status_code not in RETRIED and response.status_code < 500:
                 break
             if attempt < 3:
-                time.sleep(min(_retry_after(response) or _wait(attempt), LONGEST_WAIT))
+                time.sleep(min(retry_after(response) or _wait(attempt), LONGEST_WAIT))
     refusal = server.refusal(response)
     if refusal:
         raise refusal
@@ -484,18 +500,3 @@ def _named(error: httpx.RequestError) -> str:
 def _wait(attempt: int) -> float:
     """Return the seconds to wait after a failed attempt: exponential, full jitter."""
     return random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)))
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    """Return the seconds that a Retry-After header asks for, which gives seconds or a date; None without one, or for no number."""
-    text = response.headers.get("retry-after", "").strip()
-    try:
-        seconds = float(text)
-        return max(0.0, seconds) if math.isfinite(seconds) else None
-    except ValueError:
-        pass
-    try:
-        when = email.utils.parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    return max(0.0, (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() - time.time())

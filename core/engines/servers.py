@@ -1,6 +1,7 @@
 """Servers that speak OpenAI's protocol: their addresses, the key for them, what they say, and how much each has to do."""
 
 import contextlib
+import email.utils
 import json
 import logging
 import math
@@ -9,6 +10,7 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC
 from typing import Any
 
 import httpx
@@ -221,3 +223,18 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         inner = found.get("error", found)
         return inner if isinstance(inner, dict) else {"message": inner}
     return {}
+
+
+def retry_after(response: httpx.Response) -> float | None:
+    """Return the seconds that a Retry-After header asks for, which gives seconds or a date; None without one, or for no number."""
+    text = response.headers.get("retry-after", "").strip()
+    try:
+        seconds = float(text)
+        return max(0.0, seconds) if math.isfinite(seconds) else None
+    except ValueError:
+        pass
+    try:
+        when = email.utils.parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return max(0.0, (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() - time.time())

@@ -94,6 +94,15 @@ def test_what_fails_is_told_once_and_not_for_minutes_later(server: Server, caplo
     assert [each.getMessage() for each in caplog.records] == [f"{server.url}: 502: Bad Gateway; it is asked again"]
 
 
+def test_a_server_that_goes_away_is_told_once(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    opened = engine(server)
+    answers(opened, ["a"])
+    server.close()
+    assert all("ConnectError" in str(each.error) for each in answers(opened, ["b", "c"]).values())
+    (told,) = [each.getMessage() for each in caplog.records]
+    assert told.startswith(f"{server.url}: nobody listens there any more (ConnectError: ")
+
+
 def test_a_request_that_fails_for_good_fails_alone(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_engine, "ATTEMPTS", 3)
     server.reply = lambda body: fault(500, "broken") if body["messages"][0]["content"] == "b" else answer("fine")
