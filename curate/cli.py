@@ -12,7 +12,7 @@ from ..core.config import load_config, read_yaml
 from ..core.errors import UserError
 from .config import BuildConfig, DistillConfig, ImportConfig, ScoreConfig
 from .data_cli import export, mix
-from .decide_cli import best, decontaminate, dedup, filter_, select, tell
+from .decide_cli import NO_SEMANTIC, best, decontaminate, dedup, filter_, select, tell
 from .decide_config import BestConfig, DecontaminateConfig, DedupConfig, EmbedConfig, FilterConfig, HeldoutConfig, SelectConfig
 from .distill_cli import cache, distill
 from .prompts_cli import prompts, teacher_rank, tune
@@ -58,9 +58,10 @@ def import_(data: str, out: Path, **options: Any) -> None:
 @config_option(SelectConfig, "budget")
 @config_option(SelectConfig, "budget_tokens")
 @config_option(DedupConfig, "semantic")
+@NO_SEMANTIC
 @config_option(DedupConfig, "on")
 @config_option(EmbedConfig, "model")
-def build(data: str | None, out: Path, settings: Path | None, **options: Any) -> None:
+def build(data: str | None, out: Path, settings: Path | None, no_semantic: bool, **options: Any) -> None:
     """Make a data set of DATA in one go: distill or import, score, best, filter, decontaminate, dedup, hold out, select.
 
     The steps are those with a section in the config file; without one, rows are taken in, and those that hold items
@@ -69,7 +70,8 @@ def build(data: str | None, out: Path, settings: Path | None, **options: Any) ->
 
     \b
     sftkit curate build data.jsonl -o runs/a --budget 1000
-    sftkit curate build prompts.jsonl -o runs/b --config build.yaml
+    sftkit curate build data.jsonl -o runs/b --no-semantic      no embeddings: in seconds
+    sftkit curate build prompts.jsonl -o runs/c --config build.yaml
 
     \b
     build.yaml:   distill: {teacher: smollm2-135m-instruct, k: 4, logprobs: true}
@@ -83,7 +85,8 @@ def build(data: str | None, out: Path, settings: Path | None, **options: Any) ->
     """
     from .build import build
 
-    sections = build_sections(given(options), read_steps(settings) if settings else {})
+    chosen = {**given(options), **({"semantic": None} if no_semantic else {})}
+    sections = build_sections(chosen, read_steps(settings) if settings else {})
     result = build(data, out, load_config(BuildConfig, sections, str(settings or "")))
     from ..core.run import Run
 

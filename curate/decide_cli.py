@@ -12,6 +12,8 @@ from ..core.config import load_config, read_yaml
 from ..core.errors import UserError
 from .decide_config import BestConfig, DecontaminateConfig, DedupConfig, EmbedConfig, FilterConfig, SelectConfig
 
+NO_SEMANTIC = click.option("--no-semantic", is_flag=True, help="No duplicates by meaning: no embeddings are made.")
+
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add what every step that works on a run takes: the run, or a data file and a run folder, and a file of settings."""
@@ -134,7 +136,7 @@ def decontaminate(run: str, out: Path | None, settings: Path | None, **options: 
 @config_option(DedupConfig, "minhash")
 @config_option(DedupConfig, "candidates")
 @config_option(DedupConfig, "semantic")
-@click.option("--no-semantic", is_flag=True, help="No duplicates by meaning: no embeddings are made.")
+@NO_SEMANTIC
 @config_option(DedupConfig, "on")
 @config_option(DedupConfig, "by")
 @config_option(DedupConfig, "against")

@@ -146,7 +146,7 @@ class DedupConfig:
     candidates: str = setting(
         "exact", "What proposes near duplicates: exact misses none; lsh takes 25 bands of 10 MinHashes.", choices=("exact", "lsh")
     )
-    semantic: float | None = setting(0.95, "Remove rows whose cosine with a kept row is this or more; none skips the embeddings.")
+    semantic: float | None = setting(0.95, "Remove rows whose cosine with a kept row is this or more; null skips the embeddings.")
     on: str = setting("pair", "What is compared: prompt and answer, or the prompt alone.", choices=TEXTS)
     by: tuple[str, ...] = setting((), "Score that decides which of two stays, highest first (`-NAME` lowest); else the earlier one stays.")
     against: str | None = setting(None, "A second set, never changed: rows that one of its rows stands for are removed too.")

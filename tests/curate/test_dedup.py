@@ -1,6 +1,7 @@
 """Duplicates: one of each stays, every removed row has a kept row that stands for it, and blocks do not matter."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -262,3 +263,16 @@ def test_tool_calls_and_pictures_tell_rows_apart(toy_run: Callable[..., Run]) ->
 def test_bad_settings(settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         DedupConfig(**settings)
+
+
+@pytest.mark.parametrize("command", ["build", "dedup"])
+def test_duplicates_by_meaning_are_left_out_of_it_by_an_option(
+    command: str, tmp_path: Path, cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No embedding model is needed then: this machine has none."""
+    monkeypatch.setenv("SFTKIT_CACHE", str(tmp_path / "empty"))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 2)
+    code, out, err = cli("curate", command, tmp_path / "rows.jsonl", "-o", tmp_path / "run", "--no-semantic")
+    assert code == 0, err
+    assert "exact_duplicate 1" in out
+    assert "dedup_semantic" not in out
