@@ -6,7 +6,7 @@ CHATS is a data file with conversations, TOKENIZER a model folder whose tokenize
 random weights. The stages, with what each needs on two H200s:
 
     equal    the losses of eight updates on one GPU and on two, by the same rows: in float32, and in bfloat16 products       (1.5 min)
-    speed    tokens a second and peak memory of one GPU and of two, at the same forward passes on each; --compile, too       (3 min)
+    speed    tokens a second and peak memory of one GPU and of two, at the same forward passes on each                       (3 min)
     kill     `sftkit train sft --gpus 2` killed (SIGKILL), gone on with on two and on one, against a run in one piece        (2.5 min)
     distill  one replica and two, the same rows; then one of the two is killed on the way                                    (5 min)
     tasks    `sftkit evaluate tasks` with one replica and with two                                                           (4 min)
@@ -44,7 +44,7 @@ from training_process import DEVICE, GPU
 
 WAYS = ("one", "ddp", "fsdp")
 MICRO = {"135m": 65_536, "0.5b": 32_768, "1.5b": 16_384}  # tokens of a forward pass
-STEPS = 12
+STEPS = 20
 WORKER = Path(__file__).with_name("training_process.py")
 BAR = {"speed": 1.85, "distill": 1.9}
 
@@ -99,36 +99,40 @@ def equal(given: argparse.Namespace, report: Report) -> None:
     """Hold the losses of two GPUs against one's. The rows of an update stand in the same two packs, done after or beside each other."""
     shape = given.shapes.split(",")[0]
     few = min(given.step_tokens, 8_192)
+    kinds = [
+        (layers == "compiled", half, lora)
+        for layers in given.layers.split(",")
+        for half in ((False, True) if GPU and layers == "plain" else (GPU,))  # on a GPU compiled layers are for 16 bits
+        for lora in (False, True)
+    ]
     tasks = [
         task_of(
-            given, way, shape=shape, lora=lora, half=half, weak=False, losses=True, steps=8, step_tokens=few, batch_tokens=round(few * 0.6)
+            given, way, shape=shape, lora=lora, half=half, compile=compiled, weak=False, losses=True, steps=8, step_tokens=few,
+            batch_tokens=round(few * 0.6),
         )
-        for half in ((False, True) if GPU else (False,))
-        for lora in (False, True)
+        for compiled, half, lora in kinds
         for way in WAYS
-    ]
+    ]  # fmt: skip
     found = both_counts(given, tasks)
-    for half in (False, True):
-        for lora in (False, True):
-            those = {each["way"]: each for each in found if each["half"] == half and each["lora"] == lora}
-            for way in ("ddp", "fsdp"):
-                name = f"{shape} {'lora' if lora else 'full'} {way}, {'bf16 products' if half else 'float32'}"
-                facts = {"shape": shape, "lora": lora, "way": way, "half": half}
-                if way not in those or "error" in (each := those[way]) or "error" in (one := those["one"]):
-                    if half <= GPU:
-                        report.add("equal", f"{name}: FAILED {those.get(way, {}).get('error', 'no result')}", **facts, error=True)
-                    continue
-                apart = [abs(a - b) for a, b in zip(one["losses"], each["losses"], strict=True)]
-                parts = (one["parts"], each["parts"])
-                report.add("equal", f"{name}: {len(apart)} updates of {parts} packs, losses apart by at most {max(apart):.1e} (first"
-                           f" {one['losses'][0]:.4f}, last {one['losses'][-1]:.4f})", **facts, apart=max(apart), losses=each["losses"],
-                           one=one["losses"], parts=parts)  # fmt: skip
+    for compiled, half, lora in kinds:
+        those = {each["way"]: each for each in found if (each["compile"], each["half"], each["lora"]) == (compiled, half, lora)}
+        for way in ("ddp", "fsdp"):
+            name = f"{shape} {'lora' if lora else 'full'} {way}, {'bf16 products' if half else 'float32'}{', compiled' if compiled else ''}"
+            facts = {"shape": shape, "lora": lora, "way": way, "half": half, "compile": compiled}
+            if way not in those or "error" in (each := those[way]) or "error" in (one := those["one"]):
+                report.add("equal", f"{name}: FAILED {those.get(way, {}).get('error', 'no result')}", **facts, error=True)
+                continue
+            apart = [abs(a - b) for a, b in zip(one["losses"], each["losses"], strict=True)]
+            parts = (one["parts"], each["parts"])
+            report.add("equal", f"{name}: {len(apart)} updates of {parts} packs, losses apart by at most {max(apart):.1e} (first"
+                       f" {one['losses'][0]:.4f}, last {one['losses'][-1]:.4f})", **facts, apart=max(apart), losses=each["losses"],
+                       one=one["losses"], parts=parts)  # fmt: skip
 
 
 def speed(given: argparse.Namespace, report: Report) -> None:
     """Measure tokens a second."""
     methods = [each == "lora" for each in given.methods.split(",")]
-    for compiled in (False, True) if given.compile else (False,):
+    for compiled in [each == "compiled" for each in given.layers.split(",")]:
         for shape in given.shapes.split(","):
             tasks = [
                 task_of(given, way, shape=shape, lora=lora, compile=compiled, batch_tokens=MICRO.get(shape, 1024))
@@ -389,7 +393,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(STAGES))
     parser.add_argument("--shapes", default="0.5b,1.5b")
     parser.add_argument("--step-tokens", type=int, default=65_536, help="of an update, on one GPU")
-    parser.add_argument("--compile", action="store_true", help="measure compiled layers, too")
+    parser.add_argument("--layers", default="plain", help="plain, compiled: as they are in `equal` and `speed`")
     parser.add_argument("--teacher", default="1.5b", help="shape of the model that is distilled")
     parser.add_argument("--engine", default="vllm" if GPU else "transformers")
     parser.add_argument("--prompts", type=int, default=1000)

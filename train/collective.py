@@ -1,12 +1,15 @@
-"""Numbers that all processes of a run have to agree on."""
+"""Numbers that all processes of a run have to agree on, and gradients that they add up."""
 
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import cache
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 PATIENCE = timedelta(hours=1)  # with which the processes wait for one that writes a checkpoint, or answers prompts
+SENT = 1 << 25  # numbers that are sent at once: enough to fill a link, and little memory
 
 
 def over_processes(*numbers: float) -> tuple[float, ...]:
@@ -16,6 +19,48 @@ def over_processes(*numbers: float) -> tuple[float, ...]:
     total = torch.tensor(numbers, dtype=torch.float64)
     torch.distributed.all_reduce(total, group=_processors())
     return tuple(total.tolist())
+
+
+def whole_on_each(weights: Sequence[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """Return those that are trained and stand whole on each process (FSDP2 takes the others apart, and adds up their gradients itself)."""
+    return [each for each in weights if each.requires_grad and not isinstance(each, DTensor)]
+
+
+def begin_alike(weights: Sequence[torch.nn.Parameter]) -> None:
+    """Give all processes the first one's weights."""
+    for each in weights:
+        torch.distributed.broadcast(each.data, 0)
+
+
+def average_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
+    """Put the mean over all processes into each gradient; one that another process has alone is a zero here.
+
+    DistributedDataParallel begins while the last pass still computes; what that saves, 6 ms an update where two H200s exchange 2 GB, is
+    less than its hooks cost, with which no pass can be recorded.
+    """
+    found = over_processes(*(each.grad is not None for each in weights))
+    learned = [each for each, count in zip(weights, found, strict=True) if count]
+    for each in learned:
+        each.grad = torch.zeros_like(each) if each.grad is None else each.grad
+    for grads in _together([each.grad for each in learned]):
+        sent = grads[0] if len(grads) == 1 and grads[0].is_contiguous() else torch.cat([each.reshape(-1) for each in grads])
+        torch.distributed.all_reduce(sent)
+        sent /= torch.distributed.get_world_size()
+        if sent is not grads[0]:
+            parts = sent.split([each.numel() for each in grads])
+            torch._foreach_copy_(grads, [part.view(each.shape) for part, each in zip(parts, grads, strict=True)])
+
+
+def _together(grads: Sequence[Any]) -> Iterator[list[torch.Tensor]]:
+    """Yield gradients of one format, as many as are sent at once."""
+    group: list[torch.Tensor] = []
+    for grad in grads:
+        if group and (grad.dtype != group[0].dtype or sum(each.numel() for each in group) + grad.numel() > SENT):
+            yield group
+            group = []
+        group.append(grad)
+    if group:
+        yield group
 
 
 @cache

@@ -67,6 +67,7 @@ def run_trainer(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         watch.close()
+        trainer.drop_recording()
     if watch.late and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(
             f"The {config.max_hours:g} hours of max_hours are over at step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; a"

@@ -58,12 +58,15 @@ class Memory:
     saved_layer: int  # what one layer keeps for its way back
     peak: int
 
-    def shared(self, processes: int, gathered: int, *, accumulates: bool) -> "Memory":
-        """Return what each of several processes takes that share what stands (FSDP2), with what is gathered for a while."""
-        left = 1 - 1 / processes
-        own = [round(each / processes) for each in (self.weights, self.gradients, self.optimizer)]
-        spared = left * (self.weights + self.optimizer + (self.gradients if accumulates else 0))
-        peak = round(self.peak - spared) + gathered
+    def shared(self, processes: int, gathered: int, *, accumulates: bool, adapter: bool = False) -> "Memory":
+        """Return what each of several processes takes that share what stands (FSDP2), with what is gathered for a while.
+
+        Of an adapter's model they share the base alone: the adapter, as large as its gradients, stands on each with all that belongs to it.
+        """
+        apart = [self.weights - self.gradients, 0, 0] if adapter else [self.weights, self.gradients, self.optimizer]
+        spared = [round(each * (1 - 1 / processes)) for each in apart]
+        own = [each - less for each, less in zip((self.weights, self.gradients, self.optimizer), spared, strict=True)]
+        peak = self.peak - spared[0] - spared[2] - (spared[1] if accumulates else 0) + gathered
         return Memory(
             weights=own[0], gradients=own[1], optimizer=own[2], activations=peak - own[0] - own[2], saved_layer=self.saved_layer, peak=peak
         )

@@ -339,4 +339,6 @@ def ways(config: TrainConfig, half: Any = None) -> tuple[str, ...]:
 
 def _shared(memory: Memory, settings: Any, load: Load, config: TrainConfig) -> Memory:
     """Return what a step takes on each GPU, where they share the weights."""
-    return memory.shared(config.gpus, gathered(settings, load), accumulates=load.accumulates) if config.gpus > 1 else memory
+    if config.gpus == 1:
+        return memory
+    return memory.shared(config.gpus, gathered(settings, load), accumulates=load.accumulates, adapter=config.adapter)

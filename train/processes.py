@@ -1,7 +1,7 @@
 """One run on several processes of this machine, one per GPU: the same updates, and so the same losses, as on one.
 
 The parent prepares the rows and finishes the model; between them torchrun starts the processes, each of which takes its share of every
-update's packs, with the whole model (DistributedDataParallel) or a share of that, too (train.sharded). Gradients are added up over
+update's packs, with the whole model (train.collective) or a share of that, too (train.sharded). Gradients are added up over
 processes and divided by the tokens of the whole update.
 """
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..core.errors import UserError
 from .config import PreferenceConfig, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -22,10 +23,10 @@ _failed: list[Any] = []  # graphs that were not recorded to their end: PyTorch's
 def can_record(config: TrainConfig, half: Any) -> bool:
     """Say whether compiled passes of such a run are recorded: not where the host has a say. `half`: the 16-bit format computed in.
 
-    Activations computed twice ask for random numbers' state, float16 looks at gradients, processes meet, and pairs have no shape of
-    their own. Kernels for 4 bits are another package's, which a recording would lack without a word if they chose their own stream.
+    Activations computed twice ask for random numbers' state, float16 looks at gradients, and pairs have no shape of their own. Kernels
+    for 4 bits are another package's, which a recording would lack without a word if they chose their own stream.
     """
-    apart = config.gpus > 1 or config.qlora or isinstance(config, PreferenceConfig)
+    apart = config.qlora or isinstance(config, PreferenceConfig)
     return not apart and not config.gradient_checkpointing and half is not torch.float16
 
 
@@ -107,7 +108,7 @@ class Recorded:
             within = error.__context__  # what ended the recording, where its end failed too
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            if isinstance(within, torch.OutOfMemoryError) or not isinstance(within, Exception | None):
+            if isinstance(within, torch.OutOfMemoryError | UserError) or not isinstance(within, Exception | None):
                 raise within from None
             return self._give_up(within or error)
         known = {id(each) for each, _ in self._learned}

@@ -4,6 +4,8 @@ The numbers are those of one GPU. There, autocast makes 16-bit copies of float32
 weights are gathered in 16 bits, nothing more stands, and what goes from layer to layer is bfloat16 as there. Only the weights of norms
 lose bits by it. Gradients are added up in float32.
 
+An adapter is small and stands whole on each process: FSDP2 has the host handle tensor by tensor, and most of them are the adapter's.
+
 A checkpoint is written whole, tensor by tensor, as a run on one GPU writes it: any number of processes goes on from it. PyTorch's
 fully_shard is called here, and not accelerate's plugin, whose checkpoints only as many processes read, an adapter's with the whole base
 in it. Zhao et al. 2023, arXiv 2304.11277.
@@ -18,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from ..core.errors import UserError
 from .trainer import Trainer
 
 
@@ -31,10 +34,30 @@ class ShardedTrainer(Trainer):
         """Shard the model, then make the optimizer of its shards."""
         if not isinstance(self.model, FSDPModule):
             shard(self.model, self.args.device.type, torch.bfloat16 if self.args.bf16 else None)
-            plain = self.accelerator.prepare_model
-            # all but DistributedDataParallel around it, which an evaluation does not get either
-            self.accelerator.prepare_model = lambda model, **_: plain(model, device_placement=False, evaluation_mode=True)
         return super().create_optimizer(*args, **kwargs)
+
+    def one_pass(self, model: Any, inputs: dict[str, Any], count: torch.Tensor) -> torch.Tensor:
+        """Make a pass that can be recorded with all that FSDP2 does on streams of its own, and leaves nothing for the next to wait for.
+
+        Raises UserError where it cannot be recorded: FSDP2 stands in the middle of a pass then, and none can follow.
+        """
+        try:
+            loss = super().one_pass(model, inputs, count)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if not _recording():
+                raise
+            told = " ".join(str(error).split())[:160]
+            raise UserError(f"passes of this model cannot be recorded on shards of it ({told}); give compile: false") from error
+        beside = model._get_fsdp_state()._comm_ctx
+        beside.all_gather_state = None  # with an event of this pass, which the next one would wait for: a recorded one must not
+        for stream in [each for each in vars(beside).values() if isinstance(each, torch.cuda.Stream)] if _recording() else []:
+            with torch.cuda.stream(stream):
+                taken = _recording()
+            if taken:
+                torch.cuda.current_stream().wait_stream(stream)  # a recording ends with all that it began
+        return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         found = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -59,8 +82,12 @@ class ShardedTrainer(Trainer):
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
 
+def _recording() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def shard(model: Any, device: str, half: torch.dtype | None = None) -> None:
-    """Give each process its share of every tensor, layer by layer; what stands outside of layers is gathered for the whole of a step.
+    """Give each process its share of every tensor but an adapter's, layer by layer; what stands outside of layers is gathered for a step.
 
     `half` is the 16-bit format that layers compute in, None for their weights' own.
     """
@@ -68,9 +95,12 @@ def shard(model: Any, device: str, half: torch.dtype | None = None) -> None:
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     layers = set(base._no_split_modules or ())
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False)
+    adapter = {each for each in model.parameters() if each.requires_grad} if base is not model else set()
+    for each in adapter:
+        each.data = each.data.to(device)
     for each in [module for module in base.modules() if type(module).__name__ in layers]:
-        fully_shard(each, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh)
+        fully_shard(each, mesh=mesh, mp_policy=policy, ignored_params=adapter)
+    fully_shard(model, mesh=mesh, ignored_params=adapter)
 
 
 def whole_weights(model: Any, *, trained: bool = False) -> dict[str, torch.Tensor]:

@@ -31,12 +31,12 @@ from ..core.progress import Progress
 from .adapters import fuse_adapters
 from .attention import attends_packed, keeps_rows_apart, use_own_attention, use_packed_attention
 from .checkpoints import mark_whole
-from .collective import over_processes
+from .collective import average_gradients, begin_alike, over_processes, whole_on_each
 from .compiling import COMPILED_STEPS, can_compile
 from .config import TrainConfig
 from .data import Row
 from .head import loss_sum
-from .memory import decoder_layers, token_flops
+from .memory import decoder_layers, expert_weights, token_flops
 from .packing import Packs
 from .recorded import Recorded, can_record
 from .stops import AFTER_SAVING
@@ -88,12 +88,25 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Make a pass forward and back, from a recording where there can be one."""
         self.count(inputs)
-        plain = super().training_step
-        if not self.records:
-            return plain(model, inputs, num_items_in_batch)
-        if self.recorded is None:
-            self.recorded = Recorded(lambda given, count: plain(model, given, count), model.parameters())
-        return self.recorded(self._prepare_inputs(inputs), num_items_in_batch)
+        one_pass: Any = partial(self.one_pass, model)
+        if self.records:
+            self.recorded = one_pass = self.recorded or Recorded(one_pass, model.parameters())
+            inputs = self._prepare_inputs(inputs)
+        loss: torch.Tensor = one_pass(inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients and self.args.world_size > 1:
+            average_gradients(whole_on_each(list(model.parameters())))
+        return loss
+
+    def one_pass(self, model: Any, inputs: dict[str, Any], count: torch.Tensor) -> torch.Tensor:
+        """Make a pass forward and back: add to the gradients, return the loss."""
+        loss: torch.Tensor = super().training_step(model, inputs, count)
+        return loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the optimizer. By then a checkpoint is in the model, and several processes get the first one's weights."""
+        if self.args.world_size > 1:
+            begin_alike(whole_on_each(list(self.model.parameters())))
+        return super().create_optimizer(*args, **kwargs)
 
     def count(self, inputs: dict[str, Any]) -> None:
         """Count what goes through the model in training."""
@@ -356,8 +369,10 @@ def make_trainer(
     if routed:
         vars(experts).update(routed)  # SFTTrainer has asked for the routers' logits, for good: the saved model would not generate
         log.warning("%s: its experts are trained without a loss that balances them", type(model).__name__)
-    if trainer.accelerator.ddp_handler is not None:
-        trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # else they stand twice
+    if workers > 1:
+        prepare = trainer.accelerator.prepare_model
+        # all but DistributedDataParallel around it (`average_gradients`), which an evaluation does not get either
+        trainer.accelerator.prepare_model = lambda model, **_: prepare(model, device_placement=False, evaluation_mode=True)
     if half is torch.float16:  # TRL makes a 4-bit base's adapter bfloat16, which cards without it do not compute in
         for weight in trainer.model.parameters():
             weight.data = weight.data.float() if weight.requires_grad else weight.data
@@ -382,7 +397,8 @@ def make_trainer(
     if compiled:
         torch.compiler.reset()  # what was compiled before, for other shapes: after eight forms of a piece of code no more are made
         compile_layers(base)
-    trainer.records = compiled and device != "cpu" and workers == 1 and can_record(config, half)
+    risky = workers > 1 and config.parallel == "fsdp" and bool(expert_weights(base))  # a recording that fails there ends the run
+    trainer.records = compiled and device != "cpu" and can_record(config, half) and not risky
     quieten(trainer)
     return trainer
 
@@ -469,7 +485,6 @@ def arguments_of(
         report_to=list(config.trackers) or "none",
         run_name=checkpoints.parent.parent.name,  # the run's folder
         ddp_backend="gloo" if device == "cpu" and torch.distributed.is_initialized() else None,
-        ddp_find_unused_parameters=False,
         **more,
     )
 

@@ -176,7 +176,7 @@ REPORT = DataReport(
         (TrainConfig(), HALF, False),  # not compiled
         (TrainConfig(compile=True), torch.float16, False),
         (TrainConfig(compile=True, gradient_checkpointing=True), HALF, False),
-        (TrainConfig(compile=True, gpus=2), HALF, False),
+        (TrainConfig(compile=True, gpus=2), HALF, True),
         (TrainConfig(compile=True, qlora=True), HALF, False),
         (PreferenceConfig(compile=True), HALF, False),
     ],
