@@ -55,6 +55,8 @@ def resolve_model(name: str | Path, *, revision: str | None = None) -> ModelRef:
     Raises UserError for whatever is none of these. Nothing is downloaded here; for a Hub id the Hub is asked whether it is there.
     """
     text = str(name)
+    if not text.strip():  # a variable of a shell that is not set would be this folder
+        raise UserError("the name of the model is empty; give a folder, a .gguf file, a name of `sftkit models list` or a Hub id")
     path = Path(text).expanduser()
     if path.exists():
         return ModelRef(text, path=_on_disk(path).absolute())  # not resolved: in the Hub's cache a file's real name tells nothing

@@ -59,6 +59,8 @@ def _source(source: str | Path, revision: str | None, split: str) -> Iterator[Re
     if str(source) == "-":
         yield from _some(_standard_input(), "stdin")
         return
+    if not str(source).strip():  # a variable of a shell that is not set would be this folder
+        raise UserError("the name of the data is empty; give a file, a folder (. for this one), - or a data set of the Hub")
     path = Path(source).expanduser()
     if path.is_dir():
         yield from _folder(path, split)

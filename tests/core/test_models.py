@@ -194,6 +194,13 @@ def test_a_memory_that_cannot_be_written_does_not_stop_anything(model: Path, cac
     assert told.endswith("hashes of models are made anew each time; SFTKIT_CACHE names another place")
 
 
+def test_a_name_that_is_empty_is_not_this_folder(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model)
+    with pytest.raises(UserError, match="the name of the model is empty"):
+        resolve_model("")
+    assert resolve_model(".").path is not None
+
+
 def test_a_model_without_weights_has_no_identity(model: Path) -> None:
     (model / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"holds no weights \(\*.safetensors\)"):

@@ -293,3 +293,12 @@ def test_many_rows_keep_order_and_number(write: Callable[[list[dict[str, Any]]],
     assert [row for _, row in found] == rows
     first = 2 if path.suffix == ".csv" else 1
     assert [place.rpartition(":")[2] for place, _ in found] == [str(number) for number in range(first, len(rows) + first)]
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_a_name_that_is_empty_is_not_this_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="the name of the data is empty"):
+        next(iterate_rows(name))
+    assert len(list(iterate_rows("."))) == 1
