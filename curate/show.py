@@ -139,7 +139,10 @@ def _of_run(run: Run, limit: int, wanted: str | None, rejected: str | None) -> l
             lines.insert(0, f"reference: {shortened(values['reference'], 300)}")
         shown.append(Shown(row_id(*key), json.loads(values["messages"]), [line for line in lines if line]))
     names = {each.name for each in shown}
-    return shown + [Shown(name, (), told[name]) for name in told if name not in names and name.startswith(wanted or "")]
+    others = [name for name in told if name not in names and name.startswith(wanted or "")]  # without an answer, or never read
+    texts = _prompts(run, others, _grown(run)) if others else {}
+    asked = {name: texts.get(name.split("/")[0]) for name in others}
+    return shown + [Shown(name, [{"role": "user", "content": text}] if text else [], told[name]) for name, text in asked.items()]
 
 
 def _rejected(run: Run, rule: str, limit: int | None) -> tuple[pl.DataFrame, dict[str, list[str]]]:

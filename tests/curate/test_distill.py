@@ -1,5 +1,6 @@
 """A distillation keeps what it has, whatever changes, fails or interrupts; every row has its place in the ledger."""
 
+import io
 import json
 import logging
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from rich.console import Console
 from sftkit.core.chat import load_chat
 from sftkit.core.engines.base import Completion, EngineConfig, Request
 from sftkit.core.engines.replicas import Replicas
@@ -25,6 +27,7 @@ from sftkit.curate.cache import explain
 from sftkit.curate.decide_config import BestConfig
 from sftkit.curate.distill import distill
 from sftkit.curate.rows import load_rows
+from sftkit.curate.show import show
 
 from .teachers import Between, Server, copy_with_other_weights, data_set, ledger, prompts, stored
 
@@ -225,6 +228,10 @@ def test_failures_are_kept_counted_and_tried_again(tmp_path: Path, settings: Any
     assert failed.select("sample_index", "rule").rows() == [(0, "error: timed out after 60 s"), (1, "error: timed out after 60 s")]
     assert decided.height == 20
     assert stored(run).height == 18
+    assert show(run, rejected="error", console=Console(file=(told := io.StringIO()), width=80)) == 2
+    assert (
+        told.getvalue().count("user: What is 3 plus 3?") == told.getvalue().count("failed by error: timed out after 60 s in distill") == 2
+    )
 
     tolerant = distill(path, run, settings(k=2, max_failed=0.1))
     assert tolerant.failed == {"timed out after 60 s": 2}
