@@ -57,21 +57,23 @@ def run_chain(recipe: RecipeConfig, out: Path, *, name: str = "", accept_licence
     for step, do in (("curate", _curate), ("train", _train), ("evaluate", _evaluate)):
         with timed(step, seconds):
             do(recipe, out)
+        write_json(out / "times.json", _longest(out / "times.json", seconds))
     with Run.create(out) as run:
         run.configure("recipe", {"name": name, "about": recipe.about}, free=("*",))
-    write_json(out / "times.json", _longest(out / "times.json", seconds))
     report = write_report(out)
     return ChainResult(run=out, report=report, findings=headline(out), seconds=seconds)
 
 
 def _fetch_models(recipe: RecipeConfig, accept_licence: bool) -> None:
+    """Fetch the catalogue's models that the recipe names; a student that is not there and a licence are refused before any download."""
     curate = recipe.curate
     embedders = [step.embed.model for step in (curate.dedup, curate.select) if step]
-    for name in dict.fromkeys([recipe.teacher, recipe.train.model, *embedders]):
-        if name in CATALOGUE and cached(name) is None:
-            fetch(name, accept_licence=accept_licence)
-        elif name == recipe.train.model:
-            resolve_model(name, revision=recipe.train.revision)
+    named = dict.fromkeys([recipe.teacher, recipe.train.model, *embedders])
+    missing = [name for name in named if name in CATALOGUE and cached(name) is None]
+    if recipe.train.model not in missing:
+        resolve_model(recipe.train.model, revision=recipe.train.revision)
+    for name in sorted(missing, key=lambda each: not CATALOGUE[each].must_accept):
+        fetch(name, accept_licence=accept_licence)
 
 
 def _curate(recipe: RecipeConfig, out: Path) -> None:
@@ -129,6 +131,6 @@ def _questions(recipe: RecipeConfig, out: Path) -> str | Path | None:
 
 
 def _longest(path: Path, seconds: dict[str, float]) -> dict[str, float]:
-    """Return the time each step took when it was really done: a call that finds it done takes none."""
+    """Return the time that each step took in the call that did most of it: one that finds it done takes none."""
     before: dict[str, float] = read_json(path) if path.exists() else {}
-    return {step: round(max(value, before.get(step, 0.0)), 1) for step, value in seconds.items()}
+    return {**before, **{step: round(max(value, before.get(step, 0.0)), 1) for step, value in seconds.items()}}

@@ -81,6 +81,8 @@ def test_what_is_done_is_not_done_again_and_a_failed_step_is(recipe: Any, tmp_pa
         broken.setattr("sftkit.pipelines.chain.compare", fails)
         with pytest.raises(UserError, match="the power is gone"):
             run_chain(load_recipe(recipe()), out)
+    times = json.loads((out / "times.json").read_text())  # a stopped run's are not lost
+    assert set(times) == {"curate", "train"}
     model, store = out / "train" / "final" / "model.safetensors", out / "curate" / "dataset.jsonl"
     before = (model.stat().st_mtime_ns, store.stat().st_mtime_ns)
     first = run_chain(load_recipe(recipe()), out, name="first")
@@ -89,6 +91,9 @@ def test_what_is_done_is_not_done_again_and_a_failed_step_is(recipe: Any, tmp_pa
     assert (model.stat().st_mtime_ns, store.stat().st_mtime_ns) == before
     assert (out / "evaluate" / "answers.sqlite").stat().st_mtime_ns == answers
     assert second.findings == first.findings
+    after = json.loads((out / "times.json").read_text())
+    assert set(after) == {"curate", "train", "evaluate"}
+    assert all(after[step] >= seconds for step, seconds in times.items())
     other = {"filter": {"max_words": 3}, "dedup": {"semantic": None}}
     with pytest.raises(UserError, match="its model was trained on other data than this recipe makes"):
         run_chain(load_recipe(recipe(curate=other, evaluate={})), out, name="second")
@@ -117,6 +122,19 @@ def test_a_faulty_recipe_fails_before_anything_is_done(recipe: Any, tmp_path: Pa
     with pytest.raises(UserError, match=message):
         run_chain(load_recipe(recipe(**sections)), tmp_path / "run")
     assert not (tmp_path / "run" / "curate").exists()
+
+
+@pytest.mark.parametrize(
+    ("student", "message"), [("gemma-3-270m", "comes under the Gemma terms"), ("no-model", "unknown model 'no-model'")]
+)
+def test_what_is_refused_is_refused_before_anything_is_fetched(
+    student: str, message: str, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFTKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sftkit.core.catalogue._download", lambda *_: pytest.fail("a model was fetched"))
+    curate = {"distill": {"teacher": "qwen2.5-coder-1.5b-instruct"}, "heldout": {"prompts": 10}}
+    with pytest.raises(UserError, match=message):
+        run_chain(load_recipe(recipe(curate=curate, train={"model": student})), tmp_path / "run")
 
 
 def test_recipes_are_found_by_name_or_path(tmp_path: Path) -> None:
