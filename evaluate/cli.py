@@ -9,6 +9,7 @@ import click
 from ..core.cli import Commands, config_option, given
 from ..core.config import load_config, read_yaml
 from ..core.engines.base import EngineConfig
+from ..core.errors import UserError
 from .config import CompareConfig, JudgeConfig, LossConfig, TasksConfig, parse_models
 
 NAMES = "gsm8k, ifeval, humaneval, mmlu, mmlu_generated, mt_bench, FILE, lm-eval:NAME."
@@ -128,12 +129,15 @@ def judge(answers: tuple[str, ...], out: Path | None, verdicts: str | None, sett
     sftkit evaluate judge new.jsonl old.jsonl --judge gpt-x --engine openai --base-url https://host/v1 --references gold.jsonl
     sftkit evaluate judge --verdicts judge_verdicts.jsonl.gz --judge GPT-4
     """
-    if verdicts is not None and options["judge"] is not None:
+    chosen = merged(options, settings)
+    if chosen.get("judge") is None:
+        raise UserError("no judge was given: expected --judge MODEL, as --judge org/name")
+    if verdicts is not None:
         from .calibration import agreement_lines, read_verdicts
 
-        click.echo("\n".join(agreement_lines(read_verdicts(verdicts, judge=options["judge"]))))
+        click.echo("\n".join(agreement_lines(read_verdicts(verdicts, judge=chosen["judge"]))))
         return
-    config = load_config(JudgeConfig, merged(options, settings), str(settings or ""))
+    config = load_config(JudgeConfig, chosen, str(settings or ""))
     from .judge import judge
 
     click.echo(judge(answers, out, config).summary())

@@ -156,6 +156,8 @@ def judge(sources: Sequence[str | Path], out: Path | None, config: JudgeConfig) 
 def read_run(run: Path) -> tuple[dict[str, list[Message]], list[Answers]]:
     """Return the questions by id and the answers of all models that `compare` stored in a run, in its order."""
     folder = run / "evaluate"
+    if run.is_file():
+        raise UserError(f"{run}: is one file of answers; expected two, the second to compare it with, or a run with compared answers")
     if not (folder / "answers.parquet").exists():
         raise UserError(f"{run}: has no stored answers; `sftkit evaluate compare … -o {run}` makes some, or give two files of answers")
     table = pl.read_parquet(folder / "answers.parquet")

@@ -240,7 +240,9 @@ def test_a_judge_that_writes_nonsense_is_an_error_with_its_words(tmp_path: Path,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "missing setting judge"),
+        (("RUN",), "no judge was given: expected --judge MODEL"),
+        (("--verdicts", "A"), "no judge was given: expected --judge MODEL"),
+        (("A", "--judge", "TINY"), "is one file of answers; expected two"),
         (("--judge", "TINY"), "expected a run with compared answers or two files of answers, found 0 names"),
         (("RUN", "--judge", "TINY"), "has no stored answers"),
         (("A", "A", "--judge", "TINY"), "is given twice; expected the answers of two models"),
