@@ -25,12 +25,14 @@ def run(recipe: str, out: Path | None, full: bool, accept_licence: bool) -> None
     sftkit run quickstart --full --accept-licence
     sftkit run my-recipe.yaml -o runs/mine
     """
-    from .chain import run_chain
     from .config import find_recipe, load_recipe
 
-    path = find_recipe(f"{recipe}-full" if full else recipe)
+    path = find_recipe(recipe, full=full)
+    config = load_recipe(path)
+    from .chain import run_chain  # after what a user may have to mend: it takes seconds to import
+
     target = out or Path("runs") / path.stem
-    click.echo(run_chain(load_recipe(path), target, name=path.stem, accept_licence=accept_licence).summary())
+    click.echo(run_chain(config, target, name=path.stem, accept_licence=accept_licence).summary())
 
 
 @click.command()

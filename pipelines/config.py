@@ -93,12 +93,20 @@ def known_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(HERE.glob("*.yaml"), key=lambda path: path.stem)}
 
 
-def find_recipe(name: str) -> Path:
-    """Return the file of a recipe: a path, or the name of one that comes with sftkit. Raises UserError for neither."""
+def find_recipe(name: str, *, full: bool = False) -> Path:
+    """Return the file of a recipe: a path, or the name of one that comes with sftkit; with `full` that one's larger form.
+
+    Raises UserError for what is neither, and for a recipe that has no larger form.
+    """
+    recipes = known_recipes()
+    if full:
+        if f"{name}-full" not in recipes:
+            having = ", ".join(each.removesuffix("-full") for each in recipes if each.endswith("-full"))
+            raise UserError(f"--full: {name} has no larger form, {having} has; leave --full away")
+        return recipes[f"{name}-full"]
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    recipes = known_recipes()
     if name in recipes:
         return recipes[name]
     if path.suffix in (".yaml", ".yml"):

@@ -143,6 +143,9 @@ def test_recipes_are_found_by_name_or_path(tmp_path: Path) -> None:
         find_recipe("quikstart")
     with pytest.raises(UserError, match=r"mine\.yaml: no such file; recipes that come with sftkit are quickstart, quickstart-full"):
         find_recipe(str(tmp_path / "mine.yaml"))
+    assert find_recipe("quickstart", full=True) == find_recipe("quickstart-full")
+    with pytest.raises(UserError, match=r"--full: mine\.yaml has no larger form, quickstart has; leave --full away"):
+        find_recipe("mine.yaml", full=True)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "quickstart-full"])
