@@ -17,7 +17,7 @@ from ..core.run import Run
 from ..core.statistics import Interval
 from ..core.text import visible
 from ..curate.card import funnel
-from ..evaluate.marks import Comparison, against_both
+from ..evaluate.marks import ALPHA, Comparison, against_both
 from ..evaluate.results import told as told_reasons
 from .ablation import read_ablation, told
 
@@ -50,7 +50,8 @@ def write_report(path: Path) -> Path:
     """
     run = Run.open(path)
     losses = _losses(path, "loss", "Held-out loss") + _losses(path, "text_loss", "Loss on plain texts")
-    parts = [_findings(path), _ablation(path), losses, _tasks(path), _answers(path), _training(path), _curation(run), _how(run)]
+    measured = [_ablation(path), losses, _tasks(path), _judgements(path), _answers(path)]
+    parts = [_findings(path), *measured, _training(path), _curation(run), _how(run)]
     if not any(parts[:-1]):
         raise UserError(f"{path}: holds nothing to report yet: no data set, no model, no evaluation")
     recipe = run.config().get("recipe", {})
@@ -103,6 +104,8 @@ def _told_loss(models: dict[str, Any], difference: dict[str, Any]) -> str:
     if interval is None:
         return f"{told}; one prompt alone gives no interval"
     verdict = ("it is better" if change < 0 else "it is worse") if difference["shown"] else "none is shown"
+    if not difference["shown"] and Interval(**interval).excludes(0.0):
+        verdict = "the interval leaves zero out and the test does not agree, none is shown"
     return f"{told} (95 % {interval['low']:+.2f} to {interval['high']:+.2f}): {verdict}".replace("-", "−").replace("held−out", "held-out")
 
 
@@ -205,6 +208,33 @@ def _changes(task: dict[str, Any]) -> list[str]:
     if task["left_out"]:
         missing.append(f"questions left out for all models: {told_reasons(task['left_out'])}")
     return [*missing, *(each.told() for each in compared), *against_both(compared)]
+
+
+def _judgements(path: Path) -> str:
+    """Return what a judge preferred, and what it is worth; nothing where nobody judged."""
+    facts = _results(path).get("judge")
+    if not facts:
+        return ""
+    rows, notes = [], list(facts["warnings"])
+    for each in facts["comparisons"]:
+        numbers = each["numbers"]
+        rates = [told for key in ("rate", "controlled") for told in (f"{numbers[key]['value']:.1%}", _share_span(numbers[key]["interval"]))]
+        counts = [f"{numbers[key]:,}" for key in ("wins", "ties", "losses")]
+        flips = f"{numbers['flips'] / numbers['n']:.0%}"
+        rows.append([each["model"], each["baseline"], *rates, *counts, flips, f"{each['p_adjusted']:.2g}"])
+        if each["p_adjusted"] > ALPHA:
+            notes.append(f"{each['model']} against {each['baseline']}: not significant")
+        if each["left_out"]:
+            notes.append(f"{each['model']}: left out: {told_reasons(each['left_out'])}")
+    head = ["model", "against", "win rate", "95 %", "at equal length", "95 %", "won", "tied", "lost", "flips", "p"]
+    worth = [
+        [each["name"], f"{each['n']:,}", f"{each['accuracy']:.1%}", _share_span(each["interval"]), f"{each['both']:.0%}"]
+        for each in facts["agreements"]
+    ]
+    pairs = _table(["labelled pairs", "n", "right", "95 %", "right in both orders"], worth, first=1) if worth else ""
+    about = f"<p class=soft>Judged by {_text(facts['judge'])}, each pair in both orders; a flip is a tie.</p>"
+    said = f"<ul class=soft>{''.join(f'<li>{_text(each)}' for each in notes)}</ul>" if notes else ""
+    return f"<h2>Judged in pairs</h2>{_table(head, rows, first=2)}{about}{said}{pairs}"
 
 
 def _interval_chart(models: dict[str, Any]) -> str:
@@ -364,6 +394,10 @@ def _table(head: list[str], rows: list[list[str]], *, first: int, last: int | No
 
 def _span(interval: dict[str, float] | None) -> str:
     return "" if interval is None else f"{interval['low']:.3f} to {interval['high']:.3f}"
+
+
+def _share_span(interval: dict[str, float] | None) -> str:
+    return "one pair" if interval is None else f"{interval['low']:.0%} to {interval['high']:.0%}"
 
 
 def _text(text: object) -> str:

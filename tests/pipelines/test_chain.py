@@ -11,12 +11,14 @@ import polars as pl
 import pytest
 import yaml
 from sftkit.core.errors import UserError
+from sftkit.core.files import write_json
 from sftkit.core.text import visible
-from sftkit.evaluate.config import LossConfig
+from sftkit.evaluate.config import JudgeConfig, LossConfig
+from sftkit.evaluate.judge import judge
 from sftkit.evaluate.loss import loss
 from sftkit.pipelines.chain import run_chain
 from sftkit.pipelines.config import find_recipe, known_recipes, load_recipe
-from sftkit.pipelines.report import write_report
+from sftkit.pipelines.report import headline, write_report
 
 EVIL = "<script>alert(1)</script>"
 
@@ -183,6 +185,31 @@ def test_the_losses_of_turns_and_sources_stand_in_the_report(tmp_path: Path, tin
     assert re.search(r"<h2>Held-out loss</h2>.*<h2>Loss on plain texts</h2>.*3 pieces of 2 texts, scored as they stand", page, re.DOTALL)
     assert re.search(r"<h3>by source</h3>.*<th class=n>land<th class=n>sea<.*sft − base<td class=n>\+0\.000", page, re.DOTALL)
     assert re.search(r"<h3>by turn</h3>.*<th class=n>1<th class=n>2<", page, re.DOTALL)
+
+
+def test_an_interval_without_zero_that_the_test_does_not_back_is_explained(tmp_path: Path) -> None:
+    interval = {"low": -3.5, "high": -0.9}
+    models = {name: {"loss": {"value": value, "interval": None}} for name, value in (("base", 13.2), ("sft", 10.6))}
+    change = {"value": -2.6, "interval": interval}
+    difference = {"model": "sft", "baseline": "base", "loss": change, "bits_per_byte": change, "shown": False}
+    write_json(tmp_path / "evaluate" / "results.json", {"loss": {"models": models, "differences": [difference]}})
+    (told,) = headline(tmp_path)
+    assert told.endswith("(95 % −3.50 to −0.90): the interval leaves zero out and the test does not agree, none is shown")
+
+
+def test_what_a_judge_preferred_stands_in_the_report(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sftkit.core.judge.LEAST_MASS", 0.0)  # the judge is a model of random weights
+    files = []
+    for name, answer in (("old", "It is two."), ("new", "Two, as one and one are two.")):
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps({"prompt": f"What is {n}+{n}?", "response": f"{answer} {EVIL}"}) + "\n" for n in range(3)))
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"input": "1+1?", "output_1": "2", "output_2": "3", "label": 1}))
+    judge(files, tmp_path / "run", JudgeConfig(judge=str(tiny_model), calibrate=str(pairs)))
+    page = write_report(tmp_path / "run").read_text()
+    assert re.search(r"<h2>Judged in pairs</h2>.*<td>new\.jsonl<td>old\.jsonl<td class=n>\d+\.\d%<td class=n>\d+% to \d+%", page)
+    assert "new.jsonl against old.jsonl: not significant" in page
+    assert re.search(r"<th>labelled pairs<th class=n>n.*<td>[^<]+<td class=n>1<td class=n>\d+\.\d%", page)
 
 
 def test_tasks_of_a_recipe_stand_in_the_report(recipe: Any, tmp_path: Path) -> None:
