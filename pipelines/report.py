@@ -13,7 +13,7 @@ from .. import __version__
 from ..core.errors import UserError
 from ..core.files import read_json, read_json_lines, write_text
 from ..core.progress import duration
-from ..core.run import Run
+from ..core.run import Run, is_done, read_done
 from ..core.statistics import Interval
 from ..core.text import visible
 from ..curate.card import funnel
@@ -86,6 +86,7 @@ def headline(path: Path) -> list[str]:
         models = results["compare"]["models"]
         rates = [f"{name} {round(each['stop_rate'] * each['n'])} of {each['n']}" for name, each in models.items()]
         found.append(f"answers that end by themselves within {results['compare']['max_new_tokens']} tokens: {', '.join(rates)}")
+    found += _begun_again(path, results)
     plan = path / "train" / "plan.json"
     if plan.exists():
         facts = read_json(plan)
@@ -94,6 +95,15 @@ def headline(path: Path) -> list[str]:
             f" and count, each up to its {facts['end_of_turn']}"
         )
     return found
+
+
+def _begun_again(path: Path, results: dict[str, Any]) -> list[str]:
+    """Name the evaluations whose numbers are those of a former command, for one with other settings has not come to its end."""
+    folder = path / "evaluate"
+    done = read_done(folder) if is_done(folder) else {}
+    names = {"text_loss": "loss --text"}
+    told = "was begun again and has not ended: its numbers here are those of the time before, the same command goes on"
+    return [f"evaluate {names.get(each, each)} {told}" for each in results if each not in done]
 
 
 def _told_loss(models: dict[str, Any], difference: dict[str, Any]) -> str:

@@ -193,6 +193,7 @@ def test_an_interval_without_zero_that_the_test_does_not_back_is_explained(tmp_p
     change = {"value": -2.6, "interval": interval}
     difference = {"model": "sft", "baseline": "base", "loss": change, "bits_per_byte": change, "shown": False}
     write_json(tmp_path / "evaluate" / "results.json", {"loss": {"models": models, "differences": [difference]}})
+    write_json(tmp_path / "evaluate" / "done.json", {"loss": {}})
     (told,) = headline(tmp_path)
     assert told.endswith("(95 % −3.50 to −0.90): the interval leaves zero out and the test does not agree, none is shown")
 
@@ -210,6 +211,10 @@ def test_what_a_judge_preferred_stands_in_the_report(tmp_path: Path, tiny_model:
     assert re.search(r"<h2>Judged in pairs</h2>.*<td>new\.jsonl<td>old\.jsonl<td class=n>\d+\.\d%<td class=n>\d+% to \d+%", page)
     assert "new.jsonl against old.jsonl: not significant" in page
     assert re.search(r"<th>labelled pairs<th class=n>n.*<td>[^<]+<td class=n>1<td class=n>\d+\.\d%", page)
+    assert "begun again" not in page
+    with pytest.raises(UserError, match="has no column"):
+        judge(files, tmp_path / "run", JudgeConfig(judge=str(tiny_model), calibrate=str(files[0])))
+    assert "evaluate judge was begun again and has not ended" in write_report(tmp_path / "run").read_text()
 
 
 def test_tasks_of_a_recipe_stand_in_the_report(recipe: Any, tmp_path: Path) -> None:
