@@ -90,12 +90,16 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.count(inputs)
         one_pass: Any = partial(self.one_pass, model)
         if self.records:
-            self.recorded = one_pass = self.recorded or Recorded(one_pass, model.parameters())
+            self.recorded = one_pass = self.recorded or Recorded(one_pass, self.learned())
             inputs = self._prepare_inputs(inputs)
         loss: torch.Tensor = one_pass(inputs, num_items_in_batch)
         if self.accelerator.sync_gradients and self.args.world_size > 1:
-            average_gradients(whole_on_each(list(model.parameters())))
+            average_gradients(whole_on_each(self.learned()))
         return loss
+
+    def learned(self) -> list[torch.nn.Parameter]:
+        """Return the weights that the optimizer changes: after an evaluation FSDP2's model has others in the place of some of them."""
+        return [each for group in self.optimizer.param_groups for each in group["params"]]
 
     def one_pass(self, model: Any, inputs: dict[str, Any], count: torch.Tensor) -> torch.Tensor:
         """Make a pass forward and back: add to the gradients, return the loss."""

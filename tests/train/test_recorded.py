@@ -13,7 +13,8 @@ from sftkit.core.files import read_json_lines
 from sftkit.core.models import load_model, resolve_model
 from sftkit.train.config import TrainConfig
 from sftkit.train.recorded import Recorded
-from sftkit.train.trainer import Watch, make_trainer, unwrapped
+from sftkit.train.sharded import sharing
+from sftkit.train.trainer import Trainer, Watch, make_trainer, unwrapped
 
 from .test_trainer import row
 
@@ -25,6 +26,7 @@ class Graphs:
         self.recordings = self.replays = 0
         self.error: BaseException | None = None  # while recording
         self.recorded: Any = None
+        self.learned: Any = list  # returns weights that an optimizer changes
         self.on = stream()
         self.underway: list[Any] = []  # pools that memory is taken from
         self.pools: list[Any] = []  # that hold memory
@@ -55,10 +57,12 @@ class Graphs:
     def record(self, _graph: Any, pool: Any, stream: Any, **_: Any) -> Iterator[None]:
         before, self.on = self.on, stream
         places = [(each, each.grad, each.grad.clone()) for each in self.recorded._parameters if each.grad is not None]
+        had = [(each, each.grad) for each in self.learned()]
         self.underway.append(pool)
         self.pools.append(pool)
         self.generator = "recording"
         yield
+        assert all(each.grad is grad for each, grad in had), "a replay adds to a gradient that no one sees"
         self.recordings += 1
         for parameter, place, value in places:
             assert parameter.grad is place, "a gradient has moved"
@@ -173,9 +177,20 @@ def test_memory_that_runs_out_while_recording_is_told_as_anywhere(graphs: Graphs
         passes({"x": torch.ones(3)}, torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """Be the only one of some processes."""
+    from sftkit.train import collective
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+    collective._processors.cache_clear()
+
+
+@pytest.mark.parametrize(("lora", "shards"), [(False, False), (True, False), (False, True), (True, True)])
 def test_a_run_from_recordings_learns_what_a_run_learns(
-    tiny_model: Path, tmp_path: Path, graphs: Graphs, lora: bool, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, tmp_path: Path, graphs: Graphs, lora: bool, shards: bool, alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sftkit.train.adapters import adapter_config
 
@@ -194,12 +209,13 @@ def test_a_run_from_recordings_learns_what_a_run_learns(
         watch = Watch(place / "metrics.jsonl", chat, save_minutes=1e9)
         trainer = make_trainer(
             load_model(ref, dtype="float32"), chat, rows[:80], rows[80:], config, checkpoints=place, device="cpu", half=None,
-            batch_tokens=256, watch=watch, peft_config=adapter_config(config) if lora else None,
+            batch_tokens=256, watch=watch, peft_config=adapter_config(config) if lora else None, kind=sharing(Trainer) if shards else Trainer,
         )  # fmt: skip
         assert trainer.records is False  # on a CPU
         shape = tuple(map(max, zip(trainer.packs.largest_shape(), trainer.validation.largest_shape(), strict=True)))
         trainer.packs.pad_to(shape)  # type: ignore[arg-type]  # as packs that code is compiled for
         trainer.records = records
+        graphs.learned = trainer.learned
         trainer.train()
         watch.close()
         lines = read_json_lines(place / "metrics.jsonl")
