@@ -188,14 +188,7 @@ def loss(heldout: str | Path, models: Mapping[str, str], out: Path | None, confi
     nothing is kept. Raises UserError when no row is left.
     """
     engine = _scoring_engine(config.engine)
-    examples = islice(iterate_examples(heldout), config.limit)
-    rows = [row for example in examples for row in (read_texts(example) if config.text else [read_row(example)])]
-    if all(row.error for row in rows):
-        reasons = told(counted(row.error for row in rows))
-        raise UserError(
-            f"{rows[0].example.source}: this and all other rows have no answer to score ({reasons}); expected conversations with an"
-            " assistant turn, or a column completion, response, output or answer; --text scores plain texts"
-        )
+    rows = read_heldout(heldout, config)
     found = find_models(models, engine)
     settings = {"heldout": str(heldout), "models": dict(models), **to_mapping(config)}
     section, table = _place(config.text)
@@ -212,6 +205,19 @@ def loss(heldout: str | Path, models: Mapping[str, str], out: Path | None, confi
             _frame(rows, scored, why).write_parquet(temporary)
         finish_section(folder, section, result.facts(), {"models": list(models), "rows": len(rows)})
         return result
+
+
+def read_heldout(heldout: str | Path, config: LossConfig) -> list[HeldOut]:
+    """Return the held-out rows, or the pieces of texts, as `loss` scores them. Raises UserError where none can be scored."""
+    examples = islice(iterate_examples(heldout), config.limit)
+    rows = [row for example in examples for row in (read_texts(example) if config.text else [read_row(example)])]
+    if all(row.error for row in rows):
+        reasons = told(counted(row.error for row in rows))
+        raise UserError(
+            f"{rows[0].example.source}: this and all other rows have no answer to score ({reasons}); expected conversations with an"
+            " assistant turn, or a column completion, response, output or answer; --text scores plain texts"
+        )
+    return rows
 
 
 def _place(text: bool) -> tuple[str, str]:

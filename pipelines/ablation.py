@@ -109,7 +109,7 @@ def ablate(source: Path, model: str, out: Path, config: AblationConfig, *, heldo
 
     Every arm has the same settings and, with `equal_tokens`, as many tokens: a control of longer rows gets fewer epochs. One run
     folder for each arm and seed stands in `out`; what is done is not done again. Held-out rows are those of `source`, or a file.
-    Writes out/ablation.json. Raises UserError for a run without controls or held-out rows.
+    Writes out/ablation.json. Raises UserError for a run without controls or held-out rows, and for such rows that are trained on.
     """
     data = _arms(source)
     rows = heldout or source / "curate" / "heldout.jsonl"
@@ -117,9 +117,10 @@ def ablate(source: Path, model: str, out: Path, config: AblationConfig, *, heldo
         raise UserError(f"{rows}: there is no such file; give --heldout FILE, or build the run with heldout: {{prompts: 100}}")
     from ..core.chat import load_chat  # after what a user may have to mend, and never for a report: torch takes seconds to import
     from ..core.models import resolve_model
-    from ..evaluate.loss import loss
+    from ..evaluate.loss import loss, read_heldout
     from ..train.sft import train
 
+    _check_unseen(rows, {each.example.id for each in read_heldout(rows, config.loss)}, data)
     chat = load_chat(resolve_model(model))
     sizes = {name: _size(path, chat) for name, path in data.items()}
     with Run.create(out) as run:
@@ -177,6 +178,15 @@ def _arms(source: Path) -> dict[str, Path]:
         if stage in stages[:-1]:
             log.warning("%s: was drawn beside what %s kept, the data set is what %s kept: they are not matched", path, stage, stages[-1])
     return {SELECTION: selection, **{path.stem: path for path in controls}}
+
+
+def _check_unseen(heldout: Path, held: set[str], data: Mapping[str, Path]) -> None:
+    """Raise UserError for held-out conversations that stand word for word in what an arm trains on: it would win by them alone."""
+    for name, path in data.items():
+        seen = sum(example_id in held for example_id in {each.id for each in iterate_examples(path)})
+        if seen:
+            told = f"{seen:,} of its {len(held):,} conversations stand in {path}, which {name} is trained on"
+            raise UserError(f"{heldout}: {told}; give rows that none is trained on")
 
 
 def _size(path: Path, chat: Any) -> tuple[int, int]:

@@ -80,6 +80,13 @@ def test_the_command_writes_the_report(run: Path, tmp_path: Path, tiny_model: Pa
 def test_what_is_missing_is_said(run: Path, tmp_path: Path, tiny_model: Path) -> None:
     with pytest.raises(UserError, match=r"none\.jsonl: there is no such file; give --heldout FILE"):
         ablate(run, str(tiny_model), tmp_path / "out", CONFIG, heldout=tmp_path / "none.jsonl")
+    trained_on = run / "curate" / "dataset.jsonl"
+    with pytest.raises(UserError, match=r"24 of its 24 conversations stand in .*dataset\.jsonl, which selection is trained on"):
+        ablate(run, str(tiny_model), tmp_path / "out", CONFIG, heldout=trained_on)
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"empty\.jsonl: is empty"):
+        ablate(run, str(tiny_model), tmp_path / "out", CONFIG, heldout=tmp_path / "empty.jsonl")
+    assert not (tmp_path / "out").exists()  # and nothing was trained
     for control in (run / "curate" / "controls").iterdir():
         control.unlink()
     with pytest.raises(UserError, match=r"holds no controls to compare with; `sftkit curate select .* --controls` writes them"):
