@@ -6,8 +6,8 @@ CHATS is a data file with conversations, TOKENIZER a model folder whose tokenize
 random weights. The stages, with what each needs on two H200s:
 
     equal    the losses of eight updates on one GPU and on two, by the same rows: in float32, and in bfloat16 products       (1.5 min)
-    speed    tokens a second and peak memory of one GPU and of two, at the same forward passes on each                       (3 min)
-    kill     `sftkit train sft --gpus 2` killed (SIGKILL), gone on with on two and on one, against a run in one piece        (2.5 min)
+    speed    tokens a second and peak memory of one GPU and of two, at the same forward passes on each                       (3 min a shape)
+    kill     `sftkit train sft --gpus 2` killed (SIGKILL), gone on with on two and on one, against a run in one piece        (8 min)
     distill  one replica and two, the same rows; then one of the two is killed on the way                                    (5 min)
     tasks    `sftkit evaluate tasks` with one replica and with two                                                           (4 min)
 
