@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
+from scipy.stats import t as student
 
 from ..core.engines.base import Completion
 
@@ -33,7 +34,8 @@ COLD_WEIGHT, EVEN_WEIGHT = 0.05, 0.02  # of what is taken where the answers do n
 COARSE, FINE = 1.25, 1.0005  # numbers of slots that are tried are so far apart, first and last
 SHOWN = 0.01  # of the time: what steps take at least, if they are seen at all
 MOST_GAPS = 8  # between answers, the longest, at which a wave may end
-FEWEST_TURNS, MOST_TURNS = 3, 6  # of the slots, whose paces are compared
+FEWEST_TURNS, MOST_TURNS = 4, 10  # of the slots, whose paces are compared
+SURE = 0.95  # how often the time is to be within what is said, if the pace goes on as unevenly as it was
 
 
 @dataclass(slots=True)
@@ -88,7 +90,7 @@ class Forecast:
     seconds: float
     least: float
     most: float
-    unlike: float  # two standard errors of the time, as a share of it, by how uneven the pace was
+    unlike: float  # how far the time may be off, as a share of it, by how uneven the pace was
     rate: float  # tokens per second of a full engine
 
 
@@ -159,7 +161,7 @@ def _fit(lengths: Sequence[int], times: Any, slots: int) -> tuple[float, Slotted
 
 
 def _unlike(times: Any, fitted: Any, turn: int, seconds: float) -> float:
-    """Return two standard errors of so many seconds to come, as a share, by the paces of a few parts; WITHIN where there are too few."""
+    """Return how far off so many seconds may be, as a share, by the paces of a few parts (Student's t); WITHIN where there are too few."""
     parts = min(MOST_TURNS, len(times) // turn)
     if parts < FEWEST_TURNS:
         return WITHIN
@@ -168,4 +170,4 @@ def _unlike(times: Any, fitted: Any, turn: int, seconds: float) -> float:
         return WITHIN
     pace = took / meant
     error = pace.std(ddof=1) / pace.mean()
-    return float(2 * error * math.sqrt(1 / len(pace) + meant.mean() / seconds))
+    return float(student.ppf((1 + SURE) / 2, len(pace) - 1) * error * math.sqrt(1 / len(pace) + meant.mean() / seconds))

@@ -171,14 +171,14 @@ def test_an_engine_that_works_in_batches_has_a_rate_and_no_slots(monkeypatch: py
     clock = Clock()
     monkeypatch.setattr(time, "monotonic", lambda: clock.now)
     pace, draw = Pace(begin=0.0), random.Random(0)
-    asked = [(str(number), draw.randint(1, 100)) for number in range(256)]
+    asked = [(str(number), draw.randint(1, 100)) for number in range(640)]
     for first in range(0, len(asked), 64):  # each batch takes as long as its longest answer
         for key, length in sorted(asked[first : first + 64], key=lambda each: each[1]):
             clock.now = first / 64 * 10 + length / 10
             pace(Completion(key=key, num_tokens=length), 63)
     mean = np.mean([length for _, length in asked])
     found = pace.forecast([key for key, _ in asked], [50] * 512, 0.5, in_batches=True)
-    assert found.seconds == pytest.approx(40 * 512 * 50 / (256 * mean) + 0.5, rel=0.02)
+    assert found.seconds == pytest.approx(100 * 512 * 50 / (640 * mean) + 0.5, rel=0.02)
     assert found.least == found.most == found.seconds
     assert found.unlike < 0.15
     assert pace.forecast([key for key, _ in asked[:100]], [50], 0.0, in_batches=True).unlike > 0
