@@ -1,5 +1,6 @@
 """A user's own task: one file of questions, each with what its answer is held against and how."""
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -81,6 +82,8 @@ def load(source: str, config: TasksConfig) -> Task:
             raise UserError(f"{place}: says no scoring; add a column scoring, or give {path}:SCORING: {', '.join(SCORING)}")
         if scoring not in SCORING:
             raise unknown_name("scoring", scoring, SCORING, place)
+        if scoring == "json-schema" and isinstance(target.get("schema"), str):  # of a CSV file, which holds nothing but texts
+            target["schema"] = _parsed(target["schema"], place)
         _check(target, scoring, place, list(row))
         name = str(target["id"]) if "id" in target else _unused(content_id(messages), places)
         if name in places:
@@ -113,7 +116,17 @@ def _question(rest: dict[str, Any], place: str) -> tuple[list[Message], str | No
     messages = FORMATS[detect_format(frozenset(rest), place)](rest, place)
     if not any(each["role"] == "user" for each in messages):
         raise UserError(f"{place}: has no question; expected a column prompt or question, or messages of a user")
-    return split_prompt(Example("", messages))
+    asked, gold = split_prompt(Example("", messages))
+    if asked[-1]["role"] == "user" and not str(asked[-1].get("content") or "").strip():
+        raise UserError(f"{place}: its question is empty; expected a text")
+    return asked, gold
+
+
+def _parsed(schema: str, place: str) -> Any:
+    try:
+        return json.loads(schema)
+    except ValueError:
+        raise UserError(f"{place}: schema is {schema[:60]!r}; expected a JSON schema, as an object or as its text") from None
 
 
 def _unused(name: str, used: Mapping[str, str]) -> str:
@@ -141,4 +154,7 @@ def _check(target: Mapping[str, Any], scoring: str, place: str, columns: list[st
     if scoring == "regex":
         Pattern(f"{place}: pattern ", target["pattern"])  # raises for what is none
     if scoring == "json-schema":
-        check_schema("null", target["schema"])
+        try:
+            check_schema("null", target["schema"])
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None

@@ -257,7 +257,9 @@ BAD: list[tuple[list[dict[str, Any]], str]] = [
     ([{"prompt": "a", "scoring": "regex", "answer": "b"}], r"rows.jsonl:1: scoring 'regex' needs a column pattern"),
     ([{"prompt": "a", "scoring": "numeric", "answer": "b"}], r"needs a number as answer; found 'b'"),
     ([{"prompt": "a", "scoring": "regex", "pattern": "("}], r"pattern '\(' is not a regular expression"),
-    ([{"prompt": "a", "scoring": "json-schema", "schema": {"type": "x"}}], r"json schema: is not valid"),
+    ([{"prompt": "a", "scoring": "json-schema", "schema": {"type": "x"}}], r"rows.jsonl:1: json schema: is not valid"),
+    ([{"prompt": "a", "scoring": "json-schema", "schema": "{"}], r"rows.jsonl:1: schema is '\{'; expected a JSON schema"),
+    ([{"prompt": " ", "scoring": "exact", "answer": "b"}], r"rows.jsonl:1: its question is empty"),
     ([{"prompt": "a", "scoring": "regex", "pattern": 5}], r"rows.jsonl:1: pattern is '5'; expected a text"),
     ([{"prompt": "a", "scoring": "unit-test", "tests": ["assert 1"]}], r"rows.jsonl:1: tests is .*; expected a text"),
     ([{"prompt": "a", "scoring": "unit-test", "tests": " "}], r"rows.jsonl:1: tests is ' '; expected a text"),
@@ -278,6 +280,12 @@ BAD: list[tuple[list[dict[str, Any]], str]] = [
 def test_bad_rows_are_named(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         open_task(str(write_rows(tmp_path / "rows.jsonl", rows)), settings())
+
+
+def test_a_schema_may_be_a_text(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('prompt,scoring,schema\nA number?,json-schema,"{""type"": ""integer""}"\n')
+    task = open_task(str(tmp_path / "rows.csv"), settings())
+    assert [task.score(task.items[0], answer)["score"].value for answer in ("7", '"seven"')] == [1.0, 0.0]
 
 
 def test_a_pattern_that_backtracks_without_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
