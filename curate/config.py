@@ -120,6 +120,12 @@ class DistillConfig(Sampling):
         """Return what tokens of answers, tokens of prompts and the time cost."""
         return (written * self.price_output + read * self.price_input) / 1e6 + seconds / 3600 * self.price_hour
 
+    def hours(self, written: float, read: float) -> float | None:
+        """Return the hours that the budgets leave a call, after tokens of answers and of prompts that have cost already; None without."""
+        paid = self.budget_cost is not None and self.price_hour > 0
+        left = max(0.0, (self.budget_cost or 0.0) - self.cost(written, read)) / self.price_hour if paid else None
+        return min((each for each in (self.budget_hours, left) if each is not None), default=None)
+
     @property
     def sampling(self) -> Sampling:
         """What decides an answer, without the rest."""

@@ -186,6 +186,7 @@ class Distillation:
     _read: int = 0  # tokens of their prompts
     _before: float = 0.0  # seconds of generating in this call, up to the last time it began
     _asked: dict[str, Wanted] = field(default_factory=dict)  # sent and not answered yet
+    _hours: float | None = None  # of this call, in which it asks
     _deadline: float | None = None  # by time.monotonic, after which nothing more is asked
     _began: float = 0.0  # by time.monotonic, less the pauses
     _enough: bool = False  # nothing more is asked
@@ -269,8 +270,9 @@ class Distillation:
         self._checked |= checking
         total = len(self.wanted) if label == "distill" else len(missing)
         start = time.monotonic()
-        if config.budget_hours is not None and self._deadline is None:
-            self._deadline = start + 3600 * config.budget_hours
+        self._hours = config.hours(self._spent, self._read) if self._hours is None else self._hours
+        if self._hours is not None and self._deadline is None:
+            self._deadline = start + 3600 * self._hours
         self._began = start - self._before
         if self._gpus is None:
             self._gpus = GpuBusy(self.teacher.gpus())
@@ -318,10 +320,9 @@ class Distillation:
 
     def _overdue(self) -> bool:
         """Say whether what is under way has had long enough to finish after the last moment to ask."""
-        hours = self.teacher.config.budget_hours
-        if self._deadline is None or hours is None or not self._asked:
+        if self._deadline is None or self._hours is None or not self._asked:
             return False
-        return time.monotonic() > self._deadline + max(SECONDS_TO_FINISH, SHARE_TO_FINISH * 3600 * hours)
+        return time.monotonic() > self._deadline + max(SECONDS_TO_FINISH, SHARE_TO_FINISH * 3600 * self._hours)
 
     def _to_check(self, missing: Sequence[Wanted]) -> list[Wanted]:
         """Return the first sample of each of the first prompts, 50 in all calls, but for those that failed by their numbers before.

@@ -86,9 +86,12 @@ def test_a_budget_of_time_stops_asking_and_is_no_failure(tmp_path: Path, setting
     assert distill(path, run, settings(k=2)).samples == 40
 
 
-@pytest.mark.parametrize(("hours", "given"), [(0.01, 4), (1.0, 9)])
+@pytest.mark.parametrize(
+    ("budget", "given"),
+    [({"budget_hours": 0.01}, 4), ({"budget_hours": 1.0}, 9), ({"budget_cost": 0.03, "price_hour": 3.0}, 4)],
+)
 def test_what_is_under_way_when_the_time_is_over_has_a_while_to_finish(
-    hours: float, given: int, tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch
+    budget: dict[str, float], given: int, tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An engine that takes nine at once and answers one in 30 s, until the time is over and a minute, or a twentieth of it, besides."""
     now = 0.0
@@ -106,5 +109,5 @@ def test_what_is_under_way_when_the_time_is_over_has_a_while_to_finish(
 
     monkeypatch.setattr(distill_module, "open_engine", lambda *arguments, **keywords: Slow())
     asked = {"teacher": "m", "engine": {"engine": "openai", "base_url": "http://localhost:1/v1"}}
-    result = distill(prompts(tmp_path / "p.jsonl", 20), tmp_path / "run", settings(budget_hours=hours, **asked))
+    result = distill(prompts(tmp_path / "p.jsonl", 20), tmp_path / "run", settings(**budget, **asked))
     assert (result.samples, result.over_budget, result.failed) == (given, 20 - given, {})
