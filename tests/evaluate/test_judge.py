@@ -19,6 +19,7 @@ from sftkit.evaluate.config import CompareConfig, JudgeConfig
 from sftkit.evaluate.judge import judge
 from sftkit.evaluate.preferences import agreement, length_controlled, win_rate
 from sftkit.evaluate.task_data import read_data
+from sftkit.pipelines.report import write_report
 
 Cli = Callable[..., tuple[int, str, str]]
 CPU = {"engine": "transformers", "device": "cpu", "dtype": "float32"}
@@ -215,6 +216,13 @@ def test_a_comparison_that_was_killed_before_its_end_is_told(tmp_path: Path, tin
     run = tmp_path / "run"
     models = {"base": str(tiny_model), "sft": str(trained_model)}
     compare(models, None, run, load_config(CompareConfig, {"max_new_tokens": 5, "engine": CPU}))
+    table = run / "evaluate" / "answers.parquet"
+    whole = table.read_bytes()
+    table.write_bytes(whole[:300])
+    for reads in (lambda: judge([run], None, settings(tiny_model)), lambda: write_report(run)):
+        with pytest.raises(UserError, match=r"answers\.parquet: damaged or cut short"):
+            reads()
+    table.write_bytes(whole)
     (run / "evaluate" / "results.json").unlink()
     with pytest.raises(UserError, match="its comparison was not finished; give the same `sftkit evaluate compare` command again"):
         judge([run], None, settings(tiny_model))
