@@ -16,6 +16,10 @@ class TooManyFailures(UserError):
     exit_code = 3
 
 
+class DamagedFile(UserError, ValueError):
+    """A file that was written whole and is not any more, or that someone changed."""
+
+
 class Diverged(UserError):
     """The loss of a training is no number any more: the settings' doing, and so the same each time."""
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import UserError
+from .errors import DamagedFile, UserError
 
 PARQUET = b"PAR1"  # how such a file ends
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -96,8 +96,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file. Raises DamagedFile for one that is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedFile(f"{path}: damaged or cut short ({error}); take it from a copy, or remove it and run the step again") from error
 
 
 def read_json_lines(path: Path) -> list[Any]:

@@ -12,6 +12,7 @@ from .errors import UserError
 from .example import Example, Message, Tool, content_id, tools_of
 from .formats import split_prompt
 from .named_models import NamedModel
+from .parts import calls_left_out
 from .progress import Progress
 from .values import ValueStore, value_key
 
@@ -124,7 +125,7 @@ def read_conversation(
 ) -> Reading:
     """Render a conversation for a model, its answers masked; with `train_on` "last" only the final one.
 
-    Rules: `refused_by_template`, `turn_left_out`, `no_end_of_turn`, `too_long`.
+    Rules: `refused_by_template`, `turn_left_out`, `calls_left_out`, `no_end_of_turn`, `too_long`.
     """
     chat = model.chat
     assert chat is not None  # only servers render for themselves, and they tell no probabilities
@@ -135,8 +136,12 @@ def read_conversation(
         return Reading(error="refused_by_template")
     last = [here and not following for here, following in zip(rendered.mask, [*rendered.mask[1:], False], strict=True)]
     ends = [here and token in chat.stop_ids for here, token in zip(last, rendered.ids, strict=True)]
-    if sum(last) < (1 if train_on == "last" else sum(each["role"] == "assistant" for each in messages)):
+    answers = [each for each in messages if each["role"] == "assistant"]
+    answers = answers[-1:] if train_on == "last" else answers
+    if sum(last) < len(answers):
         return Reading(error="turn_left_out")
+    if calls_left_out(answers, rendered.mask):
+        return Reading(error="calls_left_out")
     if sum(ends) < sum(last):
         return Reading(error="no_end_of_turn")
     if model.context is not None and len(rendered.ids) > model.context:

@@ -1,7 +1,10 @@
 """The parts of an assistant's turn, found by rendering it otherwise: its thought, what it says, the calls beside that."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from .example import Message
 from .reasoning import CLOSE, OPEN
@@ -23,6 +26,14 @@ def thought_length(content: str) -> int:
         return 0
     end = content.index(CLOSE) + len(CLOSE)
     return end + len(content[end:]) - len(content[end:].lstrip())
+
+
+def calls_left_out(answers: Iterable[Message], written: Sequence[bool] | npt.NDArray[np.bool_]) -> bool:
+    """Say whether a template wrote only the end of an answer that is nothing but tool calls. `written`: the answers' tokens, of a row's."""
+    if not any(each.get("tool_calls") and not (each.get("content") or "").strip() for each in answers):
+        return False
+    edges = np.flatnonzero(np.diff(written, prepend=False, append=False))
+    return not len(edges) or bool((edges[1::2] - edges[::2] < 2).any())
 
 
 def trained_part(

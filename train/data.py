@@ -14,6 +14,7 @@ from ..core.config import part
 from ..core.errors import UserError
 from ..core.example import Example, Message, Tool, tools_of
 from ..core.ledger import RowKey
+from ..core.parts import calls_left_out
 from .config import PreferenceConfig, TrainConfig
 from .rendering import Pieces, in_chunks, render_many
 
@@ -146,12 +147,6 @@ def key_of(example: Example) -> RowKey:
     return example.id, None
 
 
-def _shortest_span(row: Row) -> int:
-    """Return how many tokens the shortest stretch of a row has that the assistant wrote."""
-    edges = np.flatnonzero(np.diff(row.written, prepend=False, append=False))
-    return int((edges[1::2] - edges[::2]).min()) if len(edges) else 0
-
-
 def outcomes(examples: Sequence[Example], chat: Chat, config: TrainConfig, limit: int) -> list[Outcome]:
     """Render examples in order, until as many are kept as are wanted."""
     pieces = Pieces(chat)
@@ -247,9 +242,8 @@ def _outcome(example: Example, rendered: Rendered | UserError, chat: Chat, confi
         return Outcome(rule="refused_by_template", said=str(rendered))
     key = key_of(example)
     row = Row(key, rendered.ids, rendered.mask, example.source, written=rendered.written)
-    calls = [each for each in _wanted(example, config) if each.get("tool_calls") and not (each.get("content") or "").strip()]
-    if calls and _shortest_span(row) < 2:
-        return Outcome(rule="calls_left_out")  # nothing of a turn but its end
+    if calls_left_out(_wanted(example, config), row.written):
+        return Outcome(rule="calls_left_out")
     rows = [row]
     if len(row) > limit:
         try:

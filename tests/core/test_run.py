@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 from sftkit.core.errors import UserError
-from sftkit.core.files import write_atomically
+from sftkit.core.files import read_json, write_atomically
 from sftkit.core.run import Run, is_done, mark_done, read_done, versions
 
 
@@ -185,3 +185,9 @@ def test_of_settings_within_settings_only_those_that_differ_are_told(tmp_path: P
         run.configure("ablation", {"train": {"max_length": 128, "epochs": 1}})
         with pytest.raises(UserError, match=r"\(ablation\.train\.max_length was 128, now 1024\)"):
             run.configure("ablation", {"train": {"max_length": 1024, "epochs": 1}})
+
+
+def test_a_damaged_file_is_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"loss": 1.')
+    with pytest.raises(UserError, match=r"results\.json: damaged or cut short \(.*\); take it from a copy"):
+        read_json(tmp_path / "results.json")

@@ -159,6 +159,7 @@ def test_a_row_counts_for_all_models_or_for_none(
     template = short / "chat_template.jinja"
     refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system message here') }}{% endif %}"
     template.write_text(refuse + template.read_text())
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     rows = [
         *ROWS[:2],
         turns("long", "the sea " * 40),
@@ -166,6 +167,7 @@ def test_a_row_counts_for_all_models_or_for_none(
         turns("What is a question?"),
         turns("Say nothing", " "),
         system,
+        {"messages": [ROWS[0]["messages"][0], {"role": "assistant", "content": "", "tool_calls": [call]}]},  # which the template leaves out
     ]
     heldout = write_rows(tmp_path / "h.jsonl", rows)
     run = tmp_path / "run"
@@ -176,8 +178,9 @@ def test_a_row_counts_for_all_models_or_for_none(
         "no_assistant_turn": 1,
         "empty_answer": 1,
         "refused_by_template for short": 1,
+        "calls_left_out": 1,
     }
-    assert (result.rows, result.used) == (7, 2)
+    assert (result.rows, result.used) == (8, 2)
     assert f"1 no_assistant_turn, the first is {heldout}:5" in caplog.text
     assert "no system message here" in caplog.text
     assert [each.tokens for each in result.models] == [result.models[0].tokens] * 2
@@ -186,7 +189,7 @@ def test_a_row_counts_for_all_models_or_for_none(
     # what could be scored is there to be read, though it does not count
     assert table.filter((pl.col("model") == "base") & pl.col("sum_logprob").is_not_null()).height == 4
     assert table.filter(pl.col("model") == "short")["error"].to_list() == [
-        None, None, "too_long", "too_long", "no_assistant_turn", "empty_answer", "refused_by_template",
+        None, None, "too_long", "too_long", "no_assistant_turn", "empty_answer", "refused_by_template", "calls_left_out",
     ]  # fmt: skip
     used = table.filter(pl.col("left_out").is_null())
     assert result.num_bytes == used.filter(pl.col("model") == "base")["num_bytes"].sum()
