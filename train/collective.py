@@ -54,11 +54,13 @@ def average_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
 def _together(grads: Sequence[Any]) -> Iterator[list[torch.Tensor]]:
     """Yield gradients of one format, as many as are sent at once."""
     group: list[torch.Tensor] = []
+    held = 0  # numbers in it: counted as it grows, for an adapter has a thousand small tensors
     for grad in grads:
-        if group and (grad.dtype != group[0].dtype or sum(each.numel() for each in group) + grad.numel() > SENT):
+        if group and (grad.dtype != group[0].dtype or held + grad.numel() > SENT):
             yield group
-            group = []
+            group, held = [], 0
         group.append(grad)
+        held += grad.numel()
     if group:
         yield group
 
