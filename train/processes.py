@@ -214,6 +214,10 @@ def _do(job: Job, folder: Path) -> None:
     except torch.OutOfMemoryError as error:
         ended("memory", str(error))
         sys.exit(1)
+    except RuntimeError:
+        if (folder / STATUS).exists():  # another process has said how it ended; this one has lost its connection to it
+            sys.exit(1)
+        raise
     except KeyboardInterrupt as stop:
         ended("stopped", str(stop))
     else:

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from sftkit.core.errors import UserError
 from sftkit.core.models import load_model, resolve_model
 from sftkit.train import processes
@@ -169,6 +170,29 @@ def test_asked_to_stop_after_the_last_step_the_parent_saves_the_model_and_stops(
         processes.outcome(job, 1)
     with pytest.raises(KeyboardInterrupt):
         processes.outcome(job, 1, asked=True)
+
+
+def test_of_processes_that_end_together_the_one_with_the_reason_is_heard_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory runs out on one, the others lose their connection to it: a traceback of theirs told of a network."""
+    job = processes.Job(room=tmp_path, start=None, data=None, config=TrainConfig(gpus=2), device="cpu", own=None, tokens=1, deadline=None)
+
+    def end(rank: int, error: Exception) -> None:
+        def run_trainer(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
+        monkeypatch.setattr("sftkit.train.local.run_trainer", run_trainer)
+        monkeypatch.setattr(processes, "load_chat", lambda _: None)
+        processes._do(job, tmp_path)
+
+    lost = RuntimeError("Connection closed by peer")
+    with pytest.raises(RuntimeError, match="Connection closed"):  # nothing else says why
+        end(0, lost)
+    with pytest.raises(SystemExit):
+        end(1, torch.OutOfMemoryError("no room"))
+    with pytest.raises(SystemExit):
+        end(0, lost)
+    assert json.loads((tmp_path / processes.STATUS).read_text()) == {"ended": "memory", "said": "no room"}
 
 
 @pytest.mark.slow
