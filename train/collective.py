@@ -35,8 +35,7 @@ def begin_alike(weights: Sequence[torch.nn.Parameter]) -> None:
 def average_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
     """Put the mean over all processes into each gradient; one that another process has alone is a zero here.
 
-    DistributedDataParallel begins while the last pass still computes; what that saves, 6 ms an update where two H200s exchange 2 GB, is
-    less than its hooks cost, with which no pass can be recorded.
+    DistributedDataParallel begins while an update's last pass still computes, but by hooks on the host, with which no pass can be recorded.
     """
     found = over_processes(*(each.grad is not None for each in weights))
     learned = [each for each, count in zip(weights, found, strict=True) if count]
