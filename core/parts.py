@@ -1,10 +1,8 @@
 """The parts of an assistant's turn, found by rendering it otherwise: its thought, what it says, the calls beside that."""
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from .example import Message
 from .reasoning import CLOSE, OPEN
@@ -28,12 +26,12 @@ def thought_length(content: str) -> int:
     return end + len(content[end:]) - len(content[end:].lstrip())
 
 
-def calls_left_out(answers: Iterable[Message], written: Sequence[bool] | npt.NDArray[np.bool_]) -> bool:
+def calls_left_out(answers: Iterable[Message], written: Iterable[bool]) -> bool:
     """Say whether a template wrote only the end of an answer that is nothing but tool calls. `written`: the answers' tokens, of a row's."""
     if not any(each.get("tool_calls") and not (each.get("content") or "").strip() for each in answers):
         return False
-    edges = np.flatnonzero(np.diff(written, prepend=False, append=False))
-    return not len(edges) or bool((edges[1::2] - edges[::2] < 2).any())
+    turns = [len(list(run)) for here, run in groupby(written) if here]
+    return not turns or min(turns) < 2
 
 
 def trained_part(

@@ -1,5 +1,6 @@
 """Recorded passes, on a stand-in for CUDA's graphs: what is recorded reads the next inputs, adds to the same gradients, and is dropped."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -183,7 +184,10 @@ def alone(tmp_path: Path) -> Iterator[None]:
     from sftkit.train import collective
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    former = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     yield
+    for number, handler in former.items():  # one of several leaves them to its parent
+        signal.signal(number, handler)
     torch.distributed.destroy_process_group()
     collective._processors.cache_clear()
 
