@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from .errors import UserError
 from .example import Message, Tool
-from .files import read_json
+from .files import load_json
 from .models import ModelRef, load_tokenizer
 from .parts import SENTINEL, common_prefix, common_suffix, trained_part
 from .templates import BUILT_IN, PAD_CANDIDATES
@@ -426,7 +426,7 @@ def load_chat(ref: ModelRef) -> Chat:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path) if path.exists() else {}
+        return load_json(path) if path.exists() else {}
     except ValueError as error:
         raise UserError(f"{path}: is not valid JSON ({error}); copy the file again") from None
 

@@ -95,10 +95,15 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def load_json(path: Path) -> Any:
+    """Read a JSON file that came from elsewhere. Raises ValueError for one that is none."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises DamagedFile for one that is none."""
+    """Read a JSON file that a step has written. Raises DamagedFile for one that is none any more."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return load_json(path)
     except ValueError as error:
         raise DamagedFile(f"{path}: damaged or cut short ({error}); take it from a copy, or remove it and run the step again") from error
 

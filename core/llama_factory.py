@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import read_json
+from .files import load_json
 
 INFO = "dataset_info.json"
 COLUMNS = {  # what it calls a column in its `columns`, and what that column is called here
@@ -31,7 +31,7 @@ ROLES = {
 def data_sets(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Return the files that the folder's dataset_info.json names, with what it says of each. Raises UserError where it names none there."""
     try:
-        info = read_json(folder / INFO)
+        info = load_json(folder / INFO)
     except ValueError as error:
         raise UserError(f"{folder / INFO}: not valid JSON ({error})") from None
     entries = [entry for entry in (info.values() if isinstance(info, dict) else ()) if isinstance(entry, dict)]

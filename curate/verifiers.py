@@ -11,7 +11,7 @@ from typing import Any
 from ..core.checks.code import Verdict, extract_program, run_tests
 from ..core.checks.sandbox import Limits
 from ..core.errors import UserError, missing_package
-from ..core.files import read_json
+from ..core.files import load_json
 from ..core.progress import Progress
 from ..core.run import Run
 from ..core.values import ValueStore, value_key
@@ -57,7 +57,7 @@ def json_schema(*, schema: str | None = None, column: str | None = None) -> Scor
     shared: Any = None
     if schema is not None:
         try:
-            shared = read_json(Path(schema).expanduser())
+            shared = load_json(Path(schema).expanduser())
         except (OSError, ValueError) as error:
             raise UserError(f"{schema}: cannot be read as JSON: {error}") from None
         check_schema("null", shared)  # raises for what is no schema, once and not for each row

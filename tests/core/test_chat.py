@@ -148,7 +148,7 @@ def test_stop_ids_begin_with_the_end_of_turn_and_hold_what_the_files_list(tmp_pa
     assert chat.stop_ids == (vocabulary["<|im_end|>"], *sorted(listed))
     assert chat.pad_id not in chat.stop_ids, "its pad token is listed among the ends, so another one pads"
     (folder / "generation_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"generation_config.json: is not valid JSON"):
+    with pytest.raises(UserError, match=r"generation_config.json: is not valid JSON \(Expecting[^/]*\); copy the file again$"):
         load_chat(resolve_model(folder))
 
 
