@@ -17,11 +17,11 @@ from typing import Any
 import click
 
 from .errors import UserError
+from .files import FULL
 
-FULL, FORBIDDEN = "make room or name another place", "give this user the right to it, or name another place"
 MENDABLE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FULL),
-    **dict.fromkeys((errno.EACCES, errno.EPERM), FORBIDDEN),
+    **dict.fromkeys(FULL, "make room or name another place"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "give this user the right to it, or name another place"),
     errno.EROFS: "name another place",
 }
 NO_TEMPORARY = "No usable temporary directory"  # Python's words, where torch is imported at the latest

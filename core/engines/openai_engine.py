@@ -159,9 +159,7 @@ class OpenAIEngine:
                 if found is None:  # it was asked for what it does not know, and is asked for less now
                     continue
                 server.load.faults += 1
-                if not server.load.told:
-                    server.load.told = True
-                    log.warning("%s: %s; it is asked again", server.url, found.told)
+                server.tell_first(f"{found.told}; it is asked again")
                 if attempt == ATTEMPTS or (found.asked or 0) > LONGEST_RETRY_AFTER:
                     ending = f"after {attempt} attempts" if attempt == ATTEMPTS else f"and asks to be left alone for {found.asked:.0f} s"
                     return Completion(key=request.key, finish_reason="error", error=f"{found.told}, {ending}"), True
@@ -205,9 +203,7 @@ class OpenAIEngine:
                         f"{server.url}: is no OpenAI-compatible server: none of {server.load.odd:,} answers is of the protocol, the last"
                         f" ({kind}) is {said[:100]!r}; correct base_url. What finished is kept"
                     )
-                if not server.load.told:
-                    server.load.told = True
-                    log.warning("%s: an answer is not of the protocol (%s) and is asked for again: %.100r", server.url, kind, said)
+                server.tell_first(f"an answer is not of the protocol ({kind}) and is asked for again: {said!r:.100}")
                 return _Fault(f"an answer that is not of the protocol: {said}")
             server.load.understood = True
             self._names.heed(server, answer.get("model"))

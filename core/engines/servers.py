@@ -33,7 +33,7 @@ class Load:
     answered_at: float = field(default_factory=time.monotonic)  # the last time, or when it was found
     faults: int = 0  # in a row
     held_until: float = 0.0  # by time.monotonic: nothing is sent before
-    told: bool = False  # its first fault has been told: it is asked again for a minute and more before a request fails
+    told: bool = False  # its first fault has been told
     understood: bool = False  # has given an answer of the protocol
     odd: int = 0  # answers that are not of the protocol, and when the first of them came
     odd_since: float = math.inf
@@ -80,6 +80,12 @@ class Server:
         """Return what a client of this server is made with."""
         headers = {"content-type": "application/json", **({"authorization": f"Bearer {self.key}"} if self.key else {})}
         return {"headers": headers}
+
+    def tell_first(self, fault: str) -> None:
+        """Warn of its first fault: it is asked again for a minute and more before a request fails."""
+        if not self.load.told:
+            self.load.told = True
+            log.warning("%s: %s", self.url, fault)
 
     def told(self, response: httpx.Response) -> str:
         """Return what a server says about an error: one line, without the key, which some servers repeat."""
