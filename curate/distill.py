@@ -1,6 +1,7 @@
 """Distil: ask a teacher for k answers to each prompt, every finished answer durable at once, whatever interrupts."""
 
 import logging
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from ..core.store import SampleStore, decisive_settings, sample_key, sample_seed
 from .config import DistillConfig, format_pattern
 from .decided import record
 from .distill_result import DistillResult
-from .probe import FEWEST, Probe, num_matched
+from .probe import FEWEST, Probe, num_matched, warn_unlike
 from .prompts import Prompt, check_growth, choose_prompts
 from .rows import message_text
 
@@ -186,8 +187,8 @@ class Distillation:
     _read: int = 0  # tokens of their prompts
     _before: float = 0.0  # seconds of generating in this call, up to the last time it began
     _asked: dict[str, Wanted] = field(default_factory=dict)  # sent and not answered yet
-    _hours: float | None = None  # of this call, in which it asks
     _deadline: float | None = None  # by time.monotonic, after which nothing more is asked
+    _end: float = math.inf  # by time.monotonic, after which what is under way is given up
     _began: float = 0.0  # by time.monotonic, less the pauses
     _enough: bool = False  # nothing more is asked
     _checked: set[str] = field(default_factory=set)  # keys, PROBE at most, whose log-probabilities show whether they are numbers
@@ -270,9 +271,10 @@ class Distillation:
         self._checked |= checking
         total = len(self.wanted) if label == "distill" else len(missing)
         start = time.monotonic()
-        self._hours = config.hours(self._spent, self._read) if self._hours is None else self._hours
-        if self._hours is not None and self._deadline is None:
-            self._deadline = start + 3600 * self._hours
+        hours = config.hours(self._spent, self._read) if self._deadline is None else None
+        if hours is not None:
+            self._deadline = start + 3600 * hours
+            self._end = self._deadline + max(SECONDS_TO_FINISH, SHARE_TO_FINISH * 3600 * hours)
         self._began = start - self._before
         if self._gpus is None:
             self._gpus = GpuBusy(self.teacher.gpus())
@@ -320,9 +322,7 @@ class Distillation:
 
     def _overdue(self) -> bool:
         """Say whether what is under way has had long enough to finish after the last moment to ask."""
-        if self._deadline is None or self._hours is None or not self._asked:
-            return False
-        return time.monotonic() > self._deadline + max(SECONDS_TO_FINISH, SHARE_TO_FINISH * 3600 * self._hours)
+        return bool(self._asked) and time.monotonic() > self._end
 
     def _to_check(self, missing: Sequence[Wanted]) -> list[Wanted]:
         """Return the first sample of each of the first prompts, 50 in all calls, but for those that failed by their numbers before.
@@ -348,17 +348,6 @@ class Distillation:
         if seen.answers >= FEWEST:
             self._told = True
             seen.warn()
-
-    def _look_at_last(self, stored: pl.DataFrame) -> None:
-        """Tell whether the samples, 50 at most, evenly spaced, are as wanted, where the first answers were too few for it."""
-        found = Probe(self.teacher.config)
-        if self._told or not found.wanted:
-            return
-        most = min(PROBE, stored.height)
-        for row in stored[[place * stored.height // most for place in range(most)]].iter_rows(named=True):
-            found.add("", row["text"], row["finish_reason"])
-        for fault in found.unlike() if found.answers else ():
-            log.warning("warning: %s (%s answers looked at)", fault, f"{found.answers:,}")
 
     def _ask(self, waiting: deque[Wanted]) -> Iterator[Request]:
         config = self.teacher.config
@@ -452,7 +441,10 @@ class Distillation:
             seconds=seconds,
             gpu_busy=self._gpus.share if self._gpus else None,
         )
-        self._look_at_last(stored)
+        if not self._told:  # of the first answers, which were too few for it
+            most = min(PROBE, stored.height)
+            some = stored[[place * stored.height // most for place in range(most)]]
+            warn_unlike(config, some.select("text", "finish_reason").iter_rows())
         untold = stored["logprob"].null_count()
         if config.logprobs and untold:
             log.warning(

@@ -125,6 +125,15 @@ class Probe:
             )
 
 
+def warn_unlike(config: DistillConfig, answers: Iterable[tuple[str, str]]) -> None:
+    """Warn where too few of these are as wanted, each a text and its finish_reason."""
+    found = Probe(config)
+    for text, reason in answers if found.wanted else ():
+        found.add("", text, reason)
+    for fault in found.unlike() if found.answers else ():
+        log.warning("warning: %s (%s answers looked at)", fault, f"{found.answers:,}")
+
+
 def num_matched(pattern: Pattern | None, texts: Iterable[str]) -> int | None:
     """Return how many texts hold a pattern. None where there is none, or it takes too long: the samples do not depend on it."""
     try:
