@@ -1,6 +1,6 @@
 """Numbers that all processes of a run have to agree on, and gradients that they add up."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -21,7 +21,7 @@ def over_processes(*numbers: float) -> tuple[float, ...]:
     return tuple(total.tolist())
 
 
-def whole_on_each(weights: Sequence[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+def whole_on_each(weights: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
     """Return those that are trained and stand whole on each process (FSDP2 takes the others apart, and adds up their gradients itself)."""
     return [each for each in weights if each.requires_grad and not isinstance(each, DTensor)]
 

@@ -93,8 +93,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self.recorded = one_pass = self.recorded or Recorded(one_pass, self.learned())
             inputs = self._prepare_inputs(inputs)
         loss: torch.Tensor = one_pass(inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients and self.args.world_size > 1:
-            average_gradients(whole_on_each(self.learned()))
+        if self.accelerator.sync_gradients and self.args.world_size > 1 and (weights := whole_on_each(self.learned())):
+            average_gradients(weights)
         return loss
 
     def learned(self) -> list[torch.nn.Parameter]:
@@ -109,7 +109,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the optimizer. By then a checkpoint is in the model, and several processes get the first one's weights."""
         if self.args.world_size > 1:
-            begin_alike(whole_on_each(list(self.model.parameters())))
+            begin_alike(whole_on_each(self.model.parameters()))
         return super().create_optimizer(*args, **kwargs)
 
     def count(self, inputs: dict[str, Any]) -> None:
