@@ -8,9 +8,12 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from .errors import DamagedFile, UserError
+
+if TYPE_CHECKING:  # help reads this file, and needs no tables
+    import polars as pl
 
 PARQUET = b"PAR1"  # how such a file ends
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -68,13 +71,25 @@ def hold_folder(folder: Path, name: str, doing: str) -> IO[str]:
     return lock
 
 
-def whole_parquet(path: Path) -> Path:
-    """Return the path of a Parquet file. Raises UserError for one that was cut short: what reads it would not say which it is."""
+def read_parquet(path: Path, columns: list[str] | None = None) -> "pl.DataFrame":
+    """Return a Parquet file of a run as a table, all its columns or some. Raises UserError as `scan_parquet` does."""
+    found = scan_parquet(path)
+    return (found if columns is None else found.select(columns)).collect()
+
+
+def scan_parquet(path: Path) -> "pl.LazyFrame":
+    """Return a Parquet file of a run as a plan that reads only what is asked of it.
+
+    Its name stands for itself: polars would take `[1]` or `*` in a folder's name for a pattern. Raises UserError for a file that was
+    cut short: what reads it would not say which it is.
+    """
+    import polars as pl
+
     with open(path, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - len(PARQUET)))
         if file.read() != PARQUET:
             raise UserError(f"{path}: damaged or cut short; take it from a copy, or remove it and run the steps again")
-    return path
+    return pl.scan_parquet(path, glob=False)
 
 
 def clear_temporaries(folder: Path) -> None:

@@ -8,7 +8,7 @@ import polars as pl
 
 from .errors import UserError
 from .example import Decision, row_id
-from .files import whole_parquet, write_atomically
+from .files import read_parquet, scan_parquet, write_atomically
 
 SCHEMA = {
     "step": pl.Int32,  # order of the stages in this run, from 0
@@ -42,11 +42,11 @@ class Ledger:
         """Return all decisions, columns as in SCHEMA; empty when nothing was recorded yet."""
         if not self.path.exists():
             return pl.DataFrame(schema=SCHEMA)
-        return pl.read_parquet(whole_parquet(self.path))
+        return read_parquet(self.path)
 
     def scan(self) -> pl.LazyFrame:
         """Return all decisions as a plan that reads only what is asked of it."""
-        return pl.scan_parquet(whole_parquet(self.path)) if self.path.exists() else pl.LazyFrame(schema=SCHEMA)
+        return scan_parquet(self.path) if self.path.exists() else pl.LazyFrame(schema=SCHEMA)
 
     def steps(self) -> dict[str, int]:
         """Return the place of each recorded stage, in order."""

@@ -337,7 +337,7 @@ def _parquet(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
     import polars as pl
 
     try:
-        frame = pl.read_parquet(path if not isinstance(file, gzip.GzipFile) else file.read())
+        frame = pl.read_parquet(path if not isinstance(file, gzip.GzipFile) else file.read(), glob=False)  # a name is no pattern
     except pl.exceptions.PolarsError as error:
         raise UserError(f"{path}: not a Parquet file that can be read ({' '.join(str(error).split())[:120]})") from None
     number = 0

@@ -8,7 +8,7 @@ import polars as pl
 import yaml
 
 from .. import __version__
-from ..core.files import write_text
+from ..core.files import scan_parquet, write_text
 from ..core.run import Run
 
 MOST_REASONS = 5  # of one rule, that a funnel names: the ledger has them all
@@ -109,7 +109,7 @@ def _contamination(run: Run) -> str:
     path = run.path / "curate" / "contamination.parquet"
     if "decontaminate" not in run.ledger.stages() or not path.exists():
         return ""
-    found = pl.scan_parquet(path).group_by("benchmark").agg(pl.col("row").n_unique(), pl.col("item").n_unique(), pl.col("longest").max())
+    found = scan_parquet(path).group_by("benchmark").agg(pl.col("row").n_unique(), pl.col("item").n_unique(), pl.col("longest").max())
     looked = ", ".join(run.config().get("decontaminate", {}).get("benchmarks", []))
     lines = [
         f"| {_cell(name)} | {rows:,} | {items:,} | {longest:,} words |"

@@ -23,6 +23,7 @@ import scipy.sparse
 
 from ..core.errors import UserError
 from ..core.example import row_id
+from ..core.files import read_parquet
 from ..core.formats import iterate_examples
 from ..core.ngrams import WORD
 from ..core.run import Run
@@ -131,7 +132,7 @@ def _read_data_set(path: Path, stored: Mapping[str, Stored]) -> tuple[Counter[st
     changed, others = [], []
     beside = path.with_suffix(".parquet")
     try:
-        table = pl.read_parquet(beside) if beside.exists() else None
+        table = pl.read_parquet(beside, glob=False) if beside.exists() else None
     except pl.exceptions.PolarsError as error:
         table = None
         others.append(f"it cannot be read ({error})")
@@ -349,7 +350,7 @@ def _stored_vectors(run: Run, messages: Sequence[str], on: str) -> npt.NDArray[n
     told, folder = run.config().get("embed", {}), run.path / "curate"
     if not (folder / "embeddings.npy").exists() or not told:
         raise UserError(f"{run.path}: the embeddings that dedup decided by are gone (curate/embeddings.npy); run dedup again")
-    place = {name: number for number, name in enumerate(pl.read_parquet(folder / "embeddings.parquet")["name"])}
+    place = {name: number for number, name in enumerate(read_parquet(folder / "embeddings.parquet", ["name"])["name"])}
     settings = json.dumps([told["identity"], told["max_seq_length"], told["dtype"]])
     wanted = []
     for conversation in messages:

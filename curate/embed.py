@@ -18,7 +18,7 @@ from ..core.engines.base import EmbeddingEngine, EmbedRequest, EngineConfig
 from ..core.engines.embedder import open as open_here
 from ..core.engines.registry import open_embedder
 from ..core.errors import UserError
-from ..core.files import write_atomically
+from ..core.files import read_parquet, write_atomically
 from ..core.hardware import half_precision, pick_device
 from ..core.models import model_identity, resolve_model
 from ..core.progress import Progress
@@ -70,7 +70,7 @@ class EmbeddingStore:
         self.places: dict[str, int] = {}
         self._parts: list[Vectors] = []
         if self._names_path.exists() and self._matrix_path.exists():
-            table = pl.read_parquet(self._names_path)
+            table = read_parquet(self._names_path)
             if table["model"].unique().to_list() == [identity]:
                 self.places = {name: place for place, name in enumerate(table["name"])}
                 self._parts = [np.load(self._matrix_path)[: len(table)]]
@@ -85,7 +85,7 @@ class EmbeddingStore:
         """Write everything to disk."""
         if len(self._parts) > 1:
             self._parts = [np.concatenate(self._parts)]
-        if self._names_path.exists() and pl.read_parquet(self._names_path)["model"].unique().to_list() != [self._identity]:
+        if self._names_path.exists() and read_parquet(self._names_path, ["model"])["model"].unique().to_list() != [self._identity]:
             self._names_path.unlink()  # the vectors of another embedder are replaced
         with write_atomically(self._matrix_path) as temporary, open(temporary, "wb") as file:
             np.save(file, self._parts[0])

@@ -15,7 +15,7 @@ import polars as pl
 
 from ..core.errors import UserError
 from ..core.example import Message, tools_of
-from ..core.files import clear_temporaries, hold_folder, write_atomically, write_json, write_text
+from ..core.files import clear_temporaries, hold_folder, scan_parquet, write_atomically, write_json, write_text
 from ..core.formats import calls_of
 from ..core.hub import is_of_network
 from ..core.run import Run
@@ -177,7 +177,7 @@ def _parquet(run: Run, out: Path) -> int:
     write_dataset(scan_rows(run, columns=EXPORTED), out)
     (out / "dataset.jsonl").unlink()
     (out / "dataset.parquet").replace(out / "train.parquet")
-    return int(pl.scan_parquet(out / "train.parquet").select(pl.len()).collect().item())
+    return int(scan_parquet(out / "train.parquet").select(pl.len()).collect().item())
 
 
 def _conversations(run: Run, writer: Callable[[list[Message], Mapping[str, str]], Row]) -> Iterator[Written]:

@@ -12,7 +12,7 @@ import polars as pl
 
 from ..core.config import to_mapping
 from ..core.errors import UserError, unknown_name
-from ..core.files import write_atomically
+from ..core.files import read_parquet, write_atomically
 from ..core.formats import read_examples
 from ..core.run import Run
 from .config import ImportConfig
@@ -79,7 +79,7 @@ def _decide(run: Run, config: MixConfig, path: Path | None, settings: Mapping[st
             raise UserError("mix: rows are repeated only into a new run; give -o RUN")
         rows = rows.with_columns(part=_file_of(rows))
     else:
-        parts = pl.read_parquet(path, columns=[*KEY, "part"])
+        parts = read_parquet(path, [*KEY, "part"])
         rows = rows.join(parts, on=KEY, how="left", nulls_equal=True, maintain_order="left")
     tokens = score_values(run, rows, "num_tokens") if config.budget_tokens else None
     is_repeat = rows["example_id"].str.contains(REPEAT)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from ..core.files import write_text
+from ..core.files import read_parquet, write_text
 from ..core.run import Run
 from .rows import scan_rows, text_columns
 
@@ -64,7 +64,7 @@ def _clusters(run: Run, rows: pl.DataFrame) -> tuple[str, str] | None:
     from .embed import embedded_text
 
     rows = _some(run, rows)
-    names = pl.read_parquet(folder / "embeddings.parquet")["name"]
+    names = read_parquet(folder / "embeddings.parquet", ["name"])["name"]
     place = dict(zip(names, range(len(names)), strict=True))
     settings = json.dumps([told["identity"], told["max_seq_length"], told["dtype"]])
     found: dict[int, int] = {}

@@ -12,7 +12,7 @@ import polars as pl
 from ..core.chat import Chat
 from ..core.errors import UserError
 from ..core.example import Decision, Example, Message, Tool, content_id, tools_of
-from ..core.files import write_atomically
+from ..core.files import read_parquet, write_atomically
 from ..core.formats import split_prompt
 from ..core.run import Run
 from .config import DistillConfig
@@ -49,7 +49,7 @@ def check_growth(run: Run, examples: Sequence[Example], source: str | Path, *, l
     now = {each.id for each in examples}
     gone = [each for each in before if each not in now]
     if gone and not (limited and now <= set(before)):
-        first = pl.read_parquet(run.path / "curate" / "prompts.parquet").filter(pl.col("example_id") == gone[0])
+        first = read_parquet(run.path / "curate" / "prompts.parquet").filter(pl.col("example_id") == gone[0])
         text = " ".join(message_text(json.loads(first["messages"][0])[-1]).split()) if first.height else ""
         raise UserError(
             f"{run.path}: this folder holds other prompts: {len(gone):,} of its {len(before):,} are not in {source}, the first of them"

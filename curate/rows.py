@@ -13,7 +13,7 @@ import polars as pl
 
 from ..core.errors import UserError
 from ..core.example import Message, row_id
-from ..core.files import whole_parquet, write_atomically
+from ..core.files import scan_parquet, write_atomically
 from ..core.ledger import KEY as KEY
 from ..core.ledger import RowKey
 from ..core.reasoning import CLOSE, OPEN
@@ -77,11 +77,10 @@ def scan_rows(
 
 def _imported(path: Path, columns: Sequence[str]) -> pl.LazyFrame:
     """Return the rows of a rows.parquet, with the texts of prompt and response if they are among the columns."""
-    there = pl.read_parquet_schema(whole_parquet(path))
+    stored = scan_parquet(path)
+    there = stored.collect_schema()
     own = [name for name in STORED if name in (*columns, *KEY) or name == "messages"]
-    rows = pl.scan_parquet(path).select(
-        [pl.col(name).cast(STORED[name]) if name in there else pl.lit(None, STORED[name]).alias(name) for name in own]
-    )
+    rows = stored.select([pl.col(name).cast(STORED[name]) if name in there else pl.lit(None, STORED[name]).alias(name) for name in own])
     if not {"prompt", "response"} & set(columns):
         return rows
     names = [name for name in TEXT if name in columns]
@@ -95,7 +94,7 @@ def _distilled(curate: Path, columns: Sequence[str]) -> pl.LazyFrame:
 
     if not (curate / "samples.sqlite").exists():
         return pl.LazyFrame(schema=SCHEMA)
-    asked = pl.scan_parquet(curate / "prompts.parquet").with_row_index("order")
+    asked = scan_parquet(curate / "prompts.parquet").with_row_index("order")
     if "prompt" in columns:
         asked = asked.with_columns(pl.col("messages").map_batches(all_text, return_dtype=pl.String, is_elementwise=True).alias("prompt"))
     with SampleStore(curate / "samples.sqlite", made=True) as store:

@@ -17,7 +17,7 @@ import yaml
 from ..core.config import convert
 from ..core.errors import UserError, unknown_name
 from ..core.example import row_id
-from ..core.files import whole_parquet, write_atomically
+from ..core.files import read_parquet, write_atomically
 from ..core.progress import Progress
 from ..core.run import Run
 from ..core.text import shortened
@@ -289,7 +289,7 @@ def read_score(run: Run, rows: pl.DataFrame, name: str) -> pl.DataFrame:
     check_score_name(run, name)
     if not score_path(run, name).exists():
         return _score_rows(rows, name, SCORERS[name](), run, None).select("value", "detail")
-    stored = pl.read_parquet(whole_parquet(score_path(run, name)))
+    stored = read_parquet(score_path(run, name))
     if set(SCHEMA) - set(stored.columns):
         raise UserError(f"{score_path(run, name)}: was written by an older sftkit; score the run again, what models computed is kept")
     same = [*KEY, *AS_SCORED]

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ..core.errors import UserError
 from ..core.example import Message, row_id
-from ..core.files import read_json_lines
+from ..core.files import read_json_lines, scan_parquet
 from ..core.formats import iterate_examples
 from ..core.ledger import Ledger
 from ..core.run import Run
@@ -192,7 +192,7 @@ def _prompts(run: Run, names: Sequence[str], written: Sequence[Mapping[str, Any]
     curate = run.path / "curate"
     path = curate / ("rows.parquet" if (curate / "rows.parquet").exists() else "prompts.parquet")
     wanted = list({name.split("/")[0] for name in names})
-    found = pl.scan_parquet(path).filter(pl.col("example_id").is_in(wanted)).select("example_id", "messages")
+    found = scan_parquet(path).filter(pl.col("example_id").is_in(wanted)).select("example_id", "messages")
     texts = {}
     for example_id, messages in found.unique("example_id").collect(engine="streaming").iter_rows():
         users = [message for message in json.loads(messages) if message.get("role") == "user"]

@@ -12,7 +12,7 @@ import polars as pl
 from ..core.config import to_mapping
 from ..core.errors import UserError
 from ..core.example import Message, content_id
-from ..core.files import read_json, whole_parquet, write_atomically
+from ..core.files import read_json, read_parquet, write_atomically
 from ..core.formats import iterate_examples, split_prompt
 from ..core.judge import Judge, Pair, Verdict
 from ..core.named_models import NamedModel, find_models
@@ -160,7 +160,7 @@ def read_run(run: Path) -> tuple[dict[str, list[Message]], list[Answers]]:
         raise UserError(f"{run}: is one file of answers; expected two, the second to compare it with, or a run with compared answers")
     if not (folder / "answers.parquet").exists():
         raise UserError(f"{run}: has no stored answers; `sftkit evaluate compare … -o {run}` makes some, or give two files of answers")
-    table = pl.read_parquet(whole_parquet(folder / "answers.parquet"))
+    table = read_parquet(folder / "answers.parquet")
     names = table["model"].unique(maintain_order=True).to_list()
     if len(names) < 2:
         raise UserError(f"{run}: has the answers of {names[0]} alone; compare it with another model first")

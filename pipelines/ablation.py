@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..core.config import to_mapping
 from ..core.errors import UserError
 from ..core.example import tools_of
-from ..core.files import read_json, write_json
+from ..core.files import read_json, read_parquet, write_json
 from ..core.formats import iterate_examples
 from ..core.run import Run, is_done
 from ..core.statistics import Estimate, bootstrap_ratio_difference, cluster_sums, holm, sign_flip
@@ -197,7 +197,7 @@ def _size(path: Path, chat: Any) -> tuple[int, int]:
 
 def _columns(losses: Path) -> tuple[dict[str, Columns], list[str]]:
     """Return each model's nats and tokens for each row that counts, and the rows' prompts."""
-    used = pl.read_parquet(losses).filter(pl.col("left_out").is_null())
+    used = read_parquet(losses).filter(pl.col("left_out").is_null())
     columns, clusters = {}, []
     for (name,), rows in used.group_by("model", maintain_order=True):
         columns[str(name)] = {"nats": -rows["sum_logprob"].to_numpy(), "tokens": rows["num_tokens"].to_numpy().astype(np.float64)}

@@ -6,12 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import yaml
 
 from .. import __version__
 from ..core.errors import UserError
-from ..core.files import read_json, read_json_lines, whole_parquet, write_text
+from ..core.files import read_json, read_json_lines, read_parquet, write_text
 from ..core.progress import duration
 from ..core.run import Run, is_done, read_done
 from ..core.statistics import Interval
@@ -281,7 +280,7 @@ def _answers(path: Path) -> str:
         shares = [f"{each[key]:.0%}" for key in ("stop_rate", "truncated_share", "empty_share")]
         span = each["stop_interval"]
         rows.append([name, shares[0], f"{span['low']:.0%} to {span['high']:.0%}", *shares[1:], f"{each['mean_tokens']:.1f}"])
-    answers = pl.read_parquet(whole_parquet(file))
+    answers = read_parquet(file)
     articles = []
     for _, group in answers.group_by("example_id", maintain_order=True):
         turns = [

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import polars as pl
-
 from ..core.errors import UserError
 from ..core.example import Example
+from ..core.files import read_parquet
 from ..core.formats import read_examples
 from .config import TrainConfig
 from .data import key_of
@@ -48,6 +47,6 @@ def _joined(examples: Sequence[Example], run: Path, name: str) -> list[Example]:
         if known:
             raise UserError(f"{run}: its rows have no column {name!r} and no such score; scores are {', '.join(known)}")
         return list(examples)
-    table = pl.read_parquet(place, columns=["example_id", "sample_index", "value"])
+    table = read_parquet(place, ["example_id", "sample_index", "value"])
     values = {(row, index): value for row, index, value in table.iter_rows()}
     return [replace(each, meta={**each.meta, name: values.get(key_of(each))}) for each in examples]

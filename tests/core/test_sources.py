@@ -58,6 +58,7 @@ KINDS = {
     "a.tsv": as_csv(ROWS, "\t"),
     "a.parquet": parquet(ROWS),
     "UPPER.JSONL": jsonl(ROWS),
+    "part[1]*.parquet": parquet(ROWS),  # a name, which polars would take for a pattern
 }
 
 

@@ -19,6 +19,7 @@ from sftkit.curate.certificate import Check, check_run, jaccard, like_pairs, rep
 from sftkit.curate.config import BuildConfig
 from sftkit.curate.decide_config import DedupConfig, EmbedConfig, FilterConfig, SelectConfig
 from sftkit.curate.dedup import dedup
+from sftkit.curate.rows import load_rows
 from sftkit.curate.selection import select
 
 SEA = "The sea is wide and deep and blue and full of fish that swim in it all day and all night long until the morning comes"
@@ -55,6 +56,14 @@ def tamper(run: Run, stage: str, example_id: str, **values: Any) -> None:
 
 
 KEPT = {"action": "kept", "rule": "", "witness_id": None, "score": None, "threshold": None}
+
+
+def test_a_folder_may_be_named_like_a_pattern(toy_run: Callable[..., Run]) -> None:
+    """polars takes `[1]` or `*` in a name for a pattern, and then finds no file or another one."""
+    run = toy_run(ROWS, name="lr*[1]?")
+    dedup(run, DedupConfig(semantic=None, minhash=0.8))
+    assert list(load_rows(run)["example_id"]) == ["a", "d", "e"]
+    assert not faults(run)
 
 
 def test_it_holds_for_what_dedup_made_and_says_what_was_checked(made: Run) -> None:
