@@ -15,10 +15,14 @@ from .rows import EXPORTED, export_rows, input_rows
 def hold_out(run: Run, config: HeldoutConfig) -> Outcome:
     """Move prompts, with all their answers, to `curate/heldout.jsonl`, as the stage "heldout" (rule heldout).
 
-    The order of the hash of (seed, example id) decides, so a prompt's place does not depend on the other rows; copies of a prompt
-    (`ID~2`) go with it. Raises UserError when nothing would be left.
+    The order of the hash of (seed, example id) decides, so a prompt's place does not depend on rows of other prompts. Rows with the
+    same prompt, letter by letter, go together under the smallest of their ids: answers that were imported each by itself, and copies
+    (`ID~2`). Raises UserError when nothing would be left.
     """
-    rows = input_rows(run, "heldout", EXPORTED).with_columns(asked=pl.col("example_id").str.extract("^([^~]*)"))
+    rows = input_rows(run, "heldout", (*EXPORTED, "prompt"))
+    own = pl.col("example_id").str.extract("^([^~]*)")
+    asked = pl.when(pl.col("prompt") == "").then(own).otherwise(own.min().over("prompt"))
+    rows = rows.with_columns(asked=asked).drop("prompt")
     prompts = rows["asked"].unique().to_list()
     if len(prompts) <= config.prompts:
         raise UserError(

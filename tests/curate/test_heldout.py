@@ -38,6 +38,24 @@ def test_other_rows_do_not_move_a_prompt(toy_run: Callable[..., Run]) -> None:
     assert held["more"] & all_ids["few"] <= held["few"]
 
 
+def test_answers_that_were_imported_each_by_itself_leave_together(toy_run: Callable[..., Run]) -> None:
+    """Each is a conversation of its own, with an id of its own: the prompt would be trained on that it is tested on."""
+    run = toy_run([{**each, "index": None} for each in rows(range(20))])
+    hold_out(run, HeldoutConfig(prompts=5))
+    asked = [
+        {json.loads(line)["messages"][0]["content"] for line in (run.path / "curate" / name).read_text().splitlines()}
+        for name in ("heldout.jsonl", "dataset.jsonl")
+    ]
+    assert [len(each) for each in asked] == [5, 15]
+    assert not asked[0] & asked[1]
+    assert len(ids(run, "heldout.jsonl")) == 10
+
+
+def test_conversations_without_a_prompt_are_not_one(toy_run: Callable[..., Run]) -> None:
+    run = toy_run([{"messages": [{"role": "assistant", "content": f"a{n}"}], "id": f"{n:016x}"} for n in range(10)])
+    assert hold_out(run, HeldoutConfig(prompts=3)).removed == {"heldout": 3}
+
+
 def test_something_has_to_be_left(toy_run: Callable[..., Run]) -> None:
     with pytest.raises(UserError, match="5 prompts are left, too few to hold out 5"):
         hold_out(toy_run(rows(range(5))), HeldoutConfig(prompts=5))
