@@ -31,7 +31,7 @@ from ..core.run import Run
 from ..core.store import SampleStore, decisive_settings, sample_key, sample_seed
 from .config import DistillConfig, format_pattern
 from .decided import record
-from .distill_result import DistillResult
+from .distill_result import BUDGET, DistillResult
 from .probe import FEWEST, Probe, num_matched, warn_unlike
 from .prompts import Prompt, check_growth, choose_prompts
 from .rows import message_text
@@ -46,7 +46,6 @@ PROBE = 50  # prompts
 SECONDS_TO_FINISH, SHARE_TO_FINISH = 60.0, 0.05  # of a budget of time: what is under way then has the longer of these
 TRUNCATED = "truncated"  # the rule of answers that were cut: no later step takes them
 EMPTY = "empty_answer"  # the rule of answers that ended without a word: no later step takes them either
-BUDGET = "budget"  # the rule of samples that were not asked for, because a budget was used up
 
 
 @dataclass(slots=True)
@@ -229,13 +228,16 @@ class Distillation:
 
     def retries(self) -> list[Wanted]:
         """Return what to ask again: a sample for each that was cut, with twice the tokens, where it fits the context and is not stored."""
-        cut = set(self.samples().filter(pl.col("finish_reason") == "length")["key"])
-        stored, context = self.store.keys(), self.teacher.context
+        cut, again = self._cut(self.samples())
+        if len(again) < cut:
+            log.info("%s cut answers do not fit the context with twice the tokens", f"{cut - len(again):,}")
+        return again
+
+    def _cut(self, samples: pl.DataFrame) -> tuple[int, list[Wanted]]:
+        """Return how many of these were cut and not asked again yet, and what asks again for those that fit."""
+        cut, context = set(samples.filter(pl.col("finish_reason") == "length")["key"]), self.teacher.context
         again = [self._longer(each) for each in self.wanted if each.key in cut]
-        fitting = [each for each in again if context is None or len(each.prompt.ids) + each.sampling.max_new_tokens <= context]
-        if len(fitting) < len(again):
-            log.info("%s cut answers do not fit the context with twice the tokens", f"{len(again) - len(fitting):,}")
-        return [each for each in fitting if each.key not in stored]
+        return len(again), [each for each in again if context is None or len(each.prompt.ids) + each.sampling.max_new_tokens <= context]
 
     def _longer(self, wanted: Wanted) -> Wanted:
         twice = replace(wanted.sampling, max_new_tokens=2 * wanted.sampling.max_new_tokens)
@@ -428,9 +430,7 @@ class Distillation:
             samples=stored.height,
             cut=stored.filter(pl.col("finish_reason") == "length").height,
             empty=sum(each.rule == EMPTY for each in decisions),
-            cure="a larger max_new_tokens may end them, in another folder"
-            if config.retry_truncated
-            else "retry_truncated asks for them once more, with twice the tokens",
+            again=Counter(errors.get(each.key, BUDGET) for each in self._cut(stored)[1]) if config.retry_truncated else None,
             matched=num_matched(format_pattern(config.want_format), stored["text"]),
             tokens=int(stored["num_tokens"].sum()),
             failed={rule.removeprefix("error: "): count for rule, count in rules.most_common()},

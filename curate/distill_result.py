@@ -1,9 +1,12 @@
 """What a distillation holds and what a call added to it, for people."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.progress import duration
+
+BUDGET = "budget"  # the rule of samples that were not asked for, because a budget was used up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +19,7 @@ class DistillResult:
     samples: int
     cut: int  # of the samples: reached max_new_tokens
     empty: int  # of the samples: ended without a word
-    cure: str  # what helps those that were cut
+    again: Mapping[str, int] | None  # of those cut, by what kept them from being asked once more; None where that is not wanted
     matched: int | None  # of the samples: hold the wanted format; None where none is wanted, or its pattern takes too long
     tokens: int
     failed: dict[str, int]  # samples, by error
@@ -43,7 +46,7 @@ class DistillResult:
         if self.cost is not None:
             lines.append(f"cost: {self.cost:,.4f}")
         if self.cut:
-            lines.append(f"left out: {self.cut:,} cut answers (truncated); {self.cure}")
+            lines.append(f"left out: {self.cut:,} cut answers (truncated); {self._cure()}")
         if self.empty:
             lines.append(f"left out: {self.empty:,} answers without a word (empty_answer)")
         if self.rejected:
@@ -53,3 +56,15 @@ class DistillResult:
         if self.over_budget:
             lines.append(f"not asked for: {self.over_budget:,} samples, a budget is used up; a larger one goes on from here")
         return "\n".join([*lines, f"data set: {self.run / 'curate' / 'dataset.jsonl'}"])
+
+    def _cure(self) -> str:
+        """Return what helps the answers that were cut."""
+        if self.again is None:
+            return "retry_truncated asks for them once more, with twice the tokens"
+        errors = {why: count for why, count in self.again.items() if why != BUDGET}
+        told = ["a larger max_new_tokens may end them, in another folder"] if sum(self.again.values()) < self.cut else []
+        if waiting := self.again.get(BUDGET):
+            told.append(f"{waiting:,} of them were not asked for once more, as a budget is used up; a larger one goes on from here")
+        if errors:
+            told.append(f"{sum(errors.values()):,} of them failed when asked for once more, as with: {next(iter(errors))}")
+        return "; ".join(told)

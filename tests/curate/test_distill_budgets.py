@@ -111,3 +111,21 @@ def test_what_is_under_way_when_the_time_is_over_has_a_while_to_finish(
     asked = {"teacher": "m", "engine": {"engine": "openai", "base_url": "http://localhost:1/v1"}}
     result = distill(prompts(tmp_path / "p.jsonl", 20), tmp_path / "run", settings(**budget, **asked))
     assert (result.samples, result.over_budget, result.failed) == (given, 20 - given, {})
+
+
+def test_cut_answers_that_are_not_asked_for_again_are_told_with_the_reason(tmp_path: Path, settings: Any, between: Between) -> None:
+    path, run = prompts(tmp_path / "p.jsonl", 6), tmp_path / "run"
+    first = distill(path, run, settings(max_new_tokens=4))
+    assert f"left out: {first.cut} cut answers (truncated); retry_truncated asks for them once more" in first.summary()
+    assert first.cut > 2
+    some = distill(path, run, settings(max_new_tokens=4, retry_truncated=True, budget_tokens=first.tokens + 8))
+    assert (some.new_samples, some.again) == (1, {"budget": first.cut - 1})
+    assert f"{first.cut - 1} of them were not asked for once more, as a budget is used up" in some.summary()
+    between.fails = lambda request: "no such luck"
+    none = distill(path, run, settings(max_new_tokens=4, retry_truncated=True))
+    assert none.again == {"no such luck": first.cut - 1}
+    assert f"{first.cut - 1} of them failed when asked for once more, as with: no such luck" in none.summary()
+    between.fails = lambda request: None
+    whole = distill(path, run, settings(max_new_tokens=4, retry_truncated=True))
+    assert whole.again == {}
+    assert "of them" not in whole.summary().partition("left out")[2]
