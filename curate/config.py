@@ -190,7 +190,7 @@ class RankConfig(Sampling):
     scorers: dict[str, Any] = field(default_factory=dict, metadata={"help": "Scores by name, as for `score`: what can accept an answer."})
     accept: str | None = setting(
         None,
-        "Which answers count: NAME (1 or more), NAME>=x, NAME<=x, NAME>x, NAME<x; the first scorer's when not given, else all not cut.",
+        "Which answers count: NAME (1 or more), NAME>=x, NAME<=x, NAME>x, NAME<x; the first scorer's when not given, else all that ended with words.",
     )
     student: str | None = setting(None, "Model that is to learn from them: its log-probability of each accepted answer is compared.")
     prices: dict[str, list[float]] = field(
@@ -202,7 +202,7 @@ class RankConfig(Sampling):
 
     @property
     def gate(self) -> str | None:
-        """Return the condition of an accepted answer; None where all that are not cut are."""
+        """Return the condition of an accepted answer; None where all that ended with words are."""
         return self.accept or next(iter(self.scorers), None)
 
     def __post_init__(self) -> None:

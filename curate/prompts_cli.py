@@ -74,7 +74,7 @@ def prompts(seeds: str | None, out: Path, settings: Path | None, **options: Any)
 def teacher_rank(source: str, out: Path, settings: Path | None, scorers: tuple[str, ...], **options: Any) -> None:
     """Compare teachers on a few of the PROMPTS before the budget is spent: what an accepted answer takes, with 95 % intervals.
 
-    An answer is accepted when it was not cut and passes the first scorer, or --accept. Without a scorer, give --student.
+    An answer is accepted when it ended with words and passes the first scorer, or --accept. Without a scorer, give --student.
     The engine auto gives a few short answers, 256 of up to 512 tokens, to transformers, which is done before vLLM has started.
 
     \b

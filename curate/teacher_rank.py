@@ -59,7 +59,7 @@ class TeacherRank:
     failed: int
     not_asked: int  # of prompts that others are asked: too long for its context, or refused by its template
     stopped: Measure  # share that was not cut
-    accepted: Measure  # share that was not cut and passes
+    accepted: Measure  # share that ended by itself, with words, and passes
     tokens: Measure  # of an answer, accepted or not
     tokens_per_accepted: Measure  # of all answers, over those accepted
     cost_per_accepted: Measure  # by the price of the teacher's tokens
@@ -187,11 +187,11 @@ def _answers(prompts: Path, out: Path, name: str, model: str, config: RankConfig
         values = read_score(run, rows, gate.name)["value"]
         passes = pl.Series([value is not None and bool(gate.passes(value)) for value in values], dtype=pl.Boolean)
     fit = read_score(run, rows, STUDENT)["value"] if config.student is not None else pl.Series([None] * len(rows), dtype=pl.Float64)
-    stopped = rows["finish_reason"] != "length"
-    rows = rows.with_columns(stopped.alias("stopped"), (stopped & passes).alias("accepted"), fit.alias("logprob"))
-    decided = run.ledger.read().filter(pl.col("stage") == "distill").select("example_id", "sample_index")
+    rows = rows.with_columns((rows["finish_reason"] != "length").alias("stopped"), passes.alias("passes"), fit.alias("logprob"))
+    decided = run.ledger.read().filter(pl.col("stage") == "distill").select("example_id", "sample_index", kept=pl.col("action") == "kept")
     keys = ["example_id", "sample_index"]
-    return decided.join(rows, on=keys, how="left", maintain_order="left").join(asked, on=keys, how="left", maintain_order="left")
+    both = decided.join(rows, on=keys, how="left", maintain_order="left").join(asked, on=keys, how="left", maintain_order="left")
+    return both.with_columns(accepted=pl.col("kept") & pl.col("passes"))  # no data set has the others: cut, or without a word
 
 
 def _sums(table: pl.DataFrame, prompts: Sequence[str], price: Sequence[float] | None) -> dict[str, Numbers]:

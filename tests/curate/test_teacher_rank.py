@@ -1,7 +1,8 @@
 """Ranking teachers: the same prompts for all, what an accepted answer takes, intervals that hold, and no more than is missing."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import pytest
 from click.testing import CliRunner
 from sftkit.cli import sftkit
 from sftkit.core.config import load_config
+from sftkit.core.engines.base import Completion, Request
 from sftkit.core.errors import UserError
 from sftkit.core.store import SampleStore
 from sftkit.curate.config import RankConfig
 from sftkit.curate.teacher_rank import TeacherRank, _difference, _ratio, rank_teachers, tell
+
+from .teachers import Server
 
 TINY = {"engine": "transformers", "dtype": "float32", "device": "cpu"}
 LETTER = {"letter": {"scorer": "regex", "pattern": "[aeiou]{2}"}}
@@ -179,3 +183,17 @@ def test_prompts_that_one_teacher_cannot_take_count_for_all(tmp_path: Path, othe
     assert by_name["tiny"].stopped.value == pytest.approx(stopped / 16)
     assert by_name["tiny"].accepted.value == pytest.approx(stopped / 16)
     assert "8 not asked, which count as not accepted" in tell(ranking)
+
+
+def test_an_answer_without_a_word_is_not_accepted(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(Server):
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            for place, completion in enumerate(super().generate(requests)):
+                yield replace(completion, text="<think>So?</think>" if place % 4 == 0 else completion.text)
+
+    monkeypatch.setattr("sftkit.curate.distill.open_engine", lambda *arguments, **keywords: Silent())
+    server = {"engine": "openai", "base_url": "http://localhost:1/v1"}
+    for changes in ({}, {"scorers": {"any": {"scorer": "regex", "pattern": ""}}}):
+        config = load_config(RankConfig, {"teachers": {"a": "m"}, "prompts": 20, "engine": server, **changes})
+        (ranked,) = rank_teachers(prompts, tmp_path / "rank", config)
+        assert (ranked.answers, ranked.stopped.value, ranked.accepted.value) == (20, 1.0, 0.75)
