@@ -190,7 +190,7 @@ class RankConfig(Sampling):
     scorers: dict[str, Any] = field(default_factory=dict, metadata={"help": "Scores by name, as for `score`: what can accept an answer."})
     accept: str | None = setting(
         None,
-        "Which answers count: NAME (1 or more), NAME>=x, NAME<=x, NAME>x, NAME<x; the first scorer's when not given, else all that ended with words.",
+        "Which answers count: NAME (1 or more), NAME>=x, NAME<=x, NAME>x, NAME<x; else the first scorer's; else all that ended.",
     )
     student: str | None = setting(None, "Model that is to learn from them: its log-probability of each accepted answer is compared.")
     prices: dict[str, list[float]] = field(
