@@ -21,6 +21,7 @@ from ..core.files import read_json, write_json
 from ..core.hardware import pick_device
 from ..core.models import context_length, load_model, load_settings, resolve_model
 from ..core.progress import duration
+from ..core.statistics import cluster_sums
 from .config import TrainConfig
 from .init import check_init
 from .prepared import load_rows
@@ -34,7 +35,7 @@ VARIED = (  # settings that leave rows and tokens as they are
 )
 ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout")  # which say something of runs with LoRA alone
 MOST_RUNS = 64
-FEW_ROWS = 30
+FEW = 30  # prompts
 DIVERGED = "diverged.json"
 Z = 1.959964  # 95 %, two-sided
 
@@ -49,7 +50,7 @@ class Entry:
     settings: dict[str, Any]
     loss: float
     margin: float  # half of the 95 % interval of the loss
-    change: float  # from the first run, row by row
+    change: float  # from the first run, on the same rows
     change_margin: float  # half of the 95 % interval of the change
     tokens: int
     seconds: float
@@ -67,12 +68,14 @@ class SweepResult:
     out: Path
     first: str  # what the changes are from
     rows: int  # held out
+    prompts: int  # of which they are answers
     entries: tuple[Entry, ...]
 
     def summary(self) -> str:
         """Write it for people."""
         width = max(len(each.name) for each in self.entries) + 2
-        lines = [f"held-out loss of {self.rows:,} rows, with 95 % intervals over rows; change from {self.first}, row by row", ""]
+        held = f"{self.rows:,} rows of {self.prompts:,} prompts"
+        lines = [f"held-out loss of {held}, with 95 % intervals over prompts; change from {self.first}, prompt by prompt", ""]
         lines.append(f"{'run':{width}}{'loss':>18}{'change':>20}{'tokens':>12}{'time':>14}")
         for each in self.entries:
             if each.diverged:
@@ -82,8 +85,8 @@ class SweepResult:
             lines.append(
                 f"{each.name:{width}}{f'{each.loss:.4f} ± {each.margin:.4f}':>18}{change:>20}{each.tokens:12,}{duration(each.seconds):>14}"
             )
-        few = f"{self.rows:,} held-out rows are few: the intervals are rough, if anything too narrow; give --validation 0.2, or more rows"
-        return "\n".join([*lines, "", *([few] if self.rows < FEW_ROWS else []), f"written: {self.out / 'sweep.json'}"])
+        few = f"{self.prompts:,} held-out prompts are few: the intervals are rough, or too narrow; give --validation 0.2, or more rows"
+        return "\n".join([*lines, "", *([few] if self.prompts < FEW else []), f"written: {self.out / 'sweep.json'}"])
 
 
 def parse_variations(texts: Sequence[str]) -> dict[str, list[Any]]:
@@ -117,7 +120,7 @@ def sweep(
     """Train one run for each combination of settings into a folder of `out`, and compare them on the held-out rows.
 
     Runs that are done are not run again, so that a sweep that was stopped goes on; one that diverges is told of beside the others.
-    Raises UserError without held-out rows, and where all diverge.
+    Raises UserError where the held-out rows are of fewer than two prompts, and where all runs diverge.
     """
     names = list(variations)
     chosen = [dict(zip(names, values, strict=True)) for values in itertools.product(*variations.values())]
@@ -138,8 +141,10 @@ def sweep(
         check_init(each.init, settings)
     size = getattr(settings.get_text_config(), "vocab_size", None)
     rows = load_rows(data, load_chat(ref), config, context=context_length(settings), vocabulary=size).validation
-    if len(rows) < 2:
-        raise UserError("a sweep compares losses on held-out rows, and there are none: give validation: 0.1, or more rows")
+    prompts = [row.key[0].partition("~")[0] for row in rows]  # by which `split` held them out
+    if len(set(prompts)) < 2:
+        there = f"{len(rows):,} held-out rows of {len(set(prompts))} prompts"
+        raise UserError(f"a sweep compares held-out rows of two prompts or more, not {there}: give validation: 0.1, or more rows")
     losses: dict[str, Losses] = {}
     facts: dict[str, Any] = {}
     for number, (name, each) in enumerate(runs.items(), start=1):
@@ -164,10 +169,11 @@ def sweep(
     if first is None:
         raise UserError(f"all {len(runs)} runs diverged, as {next(iter(runs))}: {next(iter(facts.values()))['diverged']}")
     counts = np.array([int(row.trained[1:].sum()) for row in rows], dtype=np.float64)
-    entries = [_entry(name, chosen[place], losses, first, counts, facts[name]) for place, name in enumerate(runs)]
+    entries = [_entry(name, chosen[place], losses, first, counts, prompts, facts[name]) for place, name in enumerate(runs)]
     ranked = sorted(entries, key=lambda each: (bool(each.diverged), each.loss))
-    found = SweepResult(out=out, first=first, rows=len(rows), entries=tuple(ranked))
-    write_json(out / "sweep.json", {"first": first, "rows": len(rows), "runs": [each.facts() for each in found.entries]})
+    found = SweepResult(out=out, first=first, rows=len(rows), prompts=len(set(prompts)), entries=tuple(ranked))
+    plain = {"first": first, "rows": found.rows, "prompts": found.prompts}
+    write_json(out / "sweep.json", {**plain, "runs": [each.facts() for each in found.entries]})
     return found
 
 
@@ -192,19 +198,27 @@ def _held_out(run: Path, rows: Sequence[Any]) -> Losses:
 
 
 def _entry(
-    name: str, settings: dict[str, Any], losses: Mapping[str, Losses], first: str, counts: Losses, facts: Mapping[str, Any]
+    name: str,
+    settings: dict[str, Any],
+    losses: Mapping[str, Losses],
+    first: str,
+    counts: Losses,
+    prompts: Sequence[str],
+    facts: Mapping[str, Any],
 ) -> Entry:
-    loss, margin = mean_and_margin(losses[name], counts)
-    change, change_margin = mean_and_margin(losses[name] - losses[first], counts)
+    loss, margin = mean_and_margin(losses[name], counts, prompts)
+    change, change_margin = mean_and_margin(losses[name] - losses[first], counts, prompts)
     return Entry(name=name, settings=settings, loss=loss, margin=margin, change=change, change_margin=change_margin, **facts)
 
 
-def mean_and_margin(sums: Losses, counts: Losses) -> tuple[float, float]:
-    """Return the mean a token of sums over rows, and half of its 95 % interval: a ratio of two sums over rows drawn at random.
+def mean_and_margin(sums: Losses, counts: Losses, prompts: Sequence[str] | None = None) -> tuple[float, float]:
+    """Return the mean a token of sums over rows, and half of its 95 % interval: a ratio of two sums over prompts drawn at random.
 
-    Its variance by linearisation (Cochran, Sampling Techniques, 3rd ed., section 6.4); normal, so for some tens of rows or more.
+    Rows of one prompt are drawn together; each row is drawn by itself where no prompts are given. The variance is by linearisation
+    (Cochran, Sampling Techniques, 3rd ed., section 6.4, for whole clusters), and the interval normal, so for some tens of prompts or more.
     """
-    mean = float(sums.sum() / counts.sum())
-    off = sums - mean * counts
-    rows = len(sums)
-    return mean, Z * math.sqrt(rows / (rows - 1) * float(off @ off)) / float(counts.sum())
+    totals, tokens = cluster_sums([sums, counts], prompts).T
+    mean = float(totals.sum() / tokens.sum())
+    off = totals - mean * tokens
+    drawn = len(off)
+    return mean, Z * math.sqrt(drawn / (drawn - 1) * float(off @ off)) / float(tokens.sum())

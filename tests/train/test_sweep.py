@@ -50,7 +50,7 @@ def test_the_better_setting_has_the_lower_held_out_loss(tmp_path, tiny_model, ch
     assert worst["change"] == worst["change_margin"] == 0
     assert "learning_rate-0.003" in out
     assert "±" in out
-    assert "12 held-out rows are few" in out
+    assert "12 held-out prompts are few" in out
     run = json.loads((tmp_path / "sweep" / "learning_rate-0.003" / "train" / "results.json").read_text())
     assert run["validation"][1] == pytest.approx(best["loss"], rel=1e-3)
     before = (tmp_path / "sweep" / "learning_rate-0.003" / "train" / "done.json").stat().st_mtime_ns
@@ -88,6 +88,15 @@ def test_intervals_cover_as_often_as_they_say() -> None:
         mean, margin = mean_and_margin(sums, counts)
         covered += abs(mean - 1.5) <= margin
     assert 0.93 <= covered / 2000 <= 0.965
+
+
+def test_copies_of_an_answer_make_no_interval_narrower() -> None:
+    random = np.random.default_rng(1)
+    counts = random.integers(5, 60, 40).astype(float)
+    sums = counts * 1.5 + random.normal(0, 5, 40)
+    copies = [f"prompt {place}" for place in range(40)] * 4
+    assert mean_and_margin(np.tile(sums, 4), np.tile(counts, 4), copies) == pytest.approx(mean_and_margin(sums, counts))
+    assert mean_and_margin(np.tile(sums, 4), np.tile(counts, 4))[1] < 0.6 * mean_and_margin(sums, counts)[1]
 
 
 def test_what_is_not_a_comparison_is_refused(tmp_path, tiny_model, chats) -> None:
