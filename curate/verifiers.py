@@ -103,11 +103,13 @@ def unit_test(
 
     Tests are asserts, functions test_*, or `check(candidate)` for the function that the column `entry_point` names, as in
     HumanEval. The column `begins` holds the beginning of the program, where the response goes on from it. Programs run in a
-    sandbox without network, files or more than `seconds` of processor time; `unsafe` runs them without one.
+    sandbox without network, files or more than `seconds` of processor time (by the clock three times that, or 30 seconds where that
+    is more); `unsafe` runs them without one.
     """
     if seconds <= 0:
         raise UserError(f"scorer unit_test: seconds: expected a number above 0, found {seconds:g}")
-    limits = Limits(cpu_seconds=max(1, round(seconds)))
+    whole = max(1, round(seconds))
+    limits = Limits(cpu_seconds=whole, seconds=max(30.0, 3.0 * whole))
 
     def order(row: Candidate) -> tuple[str, str, str | None] | str:
         checks = row.meta.get(tests)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from sftkit.core.checks import sandbox
+from sftkit.core.checks.code import Verdict
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate import verifiers
@@ -98,6 +99,21 @@ def test_without_a_sandbox_nothing_is_run_unless_it_is_asked_for(toy_run: ToyRun
     with pytest.raises(UserError, match="untrusted programs are not run: bubblewrap is not installed"):
         column(run, "unit_test")
     assert [value for value, _ in column(run, "unit_test:unsafe=true")] == [1, 0, 0]
+
+
+@pytest.mark.parametrize(("seconds", "clock"), [(1, 30.0), (10, 30.0), (120, 360.0)])
+def test_a_program_that_may_compute_for_long_is_not_ended_by_the_clock(
+    seconds: int, clock: float, toy_run: ToyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def noted(*_: Any, limits: sandbox.Limits, **__: Any) -> Verdict:
+        given.append((limits.cpu_seconds, limits.seconds))
+        return Verdict(True, "passed")
+
+    monkeypatch.setattr("sftkit.curate.verifiers.run_tests", noted)
+    column(toy_run([{"prompt": "a", "response": PROGRAMS["right"], "meta": CHECKS}]), f"unit_test:seconds={seconds}")
+    assert given == [(seconds, clock)]
 
 
 def test_one_check_that_breaks_harms_no_other() -> None:
