@@ -17,3 +17,8 @@ def shortened(text: str, length: int = 60) -> str:
     """Return the beginning of a text on one line, with control characters written out."""
     line = visible(" ".join(text.split()))
     return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def counted(number: int, thing: str) -> str:
+    """Write a number of things, given by the word for one of them: 1 row, 1,200 rows."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

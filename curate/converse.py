@@ -1,7 +1,7 @@
 """Conversations that go on: the teacher answers, then writes what the user says next, and so on; each ends with the user's turn."""
 
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +9,8 @@ from typing import Any
 from ..core.example import Decision, Example, Message, content_id
 from .config import GrowConfig
 from .distill import Distillation, wanted_sample
+from .distill_result import BUDGET
+from .growth import ASKS_A_ROUND
 from .prompts import Prompt, unasked
 from .rows import message_text
 
@@ -45,27 +47,19 @@ def converse(
     with the user.
     """
     talks = [_Talk(each, list(each.messages), unasked(each.messages)) for each in seeds]
-    asked = tokens = 0
-    for number in range(config.rounds or ROUNDS):
-        for role in ("assistant", "user"):
-            going = [each for each in talks if not each.rule and each.messages[-1]["role"] != role]
-            asks = {index: _ask(each, role, number) for index, each in enumerate(going)}
-            texts, requests, used = _answers(work, going, asks, f"turn {number + 1}, {role}", number if role == "user" else 0)
-            asked, tokens = asked + requests, tokens + used
-            for index, each in enumerate(going):
-                rule, text = texts[index]
-                if role == "user":
-                    text = SPEAKER.sub("", text).strip()
-                if not rule and not text.strip():
-                    rule = "empty"
-                each.rule, each.failed = rule, rule.startswith("error: ") or rule == "budget"
-                if not rule:
-                    each.messages.append({"role": role, "content": text})
+    waiting, kept, asked, tokens = deque(each for each in talks if not each.rule), 0, 0, 0
+    while waiting and kept < config.count and not any(each.rule == BUDGET for each in talks):
+        part = [waiting.popleft() for _ in range(min(len(waiting), max(ASKS_A_ROUND, config.count - kept)))]
+        requests, used = _go_on(work, part, config.rounds or ROUNDS)
+        asked, tokens, kept = asked + requests, tokens + used, kept + sum(not each.rule for each in part)
+    for each in waiting:  # were not begun
+        each.rule = "more_than_wanted" if kept >= config.count else BUDGET
+        each.failed = each.rule == BUDGET
     rows: list[dict[str, Any]] = []
     decisions, errors = [], Counter[str]()
     for talk in talks:
         if talk.failed:
-            errors[talk.rule.removeprefix("error: ")] += talk.rule != "budget"
+            errors[talk.rule.removeprefix("error: ")] += talk.rule != BUDGET
             decisions.append(Decision(talk.seed.id, None, stage, "failed", talk.rule))
         elif talk.rule:
             decisions.append(Decision(talk.seed.id, None, stage, "rejected", talk.rule))
@@ -77,6 +71,27 @@ def converse(
             source = f"{config.teacher}:converse"
             rows.append({"id": content_id(talk.messages), "messages": talk.messages, "source": source, "meta": meta})
     return rows, decisions, asked, tokens, +errors
+
+
+def _go_on(work: Distillation, talks: Sequence[_Talk], rounds: int) -> tuple[int, int]:
+    """Let conversations go on, turn by turn; return of all the requests and the tokens."""
+    asked = tokens = 0
+    for number in range(rounds):
+        for role in ("assistant", "user"):
+            going = [each for each in talks if not each.rule and each.messages[-1]["role"] != role]
+            asks = {index: _ask(each, role, number) for index, each in enumerate(going)}
+            texts, requests, used = _answers(work, going, asks, f"turn {number + 1}, {role}", number if role == "user" else 0)
+            asked, tokens = asked + requests, tokens + used
+            for index, each in enumerate(going):
+                rule, text = texts[index]
+                if role == "user":
+                    text = SPEAKER.sub("", text).strip()
+                if not rule and not text.strip():
+                    rule = "empty"
+                each.rule, each.failed = rule, rule.startswith("error: ") or rule == BUDGET
+                if not rule:
+                    each.messages.append({"role": role, "content": text})
+    return asked, tokens
 
 
 def _ask(talk: _Talk, role: str, number: int) -> list[Message]:
@@ -116,5 +131,5 @@ def _answers(
             row = answers[each.key]
             found[place] = ("truncated" if row["finish_reason"] == "length" else "", row["text"])
         else:
-            found[place] = (f"error: {errors[each.key]}" if each.key in errors else "budget", "")
+            found[place] = (f"error: {errors[each.key]}" if each.key in errors else BUDGET, "")
     return found, sum(each.key in answers or each.key in errors for each in work.wanted), sum(row["num_tokens"] for row in answers.values())

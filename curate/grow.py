@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections import Counter
+import math
+from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ from ..core.formats import iterate_examples
 from ..core.ngrams import words
 from ..core.run import Run
 from ..core.store import SampleStore
+from ..core.text import counted
 from .config import DistillConfig, GrowConfig
 from .converse import ROUNDS, converse
 from .distill import Distillation, Teacher, Wanted, has_begun, wanted_sample
-from .growth import Ask, Text, fault, open_method, read_answer, read_passages
+from .distill_result import BUDGET
+from .growth import ASKS_A_ROUND, Ask, Text, fault, open_method, read_answer, read_passages
 from .prompts import Prompt, unasked
 from .rouge import RougePool
 from .rows import message_text
@@ -46,12 +49,19 @@ class GrowResult:
     rejected: dict[str, int]  # by rule
     failed: dict[str, int]
     rounds: int
+    over_budget: bool  # something was not asked for, because a budget is used up
 
     def summary(self) -> str:
         """Write it for people."""
-        lines = [f"{self.path}: {self.prompts:,} prompts from {self.asked:,} answers, {self.tokens:,} tokens, {self.rounds} rounds"]
+        had = f"{counted(self.prompts, 'prompt')} from {counted(self.asked, 'answer')}, {counted(self.tokens, 'token')}"
+        lines = [f"{self.path}: {had}, {counted(self.rounds, 'round')}"]
         if self.prompts < self.wanted:
-            lines.append(f"of the {self.wanted:,} that were wanted: no more new ones came, or a budget is used up")
+            why = (
+                "a budget is used up; a larger one goes on from here"
+                if self.over_budget
+                else f"no more new ones came in {counted(self.rounds, 'round')}"
+            )
+            lines.append(f"of the {self.wanted:,} that were wanted: {why}")
         if self.rejected:
             lines.append("left out: " + ", ".join(f"{count:,} {rule}" for rule, count in self.rejected.items()))
         if self.failed:
@@ -69,6 +79,12 @@ class _Growth:
     rows: list[dict[str, Any]]
     decisions: list[Decision]
     seen: set[str]
+
+    @property
+    def num_asks(self) -> int:
+        """Return how many requests to make at once: as many as bring what is still wanted if all is kept, and a few at least."""
+        each = self.config.per_ask if self.config.method == "documents" else 1
+        return max(ASKS_A_ROUND, math.ceil((self.config.count - len(self.rows)) / each))
 
     def sift(self, ask: Ask, key: str, text: str, cut: bool, round_number: int) -> list[Text]:
         """Decide on every prompt of one answer, in order; return those that are kept."""
@@ -127,9 +143,9 @@ def grow(source: str | Path | None, out: Path, config: GrowConfig) -> GrowResult
             growth.seen.add(each.id)
         with SampleStore(run.room("curate") / "samples.sqlite") as store:
             work = Distillation(run, teacher, store, [])
-            rounds, tokens, failed = _rounds(work, method, seeds, growth)
+            rounds, tokens, failed, over_budget = _rounds(work, method, seeds, growth)
         asked = len({each.example_id for each in growth.decisions})
-        return _finish(run, config, growth.rows, growth.decisions, asked, rounds, tokens, failed)
+        return _finish(run, config, growth.rows, growth.decisions, asked, rounds, tokens, failed, over_budget=over_budget)
 
 
 def _converse(source: str | Path | None, out: Path, config: GrowConfig) -> GrowResult:
@@ -143,7 +159,8 @@ def _converse(source: str | Path | None, out: Path, config: GrowConfig) -> GrowR
         _configure(run, {"seeds": str(source), **to_mapping(config), **marks})
         with SampleStore(run.room("curate") / "samples.sqlite") as store:
             rows, decisions, asked, tokens, failed = converse(Distillation(run, teacher, store, []), STAGE, seeds, config)
-        return _finish(run, config, rows, decisions, asked, config.rounds or ROUNDS, tokens, failed)
+        over_budget = any(each.rule == BUDGET for each in decisions)
+        return _finish(run, config, rows, decisions, asked, config.rounds or ROUNDS, tokens, failed, over_budget=over_budget)
 
 
 def _configure(run: Run, settings: dict[str, Any]) -> None:
@@ -159,6 +176,8 @@ def _finish(
     rounds: int,
     tokens: int,
     failed: Counter[str],
+    *,
+    over_budget: bool,
 ) -> GrowResult:
     """Record what was decided and write the prompts. Raises TooManyFailures afterwards."""
     run.ledger.record(STAGE, [(each.example_id, each.sample_index) for each in decisions], decisions)
@@ -177,48 +196,54 @@ def _finish(
         rejected=dict(Counter(each.rule for each in decisions if each.action == "rejected").most_common()),
         failed=dict(failed.most_common()),
         rounds=rounds,
+        over_budget=over_budget,
     )
 
 
-def _rounds(work: Distillation, method: Any, seeds: Sequence[Text], growth: _Growth) -> tuple[int, int, Counter[str]]:
-    """Ask round after round; return how many, the tokens of all answers, and the errors of the requests that failed."""
+def _rounds(work: Distillation, method: Any, seeds: Sequence[Text], growth: _Growth) -> tuple[int, int, Counter[str], bool]:
+    """Ask round after round, and no more in one than may still be wanted.
+
+    Return how many, the tokens of all answers, the errors of the requests that failed, and whether a budget ended it.
+    """
     config, failed = growth.config, Counter[str]()
     last: Sequence[Text] = seeds
     number = tokens = dry = 0
     for number in range(config.rounds or 10_000):
         asks = list(method(number, seeds, growth.grown, last))
         if not asks:
-            return number, tokens, failed
+            return number, tokens, failed, False
         # an ask is known by what decides its answer: asked twice in a round (a seed that is there twice) it is one
-        by_key = {each.key: ask for ask in asks for each in [_wanted(work.teacher, ask)]}
-        work.wanted = [_wanted(work.teacher, ask) for ask in by_key.values()]
-        work.generate(work.missing(), label=f"round {number + 1}")
-        answers = {row["key"]: row for row in work.samples().iter_rows(named=True)}
-        errors = dict(work.store.failures().select("key", "error").iter_rows())
+        waiting = deque({wanted.key: (ask, wanted) for ask in asks for wanted in [_wanted(work.teacher, ask)]}.values())
+        parents = {each.id: each for each in last}
         kept: list[Text] = []
         before, open_ones = len(growth.rows), 0
-        for key, ask in by_key.items():
-            if key in answers:
-                row = answers[key]
-                tokens += row["num_tokens"]
-                children = growth.sift(ask, key, row["text"], row["finish_reason"] == "length", number)
+        while waiting and len(growth.rows) < config.count and not open_ones:
+            part = [waiting.popleft() for _ in range(min(len(waiting), growth.num_asks))]
+            work.wanted = [wanted for _, wanted in part]
+            work.generate(work.missing(), label=f"round {number + 1}")
+            answers = {row["key"]: row for row in work.samples().iter_rows(named=True)}
+            errors = dict(work.store.failures().select("key", "error").iter_rows())
+            for ask, wanted in part:
+                key, children = wanted.key, list[Text]()
+                if key in answers:
+                    row = answers[key]
+                    tokens += row["num_tokens"]
+                    children = growth.sift(ask, key, row["text"], row["finish_reason"] == "length", number)
+                elif key in errors:
+                    growth.decisions.append(Decision(key[:16], 0, STAGE, "failed", f"error: {errors[key]}"))
+                    failed[errors[key]] += 1
+                else:
+                    open_ones += 1
+                if config.method == "evol" and not children:
+                    children = [parents[ask.parents[0]]]  # tried again in another way
                 kept += children
-            elif key in errors:
-                growth.decisions.append(Decision(key[:16], 0, STAGE, "failed", f"error: {errors[key]}"))
-                failed[errors[key]] += 1
-                children = []
-            else:
-                open_ones += 1
-                children = []
-            if config.method == "evol" and not children:
-                kept += [each for each in last if each.id == ask.parents[0]]  # tried again in another way
         last = kept
         new = len(growth.rows)
-        log.info("round %d: %s of %s prompts", number + 1, f"{new:,}", f"{config.count:,}")
+        log.info("round %d: %s of %s", number + 1, f"{new:,}", counted(config.count, "prompt"))
         dry = 0 if new > before else dry + 1
         if new >= config.count or open_ones or dry == DRY_ROUNDS:
-            return number + 1, tokens, failed
-    return number + 1, tokens, failed
+            return number + 1, tokens, failed, open_ones > 0
+    return number + 1, tokens, failed, False
 
 
 def _wanted(teacher: Teacher, ask: Ask) -> Wanted:

@@ -206,6 +206,24 @@ def test_evol_deepens_and_tries_again_what_was_not_kept(tmp_path: Path, seeds: P
     assert result.rejected == {"nothing_to_read": 2}
 
 
+@pytest.mark.parametrize(("method", "each"), [("evol", 1), ("converse", 2)])
+def test_no_more_is_asked_for_than_may_be_wanted(method: str, each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Compare {random.Random(number).random()} with one."}) + "\n" for number in range(200)))
+    teacher = Teacher(monkeypatch, lambda prompt, seed: f"A harder question number {seed}, longer than it was.")
+    some = grow(path, tmp_path / "run", config(method=method, count=40, similarity=1.0))
+    assert (some.prompts, some.asked, len(teacher.asked)) == (40, 40 * each, 40 * each)
+    first = grown(tmp_path / "run")
+    more = grow(path, tmp_path / "run", config(method=method, count=150, similarity=1.0))
+    assert (more.prompts, len(teacher.asked)) == (150, 150 * each)
+    assert grown(tmp_path / "run")[:40] == first
+    left_out = {"more_than_wanted": 50} if method == "converse" else {}  # its seeds each have their row in the ledger
+    assert more.rejected == left_out
+    rest = grow(path, tmp_path / "run", config(method=method, count=180, similarity=1.0, budget_tokens=10 * len(teacher.asked)))
+    assert (rest.prompts, rest.over_budget) == (150, True)
+    assert "of the 180 that were wanted: a budget is used up" in rest.summary()
+
+
 def test_documents_give_questions_with_their_passage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "docs"
     (folder / "deep").mkdir(parents=True)
