@@ -239,7 +239,9 @@ def _prepare(model: NamedModel, question: Question, identity: str, config: Compa
             return _Wanted(question, error="refused_by_template")
         if model.context is not None and len(ids) + config.max_new_tokens > model.context:
             return _Wanted(question, error="too_long")
-    key = sample_key(prompt=ids or question.messages, model_identity=identity, sampling=_sampling(config), index=0)
+    # where a server renders, the functions decide, too
+    sent = ids or [*question.messages, *([{"tools": list(question.tools)}] if question.tools else [])]
+    key = sample_key(prompt=sent, model_identity=identity, sampling=_sampling(config), index=0)
     return _Wanted(question, key, ids)
 
 
@@ -253,7 +255,14 @@ def _generate(model: NamedModel, wanted: Sequence[_Wanted], identity: str, store
     settings = {**decisive_settings(identity, sampling), "system": config.system}
     sampling_key = store.remember(model.reference, settings)
     requests = [
-        Request(key=key, prompt_ids=each.ids, messages=each.question.messages, sampling=sampling, seed=sample_seed(key))
+        Request(
+            key=key,
+            prompt_ids=each.ids,
+            messages=each.question.messages,
+            tools=each.question.tools,
+            sampling=sampling,
+            seed=sample_seed(key),
+        )
         for key, each in missing.items()
     ]
     places = {key: (each.question.id, 0) for key, each in missing.items()}

@@ -261,6 +261,13 @@ def test_models_of_a_server_are_asked_by_messages(tmp_path: Path) -> None:
         assert asked[0]["messages"][0] == {"role": "system", "content": "Be brief."}
         again = compare({"a": "small", "b": "large"}, None, tmp_path / "run", config)
         assert len(asked) == 6
+        called = {"type": "function", "function": {"name": "look", "parameters": {}}}
+        for tools in ([], [called]):  # the same words with other functions are another question
+            asked.clear()
+            row = {"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}], "tools": tools}
+            (tmp_path / "q.jsonl").write_text(json.dumps(row))
+            compare({"a": "small"}, tmp_path / "q.jsonl", tmp_path / "tools", settings(**engine))
+            assert [each.get("tools", []) for each in asked] == [tools]
     finally:
         server.shutdown()
         server.server_close()
