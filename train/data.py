@@ -174,12 +174,23 @@ def outcomes(examples: Sequence[Example], chat: Chat, config: TrainConfig, limit
 
 
 def _number(example: Example, column: str) -> float:
-    """Return a number of a row's other columns. Raises UserError where it is none."""
-    value = example.meta.get(column)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    known = ", ".join(sorted(name for name, each in example.meta.items() if isinstance(each, (int, float)))) or "none"
-    raise UserError(f"{example.source}: expected a number in the column {column!r}, found {value!r}; columns with numbers: {known}")
+    """Return a number of a row's other columns, which in a CSV file are texts. Raises UserError where it is none."""
+    number = _as_number(example.meta.get(column))
+    if number is not None:
+        return number
+    known = ", ".join(sorted(name for name, each in example.meta.items() if _as_number(each) is not None)) or "none"
+    found = example.meta.get(column)
+    raise UserError(f"{example.source}: expected a number in the column {column!r}, found {found!r}; columns with numbers: {known}")
+
+
+def _as_number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _render(examples: Sequence[Example], chat: Chat, config: TrainConfig, limit: int, pieces: Pieces) -> list[Outcome]:

@@ -114,6 +114,15 @@ def test_weights_that_are_no_numbers_name_their_row(tiny_model, tmp_path) -> Non
         prepare(read_examples(data), chat, TrainConfig(weight_by="quality"), context=512)
     with pytest.raises(UserError, match="columns with numbers: quality"):
         prepare(read_examples(data), chat, TrainConfig(weight_by="qualty"), context=512)
+    table = tmp_path / "rows.csv"  # which has no numbers, only texts
+    table.write_text("prompt,completion,quality,mark\nSay 1.,1.,0.5,good\nSay 2.,2.,2,nan\n")
+    made = prepare(read_examples(table), chat, TrainConfig(weight_by="quality", curriculum="-quality"), context=512)
+    assert [(row.weight, row.score) for row in made.train] == [(0.5, -0.5), (2.0, -2.0)]
+    for place, found in (("2", "good"), ("3", "nan")):
+        if place == "3":
+            table.write_text(table.read_text().replace("good", "1"))
+        with pytest.raises(UserError, match=rf"rows.csv:{place}: expected a number in the column 'mark', found '{found}'"):
+            prepare(read_examples(table), chat, TrainConfig(weight_by="mark"), context=512)
 
 
 def test_scores_of_a_run_are_weights_and_an_order_of_its_rows(tiny_model, tmp_path, monkeypatch) -> None:
