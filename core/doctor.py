@@ -13,6 +13,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from .catalogue import cache_dir
+from .hardware import installed_version
 
 LITTLE_DISK = 5 << 30  # bytes; a small model, its checkpoints and its final weights
 EXTRAS = {  # what is gained by each extra
@@ -61,7 +62,7 @@ def _packages() -> Iterator[Finding]:
     for each in wanted:
         if each.marker is not None and not each.marker.evaluate({"extra": ""}):
             continue
-        version = _version(each.name)
+        version = installed_version(each.name)
         if version is None or not each.specifier.contains(version, prereleases=True):
             right = False
             have = "is not installed" if version is None else f"{version} is installed"
@@ -72,18 +73,11 @@ def _packages() -> Iterator[Finding]:
         yield Finding("ok", "packages", ", ".join(found))
     for extra, gain in EXTRAS.items():
         needs = [each for each in wanted if each.marker is not None and re.search(rf"""extra == ["']{extra}["']""", str(each.marker))]
-        missing = [each.name for each in needs if _version(each.name) is None]
+        missing = [each.name for each in needs if installed_version(each.name) is None]
         if missing:
             yield Finding("note", extra, f"{', '.join(missing)} is not installed; it brings {gain}: pip install 'sftkit[{extra}]'")
         else:
-            yield Finding("ok", extra, ", ".join(f"{each.name} {_version(each.name)}" for each in needs))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+            yield Finding("ok", extra, ", ".join(f"{each.name} {installed_version(each.name)}" for each in needs))
 
 
 def _torch() -> Iterator[Finding]:

@@ -1,5 +1,6 @@
-"""What this machine computes with: which device, and which number format is fast there."""
+"""What this machine computes with: which device, which number format is fast there, and which packages."""
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -113,3 +114,11 @@ def measured_peak(device: str) -> float:
     end.record()
     torch.cuda.synchronize()
     return 10 * 2 * size**3 / (start.elapsed_time(end) / 1000)
+
+
+def installed_version(package: str) -> str | None:
+    """Return a package's version; None where none is installed, or by another name, as what is built from source may be."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

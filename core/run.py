@@ -1,6 +1,5 @@
 """The run folder: one folder that explains itself, refuses to be mixed up with another run, and knows what is done."""
 
-import importlib.metadata
 import logging
 import os
 import platform
@@ -13,6 +12,7 @@ import yaml
 from .config import read_yaml
 from .errors import UserError
 from .files import clear_temporaries, hold_folder, read_json, write_json, write_text
+from .hardware import installed_version
 from .ledger import Ledger
 
 log = logging.getLogger(__name__)
@@ -131,9 +131,4 @@ def read_done(folder: Path) -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Return the versions that a result depends on; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "cpus": str(os.cpu_count())}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    return {**found, **{package: installed_version(package) for package in PACKAGES}}

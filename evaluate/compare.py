@@ -1,6 +1,5 @@
 """Compare: the greedy answers of all models to the same questions, side by side, and who stops by itself how often."""
 
-import importlib.metadata
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from ..core.errors import UserError
 from ..core.example import Example, Message, Sample, Tool, content_id, tools_of
 from ..core.files import write_atomically
 from ..core.formats import iterate_examples, split_prompt
+from ..core.hardware import installed_version
 from ..core.named_models import NamedModel, find_models
 from ..core.progress import Progress
 from ..core.statistics import Interval, holm, mcnemar, minimum_detectable_difference, paired_difference, wilson
@@ -219,7 +219,7 @@ def answer_identity(model: NamedModel) -> str:
     """
     engine = choose(model.engine)
     package = {"transformers": "transformers", "vllm": "vllm"}.get(engine)
-    version = importlib.metadata.version(package) if package else ""
+    version = (installed_version(package) if package else None) or ""
     return "+".join(filter(None, [model.identity, model.template, f"{engine} {version}".strip(), model.engine.dtype]))
 
 

@@ -1,7 +1,6 @@
 """Which settings run a model fastest on this machine: short measurements of the real work, remembered by model and card."""
 
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import logging
@@ -17,7 +16,7 @@ from typing import Any
 from ..catalogue import cache_dir
 from ..errors import UserError
 from ..files import read_json, write_json
-from ..hardware import pick_device
+from ..hardware import installed_version, pick_device
 from .base import Engine, EngineConfig, Request
 from .loading import choose
 from .registry import open_engine
@@ -198,11 +197,7 @@ def _facts(identity: str, config: EngineConfig) -> dict[str, Any]:
         card = torch.cuda.get_device_name(device)
     kept = ("dtype", "gpu_memory_utilization", "max_model_len", "enforce_eager")
     same = {name: value for name, value in asdict(config).items() if name in kept}
-    try:
-        version = importlib.metadata.version(engine)
-    except importlib.metadata.PackageNotFoundError:  # built from source, or for a CPU under another name
-        version = None
-    return {"identity": identity, "engine": engine, "version": version, "card": card, **same}
+    return {"identity": identity, "engine": engine, "version": installed_version(engine), "card": card, **same}
 
 
 def _path(identity: str, config: EngineConfig) -> Path:

@@ -1,5 +1,6 @@
 """All models answer the same questions, once; what is stored is used exactly as long as nothing that decides it has changed."""
 
+import importlib.metadata
 import json
 import shutil
 import threading
@@ -11,8 +12,10 @@ import polars as pl
 import pytest
 from rich.console import Console
 from sftkit.core.chat import load_chat
+from sftkit.core.engines.base import EngineConfig
 from sftkit.core.errors import UserError
 from sftkit.core.models import load_model, resolve_model
+from sftkit.core.named_models import find_models
 from sftkit.core.run import is_done, read_done
 from sftkit.evaluate import compare as compare_module
 from sftkit.evaluate.compare import QUESTIONS, Answer, CompareResult, Question, compare
@@ -345,3 +348,14 @@ def test_another_version_of_the_engine_is_asked_anew(tmp_path: Path, tiny_model:
     assert [compare(models, None, tmp_path / "run", config).models[0].generated for _ in range(2)] == [3, 0]
     monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0")
     assert compare(models, None, tmp_path / "run", config).models[0].generated == 3
+
+
+def test_an_engine_that_is_installed_by_another_name_is_asked_all_the_same(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM that was built from source, or for a CPU, has another name, and so no version that could be asked for."""
+
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    (model,) = find_models({"base": str(tiny_model)}, EngineConfig(engine="transformers"))
+    monkeypatch.setattr("importlib.metadata.version", version)
+    assert compare_module.answer_identity(model).endswith("+transformers+auto")
