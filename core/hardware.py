@@ -23,11 +23,13 @@ def pick_device(wanted: str | None = None) -> str:
     if wanted is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.device(wanted)
+        device = torch.device(wanted)
     except RuntimeError:
         raise UserError(f"device {wanted}: expected cpu, cuda or cuda:NUMBER") from None
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {wanted}: this machine has no usable GPU; leave --device out, or give cpu")
+    if device.type == "cuda" and device.index is not None and device.index >= (count := torch.cuda.device_count()):
+        raise UserError(f"device {wanted}: the GPUs of this machine are numbered from 0 to {count - 1}")
     return wanted
 
 
