@@ -1,0 +1,15 @@
+"""Which device is taken, and which is refused."""
+
+import pytest
+from sftkit.core.errors import UserError
+from sftkit.core.hardware import pick_device
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [pick_device(each) for each in (None, "cpu", "cuda", "cuda:1")] == ["cuda", "cpu", "cuda", "cuda:1"]
+    with pytest.raises(UserError, match="device cuda:2: the GPUs of this machine are numbered from 0 to 1"):
+        pick_device("cuda:2")
+    with pytest.raises(UserError, match="expected cpu, cuda or cuda:NUMBER"):
+        pick_device("gpu0")
