@@ -59,17 +59,26 @@ def _source(source: str | Path, revision: str | None, split: str) -> Iterator[Re
     if str(source) == "-":
         yield from _some(_standard_input(), "stdin")
         return
-    if not str(source).strip():  # a variable of a shell that is not set would be this folder
-        raise UserError("the name of the data is empty; give a file, a folder (. for this one), - or a data set of the Hub")
-    path = Path(source).expanduser()
+    path = find_source(source)
     if path.is_dir():
         yield from _folder(path, split)
     elif path.exists():
         yield from _file(path)
-    elif HUB_ID.fullmatch(str(source)) and kind_of(path) is None and not path.parent.exists():
-        yield from _some(_hub(str(source), revision, split), str(source))
     else:
+        yield from _some(_hub(str(source), revision, split), str(source))
+
+
+def find_source(source: str | Path) -> Path:
+    """Return the path of a source; where nothing is there, it may be a data set of the Hub. Raises UserError for what is neither.
+
+    Nothing is read and nothing heavy imported: a mistyped name is told before what takes seconds.
+    """
+    if not str(source).strip():  # a variable of a shell that is not set would be this folder
+        raise UserError("the name of the data is empty; give a file, a folder (. for this one), - or a data set of the Hub")
+    path = Path(source).expanduser()
+    if not path.exists() and not (HUB_ID.fullmatch(str(source)) and kind_of(path) is None and not path.parent.exists()):
         raise _missing(path)
+    return path
 
 
 def kind_of(path: Path) -> str | None:

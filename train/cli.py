@@ -22,6 +22,18 @@ def _sources(data: tuple[str, ...]) -> str | list[str]:
     return data[0] if len(data) == 1 else list(data)
 
 
+def _check_there(data: tuple[str, ...], model: str, revision: str | None) -> None:
+    """Raise UserError for a model or data that is not there, before imports that take seconds."""
+    from ..core.models import resolve_model
+    from ..core.sources import find_source
+    from .mixture import parse_mixture
+
+    resolve_model(model, revision=revision)
+    for source in data if len(data) == 1 else (name for name, _ in parse_mixture(data)):
+        if source != "-":
+            find_source(source)
+
+
 @click.group(cls=Commands)
 def train() -> None:
     """Fine-tune a model, and look at what it is trained on."""
@@ -71,11 +83,14 @@ def sft(
     sftkit train sft chats.jsonl --model org/name -o runs/e --max-hours 11.5       for notebooks that end after 12
     """
     from ..core.hardware import pick_device
+
+    _check_there(data, model, revision)
+    base = recipe_settings(recipe, gpu=pick_device() != "cpu") if recipe else {}
+    config = _settings(TrainConfig, settings, options, base)
+    if "limit" in base and config.limit == base["limit"] and "limit" not in given(options):
+        click.echo(f"recipe {recipe}: only the first {config.limit} rows, as this machine has no GPU; --limit says otherwise", err=True)
     from .sft import train as run_training
 
-    config = _settings(TrainConfig, settings, options, recipe_settings(recipe, gpu=pick_device() != "cpu") if recipe else {})
-    if recipe and config.limit is not None and "limit" not in given(options):
-        click.echo(f"recipe {recipe}: only the first {config.limit} rows, as this machine has no GPU; --limit says otherwise", err=True)
     click.echo(run_training(_sources(data), model, out, config, revision=revision).summary())
 
 
@@ -106,9 +121,10 @@ def preference(data: str, model: str, out: Path, settings: Path | None, revision
     sftkit train preference pairs.jsonl --model runs/b -o runs/p
     sftkit train preference pairs.jsonl --model org/name -o runs/p --lora --beta 0.05
     """
+    _check_there((data,), model, revision)
+    config = _settings(PreferenceConfig, settings, options)
     from .sft import train as run_training
 
-    config = _settings(PreferenceConfig, settings, options)
     click.echo(run_training(data, model, out, config, revision=revision).summary())
 
 
@@ -131,6 +147,7 @@ def preview(data: tuple[str, ...], model: str, rows: int, html_path: Path | None
     sftkit train preview chats.jsonl --model org/name -n 10 --html preview.html --train-on last
     sftkit train preview a.jsonl:0.7 b.jsonl:0.3 --model org/name
     """
+    _check_there(data, model, revision)
     from .preview import preview as show
 
     show(_sources(data), model, load_config(TrainConfig, given(options)), limit=rows, html_path=html_path, revision=revision)
@@ -157,6 +174,7 @@ def sweep(
     sftkit train sweep chats.jsonl --model org/name -o sweeps/a --vary learning_rate=1e-5,2e-5,5e-5
     sftkit train sweep chats.jsonl --model org/name -o sweeps/b --lora --vary lora_rank=8,32 --vary learning_rate=1e-4,4e-4
     """
+    _check_there(data, model, revision)
     from .sweep import parse_variations
     from .sweep import sweep as run_sweep
 
@@ -198,11 +216,12 @@ def plan(
     sftkit train plan --data chats.jsonl --model org/name --gpu "RTX 3080" --gpu A100
     sftkit train plan runs/a --model org/name --gpu 24GB --batch-size 64
     """
-    from .plan import plans
-
     if bool(data) == bool(named):
         raise click.UsageError("give the data once: as DATA or with --data")
+    _check_there(data or named, model, revision)
     config = _settings(TrainConfig, settings, options)
+    from .plan import plans
+
     found = plans(_sources(data or named), model, config, gpus=cards, revision=revision)
     click.echo("\n\n".join(each.summary() for each in found))
 

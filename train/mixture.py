@@ -8,7 +8,6 @@ from pathlib import Path
 from ..core.errors import UserError
 from ..core.example import Example
 from ..core.formats import read_examples
-from .packing import draw
 
 OFF = 0.02  # of all rows that a part may be from its share
 SHARE = re.compile(r"(?P<source>.+):(?P<share>\d*\.?\d+)")
@@ -65,6 +64,8 @@ def read_mixture(
     It is as large as its scarcest part and `limit` allow; which rows of the others are in it is a function of the seed. Rows that are in
     two sources keep apart by their ids.
     """
+    from .packing import draw
+
     examples: list[Example] = []
     beyond: set[int] = set()
     used: dict[str, int] = {}
