@@ -246,6 +246,8 @@ class SelectConfig:
         for name in ("budget", "budget_tokens", "clusters"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name}: expected 1 or more, found {getattr(self, name)}")
+        if self.seed < 0:
+            raise UserError(f"seed: expected 0 or more, found {self.seed}")
         if "by" in SELECTORS[self.method] and not self.by:
             raise UserError(f"select: {self.method} needs a score to choose by: give --by SCORE")
         if not 0 <= self.quality_weight <= 1:

@@ -36,10 +36,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _at_least_one(self, "limit")
-        if self.resamples < 1000:
-            raise UserError(f"resamples: expected 1000 or more, found {self.resamples}: the ends of a 95 % interval need them")
-        if self.seed < 0:
-            raise UserError(f"seed: expected 0 or more, found {self.seed}")
+        _check_draws(self.resamples, self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +91,16 @@ class TasksConfig:
             raise UserError(f"shots: expected 0 or more, found {self.shots}")
         if self.samples > 1 and self.temperature <= 0:
             raise UserError(f"temperature: {self.samples} samples need one above 0, or they are all the same; found {self.temperature}")
-        if self.resamples < 1000:
-            raise UserError(f"resamples: expected 1000 or more, found {self.resamples}: the ends of a 95 % interval need them")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p: expected a share above 0 and up to 1, found {self.top_p:g}")
+        _check_draws(self.resamples, self.seed)
+
+
+def _check_draws(resamples: int, seed: int) -> None:
+    if resamples < 1000:
+        raise UserError(f"resamples: expected 1000 or more, found {resamples}: the ends of a 95 % interval need them")
+    if seed < 0:
+        raise UserError(f"seed: expected 0 or more, found {seed}")
 
 
 def _at_least_one(config: object, *names: str) -> None:

@@ -94,6 +94,7 @@ class TrainConfig:
             "samples": 0,
             "gpus": 1,
             "neftune": 0,
+            "seed": 0,
         }
         for name, lowest in least.items():
             value = getattr(self, name)

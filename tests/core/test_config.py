@@ -13,6 +13,9 @@ from click.testing import CliRunner
 from sftkit.core.cli import config_option, given
 from sftkit.core.config import load_config, read_yaml, setting, to_mapping
 from sftkit.core.errors import UserError
+from sftkit.curate.decide_config import SelectConfig
+from sftkit.evaluate.config import LossConfig, TasksConfig
+from sftkit.train.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,3 +186,17 @@ def test_options_show_what_the_config_says_and_pass_only_what_was_given() -> Non
     result = run(command, ["--dtype", "int8"])
     assert result.exit_code == 2
     assert "is not one of 'auto', 'bfloat16', 'float32'" in result.output
+
+
+@pytest.mark.parametrize("kind", [SelectConfig, LossConfig, TasksConfig, TrainConfig])
+def test_a_seed_that_nothing_can_draw_by_is_refused_before_the_work(kind: type) -> None:
+    """numpy takes no number below 0, and is asked after all answers are there."""
+    needed = {"budget": 1} if kind is SelectConfig else {}
+    assert load_config(kind, {"seed": 0, **needed}).seed == 0
+    with pytest.raises(UserError, match="seed: expected 0 or more, found -1"):
+        load_config(kind, {"seed": -1, **needed})
+
+
+def test_a_share_of_answers_that_is_none_is_refused() -> None:
+    with pytest.raises(UserError, match="top_p: expected a share above 0 and up to 1, found 2"):
+        TasksConfig(samples=2, top_p=2.0)
