@@ -118,12 +118,12 @@ def _missing(path: Path) -> UserError:
 
 
 def _folder(folder: Path, split: str) -> Iterator[Read]:
-    if (folder / "config.yaml").exists() and ((folder / "curate").is_dir() or (folder / "ledger.parquet").exists()):
+    curated = (folder / "curate").is_dir() or (folder / "ledger.parquet").exists()
+    if (folder / "config.yaml").exists() and (curated or (folder / "versions.json").exists()):
         made = folder / "curate" / "dataset.jsonl"
         if not made.exists():
-            raise UserError(
-                f"{folder}: this run has no data set (no curate/dataset.jsonl); finish its curation, or run its last step again"
-            )
+            mend = "finish its curation, or run its last step again" if curated else "give the data that it was given itself"
+            raise UserError(f"{folder}: this run has no data set (no curate/dataset.jsonl); {mend}")
         yield from _file(made)
         return
     if (folder / "dataset_info.json").exists() and not (folder / "state.json").exists():

@@ -124,9 +124,14 @@ def test_a_folder_is_its_files_in_order(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def test_a_run_is_its_data_set(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "metrics.jsonl").write_bytes(jsonl(ROWS))
+    for name in ("config.yaml", "versions.json"):
+        (tmp_path / name).write_text("{}\n")
+    with pytest.raises(UserError, match=r"this run has no data set .*; give the data that it was given itself"):
+        list(iterate_rows(tmp_path))
     (tmp_path / "curate").mkdir()
-    (tmp_path / "config.yaml").write_text("{}\n")
-    with pytest.raises(UserError, match=r"this run has no data set \(no curate/dataset.jsonl\)"):
+    with pytest.raises(UserError, match=r"this run has no data set \(no curate/dataset.jsonl\); finish its curation"):
         list(iterate_rows(tmp_path))
     (tmp_path / "curate" / "prompts.parquet").write_bytes(parquet(ROWS))
     (tmp_path / "curate" / "dataset.jsonl").write_bytes(jsonl(ROWS[:1]))
