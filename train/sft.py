@@ -114,7 +114,8 @@ def train(data: str | Path | Sequence[str], model: str, out: Path, config: Train
             rows = fingerprint(prepared.train + prepared.validation)
             marks = {"identity": model_identity(ref), "template": chat.fingerprint(), "rows": rows}
             before = run.config().get("train", {})
-            free = FREE if before.get("identity") == marks["identity"] else tuple(each for each in FREE if each != "model")
+            named = {"model": "identity", "data": "rows"}  # names are free, what they stand for is not: where that changed, both are told
+            free = tuple(each for each in FREE if each not in named or before.get(named[each]) == marks[named[each]])
             told = {
                 "data": str(data) if isinstance(data, (str, Path)) else list(data),
                 "model": model,

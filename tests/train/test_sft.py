@@ -109,6 +109,10 @@ def test_done_is_done(trained: tuple[TrainResult, Path], tiny_model: Path) -> No
     path.write_text(path.read_text().replace("The answer", "An answer", 1))
     with pytest.raises(UserError, match=r"another run \(train\.rows was"):
         train(path, str(tiny_model), result.run, config(epochs=6.0))
+    other = path.with_name("other.jsonl")
+    other.write_text(path.read_text())
+    with pytest.raises(UserError, match=r"another run \(train\.data was '.*chats\.jsonl', now '.*other\.jsonl'; train\.rows was"):
+        train(other, str(tiny_model), result.run, config(epochs=6.0))
 
 
 def test_steps_in_many_forward_passes_equal_those_in_one_to_the_token(tmp_path: Path, tiny_model: Path, chats) -> None:
