@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from .errors import UserError
 from .example import Message, Tool
-from .files import load_json
+from .files import load_object
 from .models import ModelRef, load_tokenizer
 from .parts import SENTINEL, common_prefix, common_suffix, trained_part
 from .templates import BUILT_IN, PAD_CANDIDATES
@@ -417,18 +417,11 @@ def load_chat(ref: ModelRef) -> Chat:
     """Load a model's tokenizer and apply the policy. Raises UserError for a model without tokenizer, or whose answers never end."""
     tokenizer = load_tokenizer(ref)
     if ref.path is not None and ref.path.is_dir():
-        settings, generation = (_read_settings(ref.path / name) for name in ("config.json", "generation_config.json"))
+        settings, generation = (load_object(ref.path / name) for name in ("config.json", "generation_config.json"))
         listed = [*_as_list(generation.get("eos_token_id")), *_as_list(settings.get("eos_token_id"))]
         size = settings.get("vocab_size", settings.get("text_config", {}).get("vocab_size"))
         return Chat(tokenizer, eos_ids=listed, num_embeddings=size, name=ref.name)
     return Chat(tokenizer, eos_ids=_hub_eos(ref) if ref.path is None else (), name=ref.name)
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        return load_json(path) if path.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{path}: is not valid JSON ({error}); copy the file again") from None
 
 
 def _hub_eos(ref: ModelRef) -> list[int]:

@@ -115,6 +115,17 @@ def load_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def load_object(path: Path) -> dict[str, Any]:
+    """Return the settings in a JSON file that came with a model; none where there is no such file. Raises UserError for a damaged one."""
+    try:
+        found = load_json(path) if path.exists() else {}
+    except ValueError as error:  # what is not UTF-8 is a ValueError, too
+        raise UserError(f"{path}: is not valid JSON ({error}); copy the file again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds no settings by name; copy the file again")
+    return found
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file that a step has written. Raises DamagedFile for one that is none any more."""
     try:

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 import logging
 import os
 import re
@@ -15,7 +14,7 @@ from typing import Any
 
 from .catalogue import CATALOGUE, cache_dir, cached
 from .errors import UserError, unknown_name
-from .files import read_json, write_json
+from .files import load_object, read_json, write_json
 from .gguf import check_gguf, load_unpacked
 from .hub import hub_away, is_for_want_of_it
 
@@ -288,6 +287,5 @@ def _one_line(error: BaseException) -> str:
 
 
 def final_facts(ref: ModelRef) -> dict[str, Any]:
-    """Return what training wrote beside a model (`sftkit.json`), or nothing."""
-    place = ref.path / "sftkit.json" if ref.path is not None else None
-    return json.loads(place.read_text(encoding="utf-8")) if place is not None and place.exists() else {}
+    """Return what training wrote beside a model (`sftkit.json`), or nothing. Raises UserError where that is damaged."""
+    return {} if ref.path is None else load_object(ref.path / "sftkit.json")

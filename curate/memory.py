@@ -3,7 +3,7 @@
 import logging
 
 from ..core.errors import UserError
-from ..core.files import read_json
+from ..core.files import load_object
 from ..core.models import resolve_model
 from . import fast_location
 from .decide_config import EmbedConfig, SelectConfig
@@ -72,7 +72,7 @@ def least_dimensions(embed: EmbedConfig) -> int:
     told = [(file, "out_features") for file in sorted(folder.glob("*_Dense/config.json"), reverse=True)]
     told += [(folder / "1_Pooling" / "config.json", "word_embedding_dimension"), (folder / "config.json", "hidden_size")]
     for file, name in told:
-        if file.exists() and isinstance(value := read_json(file).get(name), int):
+        if file.exists() and isinstance(value := load_object(file).get(name), int):
             return value
     return 1
 

@@ -13,8 +13,8 @@ import torch
 
 from ..core.chat import Chat, load_chat
 from ..core.errors import UserError
-from ..core.files import read_json, write_json
-from ..core.models import ModelRef, cast, final_facts, load_model, load_settings, model_identity, resolve_model
+from ..core.files import load_object, write_json
+from ..core.models import ModelRef, cast, final_facts, load_model, load_settings, model_identity, quantisation, resolve_model
 from .disk import make_place_for, room_on_disk
 
 log = logging.getLogger(__name__)
@@ -95,11 +95,8 @@ def find_adapter(path: Path) -> Path:
 
 def find_base(adapter: Path, base: str | None, revision: str | None = None) -> ModelRef:
     """Return the model that an adapter belongs to. Raises UserError for one that is not here, or not the one it was trained on."""
-    try:
-        settings: Any = dict(read_json(adapter / "adapter_config.json"))
-    except (ValueError, TypeError) as error:  # what is not UTF-8 is a ValueError, too
-        raise UserError(f"{adapter / 'adapter_config.json'}: cannot be read ({error}); copy the adapter again") from None
-    named = settings.get("base_model_name_or_path")
+    settings = load_object(adapter / "adapter_config.json")
+    named = str(settings.get("base_model_name_or_path") or "")
     if base is None and not named:
         raise UserError(f"{adapter}: does not say which model it was trained on; give it with --base")
     try:
@@ -109,7 +106,7 @@ def find_base(adapter: Path, base: str | None, revision: str | None = None) -> M
     trained_on = final_facts(ModelRef(str(adapter), path=adapter)).get("identity")
     if trained_on is not None and trained_on != model_identity(ref):
         raise UserError(f"{adapter}: was trained on {named}, and {ref.name} has other weights; give that one with --base")
-    if trained_on is None and named and Path(str(named)).name != Path(ref.name).name:
+    if trained_on is None and named and Path(named).name != Path(ref.name).name:
         log.warning("%s: names %s as its base; it is merged into %s as told, if the shapes fit", adapter, named, ref.name)
     return ref
 
@@ -122,14 +119,11 @@ def load_base(ref: ModelRef) -> Any:
 
 def refuse_quantised(ref: ModelRef) -> None:
     """Raise UserError for a model whose weights were rounded to a few bits: a merged adapter, or a step, would be lost in the rounding."""
-    if ref.path is not None and ref.path.is_file():
-        return  # a .gguf file is unpacked
-    found = getattr(load_settings(ref), "quantization_config", None)
-    if found is not None:
-        kind = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    kind = quantisation(ref)
+    if kind is not None:
         raise UserError(
-            f"{ref.name}: is quantised ({getattr(kind, 'value', kind) or 'quantization_config in its config'}), and what is learned would"
-            " be lost in its rounding; give the unquantised model (training with --qlora rounds it by itself)"
+            f"{ref.name}: is quantised ({kind}), and what is learned would be lost in its rounding; give the unquantised model (training"
+            " with --qlora rounds it by itself)"
         )
 
 

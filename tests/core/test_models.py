@@ -60,6 +60,9 @@ def test_a_run_is_its_final_model(model: Path, tmp_path: Path) -> None:
     (run / "train" / "final" / "sftkit.json").write_text('{"template": "x"}')
     assert final_facts(resolve_model(run)) == {"template": "x"}
     assert final_facts(ModelRef("org/name", hub_id="org/name")) == {}
+    (run / "train" / "final" / "sftkit.json").write_text('{"templ')
+    with pytest.raises(UserError, match=r"sftkit\.json: is not valid JSON"):
+        final_facts(resolve_model(run))
 
 
 def test_a_gguf_file_is_found_alone_or_as_the_only_one_of_a_folder(tmp_path: Path) -> None:
