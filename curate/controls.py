@@ -74,9 +74,7 @@ def write_controls_of(
 ) -> list[str]:
     """Write the controls of a stage's decisions, as STAGE_NAME.jsonl: as many rows as it kept, drawn from those of the `pool`.
 
-    `lengths` are in characters.
-
-    Within prompts, the random control has as many samples of each prompt as were kept of it.
+    `lengths` are in characters. Within prompts, the random control has as many samples of each prompt as were kept of it.
     """
     rows = load_rows(run, before=stage, columns=EXPORTED)
     taken = (decisions["action"] == "kept").arg_true().to_list()

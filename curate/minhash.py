@@ -142,11 +142,6 @@ def band_keys(shingles: Runs, *, bands: int = BANDS, rows: int = ROWS) -> Runs:
     return Runs(keys.ravel(), np.concatenate([[0], np.cumsum(num)]).astype(np.int64))
 
 
-def probability(similarity: float, *, bands: int = BANDS, rows: int = ROWS) -> float:
-    """Return how probable it is that `band_keys` propose a pair of this similarity."""
-    return 1 - (1 - similarity**rows) ** bands
-
-
 def _num_rows(values: Hashes) -> Offsets:
     """Return how many rows have each shingle; sets hold it once."""
     ordered = np.sort(values)

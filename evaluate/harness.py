@@ -47,8 +47,7 @@ print(asked["mark"] + json.dumps(rows))
 def hand_over(name: str, asked: Sequence[Asked], folder: Path, config: TasksConfig, tests: int) -> TaskResult:
     """Run the task NAME of lm-eval on every model; return what came out. Results are kept by model, task and version in `folder`.
 
-    `tests` are the comparisons of all tasks.
-    Raises UserError for a server, and with lm-eval's own last words where it fails.
+    `tests` is how many comparisons all tasks make together. Raises UserError for a server, and where lm-eval fails, with its last words.
     """
     rows: dict[str, list[list[Any]]] = {}
     new: dict[str, int] = {}

@@ -465,9 +465,8 @@ def experts_taken(config: Any) -> int | None:
 def token_flops(model: Any, mean_length: float) -> float:
     """Return the operations that training takes for a token: 6 for each weight of a matrix product, 4 for a frozen one, and attention.
 
-    Of experts those count that a token goes to.
-
-    Kaplan et al. 2020, arXiv 2001.08361, section 2.1; attention over half of a row on average, 12 · layers · width · length / 2.
+    Of experts those count that a token goes to; `mean_length` is in tokens a row. Kaplan et al. 2020, arXiv 2001.08361, section 2.1;
+    attention over half of a row on average, 12 · layers · width · length / 2.
     """
     config = model.config.get_text_config()
     embedding = model.get_input_embeddings().weight

@@ -294,7 +294,7 @@ def row_bytes(settings: Any, kept: tuple[int, int], tokens: int, itemsize: int) 
 
 def _told(key: str, values: list[float]) -> TokenLogprobs:
     sound = bool(np.isfinite(values).all())
-    error = None if sound else "the model gave no finite probability for one of its tokens"
+    error = None if sound else f"{NOT_FINITE} for one of its tokens"
     return TokenLogprobs(key=key, logprobs=tuple(values) if sound else (), error=error)
 
 

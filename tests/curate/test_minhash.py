@@ -15,7 +15,7 @@ from sftkit.curate.build import planned_stages
 from sftkit.curate.config import BuildConfig
 from sftkit.curate.decide_config import DedupConfig
 from sftkit.curate.dedup import dedup, normalised
-from sftkit.curate.minhash import band_keys, jaccard, near_duplicates, prefix_keys, probability, shingle_sets
+from sftkit.curate.minhash import band_keys, jaccard, near_duplicates, prefix_keys, shingle_sets
 from sftkit.curate.rows import load_rows, row_ids
 
 
@@ -105,6 +105,10 @@ def test_of_a_pair_and_of_many_copies_exactly_one_stays() -> None:
 
 def test_lsh_finds_pairs_as_often_as_its_formula_says() -> None:
     """1 - (1 - Jʳ)ᵇ, within four standard errors, for similarities on both sides of the bend."""
+
+    def probability(similarity: float) -> float:  # that bands find a pair: 25 bands of 10 rows
+        return 1 - (1 - similarity**10) ** 25
+
     random = np.random.default_rng(0)
     trials = 1500
     for overlap, size in ((160, 200), (150, 200), (130, 200), (180, 200)):
