@@ -70,7 +70,7 @@ def resolve_model(name: str | Path, *, revision: str | None = None) -> ModelRef:
     if HUB_ID.fullmatch(hub_id):
         hub_away()  # what loads it then asks in vain no more
         return ModelRef(text, hub_id=hub_id, revision=revision or at or None)
-    raise unknown_name("model", text, CATALOGUE, "not a folder, a .gguf file or a Hub id (ORGANISATION/NAME)")
+    raise UserError(f"{unknown_name('model', text, CATALOGUE)}; or give a folder, a .gguf file or a Hub id (ORGANISATION/NAME)")
 
 
 def _on_disk(path: Path) -> Path:
@@ -278,6 +278,9 @@ def _hub_errors(ref: ModelRef) -> Iterator[None]:
         cure = "check the name, `--revision`, the network and (for a gated model) HF_TOKEN, or give a folder"
         away = hub_away()
         told = away if away and is_for_want_of_it(error) else _one_line(error)
+        alias = str(ref.hub_id).rpartition("/")[2].lower()
+        if alias in CATALOGUE:
+            cure = f"`sftkit models list` has it as a package, by the name {alias}; else {cure}"
         raise UserError(f"model {ref.name}: not found on the Hub, nor in its cache ({told}); {cure}") from error
 
 

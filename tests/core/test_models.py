@@ -106,6 +106,11 @@ def test_the_hub_out_of_reach_is_one_line() -> None:
             load(ref)
 
 
+def test_a_model_of_the_hub_that_comes_as_a_package_is_named() -> None:
+    with pytest.raises(UserError, match=r"\); `sftkit models list` has it as a package, by the name gemma-3-270m; else check the name"):
+        load_settings(resolve_model("google/Gemma-3-270m"))
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -118,7 +123,8 @@ def test_the_hub_out_of_reach_is_one_line() -> None:
         ("/no/such/folder", "/no/such/folder: no such model folder or file"),
         ("a/b/c", "a/b/c: no such model folder or file"),
         ("x.gguf", "x.gguf: no such model folder or file"),
-        ("zzz", "not a folder, a .gguf file or a Hub id (ORGANISATION/NAME): unknown model 'zzz'"),
+        ("zzz", "unknown model 'zzz': known are all-minilm-l6-v2"),
+        ("zzz", "smollm2-135m-instruct; or give a folder, a .gguf file or a Hub id (ORGANISATION/NAME)"),
     ],
 )
 def test_what_is_no_model_here(name: str, words: str) -> None:
