@@ -26,6 +26,7 @@ class Progress:
         self.done, self.tokens = done, 0
         self._began_with = done
         self._start = self._last_line = time.monotonic()
+        self._told = -1  # units done when a line was last written
         self._bar: Bar | None = None
 
     def __enter__(self) -> "Progress":
@@ -49,7 +50,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar:
             self._bar.stop()
-        elif self.done > self._began_with:
+        elif self.done > self._began_with and self.done != self._told:  # the last line may have been due at the last unit
             log.info("%s", self._line())
 
     def advance(self, count: int = 1, *, tokens: int = 0) -> None:
@@ -60,7 +61,7 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, completed=self.done, rate=self.rate())
         elif now - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = now
+            self._last_line, self._told = now, self.done
             log.info("%s", self._line())
 
     def rate(self) -> str:
@@ -73,8 +74,12 @@ class Progress:
     def _line(self) -> str:
         seconds = time.monotonic() - self._start
         fresh = self.done - self._began_with
-        left = (self.total - self.done) * seconds / fresh if fresh else None
-        ending = f", {duration(left)} left" if left else f" in {duration(seconds)}"
+        if not fresh:  # tokens alone, of a unit that takes long
+            ending = f", {duration(seconds)} so far"
+        elif self.done < self.total:
+            ending = f", {duration((self.total - self.done) * seconds / fresh)} left"
+        else:
+            ending = f" in {duration(seconds)}"
         return f"{self.label}: {self.done:,} of {self.total:,} {self.unit}, {self.rate()}{ending}"
 
 

@@ -28,8 +28,7 @@ def test_a_line_every_few_seconds(clock: list[float], caplog: pytest.LogCaptureF
     assert caplog.messages == [
         "distill: 800 of 1,800 samples, 20.0 samples/s, 50 s left",
         "distill: 1,000 of 1,800 samples, 20.0 samples/s, 40 s left",
-        "distill: 1,200 of 1,800 samples, 20.0 samples/s, 30 s left",
-        "distill: 1,200 of 1,800 samples, 20.0 samples/s, 30 s left",
+        "distill: 1,200 of 1,800 samples, 20.0 samples/s, 30 s left",  # once, though it ends here
     ]
     assert capsys.readouterr().out == ""
 
@@ -41,6 +40,15 @@ def test_the_rate_is_of_tokens_where_there_are_any(clock: list[float], caplog: p
         progress.advance(tokens=1000)
         progress.advance(3, tokens=2000)
     assert caplog.messages == ["distill: 4 of 4 samples, 1,500 tokens/s in 2 s"]
+
+
+def test_tokens_of_a_unit_that_is_not_done_are_no_end(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "sftkit")
+    with Progress("score", total=4, unit="rows") as progress:
+        clock[0] += 12
+        progress.advance(0, tokens=84)
+        progress.advance(4, tokens=84)
+    assert caplog.messages == ["score: 0 of 4 rows, 7 tokens/s, 12 s so far", "score: 4 of 4 rows, 14 tokens/s in 12 s"]
 
 
 def test_nothing_done_is_nothing_said(caplog: pytest.LogCaptureFixture) -> None:
