@@ -9,6 +9,7 @@ from ..core.config import load_config
 from ..core.errors import UserError
 from ..core.run import Run
 from ..core.store import SampleStore
+from ..core.text import counted
 from .config import DistillConfig
 from .distill import Teacher
 
@@ -30,7 +31,7 @@ class Explanation:
 
     def summary(self) -> str:
         """Write it for people, a line for each field that differs."""
-        head = f"{self.samples:,} samples of {self.model} (settings {self.sampling_key}): "
+        head = f"{counted(self.samples, 'sample')} of {self.model} (settings {self.sampling_key}): "
         if not self.differs:
             return head + "nothing differs, they would be used"
         if self.asked_again:

@@ -9,6 +9,7 @@ import click
 from ..core.cli import Commands, config_option, given
 from ..core.config import load_config, read_yaml
 from ..core.engines.base import EngineConfig
+from ..core.text import counted
 from .config import DistillConfig
 
 
@@ -125,4 +126,4 @@ def export(run: Path, out: Path) -> None:
     """
     from .cache import export
 
-    click.echo(f"{out}: {export(run, out):,} samples")
+    click.echo(f"{out}: {counted(export(run, out), 'sample')}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.progress import duration
+from ..core.text import counted
 
 BUDGET = "budget"  # the rule of samples that were not asked for, because a budget was used up
 
@@ -36,25 +37,27 @@ class DistillResult:
         cut = f", {self.cut / self.samples:.1%} of them cut at the longest length" if self.samples else ""
         if self.samples and self.matched is not None:
             cut += f", {self.matched / self.samples:.1%} in the wanted format"
-        lines = [f"{self.run}: {self.samples:,} of {asked:,} samples of {self.prompts:,} prompts, {self.tokens:,} tokens{cut}"]
+        wanted = f"{counted(asked, 'sample')} of {counted(self.prompts, 'prompt')}"
+        lines = [f"{self.run}: {self.samples:,} of {wanted}, {counted(self.tokens, 'token')}{cut}"]
         if self.new_samples:
+            new = f"{counted(self.new_samples, 'sample')}, {counted(self.new_tokens, 'token')}"
             rate = f"{self.new_tokens / self.seconds:,.0f} tokens/s"
             busy = "" if self.gpu_busy is None else f", GPU busy {self.gpu_busy:.0%} of the time"
-            lines.append(f"new: {self.new_samples:,} samples, {self.new_tokens:,} tokens in {duration(self.seconds)} ({rate}{busy})")
+            lines.append(f"new: {new} in {duration(self.seconds)} ({rate}{busy})")
         else:
             lines.append("new: none, everything that was asked for is there" if asked == self.samples else "new: none")
         if self.cost is not None:
             lines.append(f"cost: {self.cost:,.4f}")
         if self.cut:
-            lines.append(f"left out: {self.cut:,} cut answers (truncated); {self._cure()}")
+            lines.append(f"left out: {counted(self.cut, 'cut answer')} (truncated); {self._cure()}")
         if self.empty:
-            lines.append(f"left out: {self.empty:,} answers without a word (empty_answer)")
+            lines.append(f"left out: {counted(self.empty, 'answer')} without a word (empty_answer)")
         if self.rejected:
             lines.append("prompts not asked: " + ", ".join(f"{count:,} {rule}" for rule, count in self.rejected.items()))
         if self.failed:
             lines.append("failed: " + ", ".join(f"{count:,} {error}" for error, count in self.failed.items()))
         if self.over_budget:
-            lines.append(f"not asked for: {self.over_budget:,} samples, a budget is used up; a larger one goes on from here")
+            lines.append(f"not asked for: {counted(self.over_budget, 'sample')}, a budget is used up; a larger one goes on from here")
         return "\n".join([*lines, f"data set: {self.run / 'curate' / 'dataset.jsonl'}"])
 
     def _cure(self) -> str:

@@ -19,6 +19,7 @@ from ..core.errors import UserError
 from ..core.example import tools_of
 from ..core.formats import iterate_examples, split_prompt
 from ..core.progress import duration
+from ..core.text import counted
 from .config import DistillConfig
 from .distill import PROBE, Distillation, Teacher, Wanted, distillation, prompt_tokens
 from .pace import WITHIN, Pace
@@ -71,6 +72,7 @@ class Estimate:
     standard_error: float | None  # of new_tokens; one prompt's samples count as one observation
     retries: int  # cut answers that will be asked again (retry_truncated), about; in none of the other numbers
     retry_tokens: int  # that these take at most
+    retry_cost: float | None  # of these at most, as `cost`
     cost: float | None  # of what is still missing, by the prices that are set; None without a price
     tokens_per_second: float | None
     full: bool  # the rate is that of a full engine, and not of the probe, which runs fewer answers at once than the whole will
@@ -94,8 +96,8 @@ class Estimate:
 
     def summary(self) -> str:
         """Write it for people."""
-        lines = [f"{self.run}: {self.wanted:,} samples wanted, {self.stored:,} were there, {self.probed:,} probed now and kept"]
-        lines.append(f"to come: {self.remaining:,} samples")
+        lines = [f"{self.run}: {counted(self.wanted, 'sample')} wanted, {self.stored:,} were there, {self.probed:,} probed now and kept"]
+        lines.append(f"to come: {counted(self.remaining, 'sample')}")
         if self.remaining and self.new_tokens is not None:
             within = f" ± {self.standard_error:,.0f} (standard error)" if self.standard_error is not None else ""
             lines.append(f"tokens to generate: about {self.new_tokens:,.0f}{within}")
@@ -119,10 +121,12 @@ class Estimate:
         if self.remaining and self.cost is not None:
             lines.append(f"cost: about {self.cost:,.4f}")
         if self.retries:
-            most = f"{self.retry_tokens:,} tokens"
+            most = counted(self.retry_tokens, "token")
             if self.tokens_per_second:
                 most += f" and {duration(self.retry_tokens / self.tokens_per_second)}"
-            lines.append(f"besides: about {self.retries:,} cut answers that are asked again (retry_truncated), up to {most} more")
+            if self.retry_cost is not None:
+                most += f" and a cost of {self.retry_cost:,.4f}"
+            lines.append(f"besides: about {counted(self.retries, 'cut answer')} to be asked for again (retry_truncated), up to {most} more")
         if self.probe.answers:
             lines += [self.probe.shares(), *(f"warning: {fault}" for fault in self.probe.faults()), tell(self.probe.examples())]
         return "\n".join(lines)
@@ -196,6 +200,8 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
         if config.retry_truncated and stored.height:
             retries = len(work.retries()) + round(len(left) * stored.filter(pl.col("finish_reason") == "length").height / stored.height)
         cost = config.cost(new_tokens, read, whole or 0.0) if config.priced and new_tokens is not None else None
+        retry_tokens = 2 * config.max_new_tokens * retries
+        each = sum(prompt_tokens(one.prompt) for one in work.wanted) / max(1, len(work.wanted))  # any of them may be cut
         return Estimate(
             run=work.run.path,
             wanted=len(work.wanted),
@@ -207,7 +213,8 @@ def estimate(source: str | Path, run: Path, config: DistillConfig) -> Estimate:
             new_tokens=new_tokens,
             standard_error=None if error is None else error * len(left),
             retries=retries,
-            retry_tokens=2 * config.max_new_tokens * retries,
+            retry_tokens=retry_tokens,
+            retry_cost=config.cost(retry_tokens, retries * each, retry_tokens / rate if rate else 0.0) if config.priced else None,
             cost=cost,
             tokens_per_second=rate,
             full=paced is not None,

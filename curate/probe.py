@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..core.checks.schema import check_schema
 from ..core.errors import UserError
 from ..core.patterns import Pattern, SlowPattern
-from ..core.text import shortened
+from ..core.text import counted, shortened
 from .config import DistillConfig, format_pattern
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Probe:
         ]
         if self.matched_share is not None:
             parts.append(f"{self.matched_share:.1%} {self.wanted}")
-        return f"of {self.answers:,} answers " + ", ".join(parts)
+        return f"of {counted(self.answers, 'answer')} " + ", ".join(parts)
 
     def faults(self, least: float = ENOUGH) -> list[str]:
         """Return what is wrong with the answers, and what helps, a line each."""
@@ -131,7 +131,7 @@ def warn_unlike(config: DistillConfig, answers: Iterable[tuple[str, str]]) -> No
     for text, reason in answers if found.wanted else ():
         found.add("", text, reason)
     for fault in found.unlike() if found.answers else ():
-        log.warning("warning: %s (%s answers looked at)", fault, f"{found.answers:,}")
+        log.warning("warning: %s (%s looked at)", fault, counted(found.answers, "answer"))
 
 
 def num_matched(pattern: Pattern | None, texts: Iterable[str]) -> int | None:

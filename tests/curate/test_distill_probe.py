@@ -13,6 +13,7 @@ from sftkit.core import patterns
 from sftkit.core.engines import transformers_engine
 from sftkit.core.engines.base import Completion, Request
 from sftkit.core.errors import UserError
+from sftkit.core.text import counted
 from sftkit.curate import distill as distill_module
 from sftkit.curate import pace as pace_module
 from sftkit.curate.config import format_pattern
@@ -128,7 +129,7 @@ def test_few_answers_that_are_not_as_wanted_are_told_at_the_end(
         distill(path, tmp_path / name, settings(**asked, **wanted))
         (warning,) = [each.getMessage() for each in caplog.records]
         assert warning.startswith(f"warning: only 0.0% of the answers are {told}: ")
-        assert warning.endswith(f"({min(count * k, 50)} answers looked at)")
+        assert warning.endswith(f"({counted(min(count * k, 50), 'answer')} looked at)")
     caplog.clear()
     distill(path, tmp_path / "c", settings(**asked, want_format="."))
     assert caplog.records == []

@@ -106,7 +106,12 @@ def test_answers_that_are_cut_and_asked_again_are_told_of(tmp_path: Path, settin
     assert 0 < cut < first.probe.answers == 50
     assert (first.remaining, first.retries) == (70, cut + round(70 * cut / 50))
     assert first.retry_tokens == 12 * first.retries
-    assert f"besides: about {first.retries} cut answers that are asked again (retry_truncated), up to" in first.summary()
+    assert f"besides: about {first.retries} cut answers to be asked for again (retry_truncated), up to" in first.summary()
+    assert first.retry_cost is None
+    priced = estimate(path, tmp_path / "priced", settings(**asked, retry_truncated=True, price_input=1e5, price_output=1e6))
+    read = priced.prompt_tokens / priced.remaining * priced.retries
+    assert priced.retry_cost == pytest.approx(priced.retry_tokens + read / 10, rel=0.01)
+    assert f" and a cost of {priced.retry_cost:,.4f} more" in priced.summary()
     assert not estimate(path, tmp_path / "run", settings(**asked)).retries
     distill(path, tmp_path / "run", config)
     last = estimate(path, tmp_path / "run", config)
