@@ -368,7 +368,20 @@ def tasks(given: argparse.Namespace, report: Report) -> None:
             scores[count] = read_json(folder / str(count) / "evaluate" / "results.json")
             report.add("tasks", f"{count} replica{'s' if count > 1 else ''}: {asked}, {given.questions} questions each,"
                        f" {seconds:.0f} s with the start", replicas=count, seconds=seconds)  # fmt: skip
-        report.add("tasks", f"done by both: {sorted(scores[1]) == sorted(scores[2])}", scores=scores)
+        means = {count: means_of(each["tasks"]) for count, each in scores.items()}
+        apart = max(abs(mean - means[2].get(mark, math.inf)) for mark, mean in means[1].items())
+        told = f"{len(means[1])} scores, {'of the same' if means[1].keys() == means[2].keys() else 'NOT OF THE SAME'} questions"
+        report.add("tasks", f"one replica and two: {told}, apart by at most {100 * apart:.1f} points", scores=scores, apart=apart)
+
+
+def means_of(tasks: dict[str, Any]) -> dict[tuple[str, str, str, int], float]:
+    """Return the scores of results.json, from 0 to 1, by task, row, metric and number of questions."""
+    return {
+        (task, row, metric["name"], metric["n"]): metric["mean"]
+        for task, facts in tasks.items()
+        for row, metrics in facts["metrics"].items()
+        for metric in metrics
+    }
 
 
 # ---------------------------------------------------------------------------------------------- all
