@@ -135,15 +135,21 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """Read a file of JSON lines that grows; none where there is no file. A last line that was cut off while it was written is left out."""
+    """Read a file of JSON lines that grows; none where there is no file. A last line that was cut off while it was written is left out.
+
+    Raises DamagedFile for another line that is no JSON.
+    """
     if not path.exists():
         return []
     lines = [each for each in path.read_text(encoding="utf-8", errors="replace").split("\n") if each]  # a text may hold other ends of lines
-    try:
-        last = [json.loads(lines[-1])] if lines else []
-    except ValueError:
-        last = []
-    return [*map(json.loads, lines[:-1]), *last]
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise DamagedFile(f"{path}: line {number} is damaged ({error}); take the file from a copy, or remove it") from error
+    return found
 
 
 def write_json_lines(path: Path, values: Iterable[Any]) -> None:

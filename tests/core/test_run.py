@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 from sftkit.core.errors import UserError
-from sftkit.core.files import read_json, write_atomically
+from sftkit.core.files import read_json, read_json_lines, write_atomically
 from sftkit.core.run import Run, is_done, mark_done, read_done, versions
 
 
@@ -191,3 +191,12 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"loss": 1.')
     with pytest.raises(UserError, match=r"results\.json: damaged or cut short \(.*\); take it from a copy"):
         read_json(tmp_path / "results.json")
+
+
+def test_of_lines_that_grow_only_the_last_may_be_torn(tmp_path: Path) -> None:
+    lines = tmp_path / "metrics.jsonl"
+    lines.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_json_lines(lines) == [{"step": 1}, {"step": 2}]
+    lines.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged"):
+        read_json_lines(lines)
