@@ -239,10 +239,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def _stop(self, number: int, _frame: Any) -> None:
         if self.stopped:  # asked a second time
             if torch.distributed.is_initialized():
-                return  # by torchrun, which ends with its parent and asks twice: the checkpoint is being written
+                return  # a scheduler asks all processes, and their parent asks them once more: who wants them to end now kills them
             raise KeyboardInterrupt
+        self.stopped = True  # first: a second signal may come while this is said
         log.info(AFTER_SAVING if self._trained else "stopping after this step, with a checkpoint; once more stops at once")
-        self.stopped = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock of a step."""
@@ -257,8 +257,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.late = self._deadline is not None and time.monotonic() > self._deadline
         due = time.monotonic() - self._saved > self._save_seconds
         # what one process wants, all have to do, at the same step
-        self.stopped, self.late, due = map(bool, over_processes(self.stopped, self.late, due))
-        if self.stopped or self.late:
+        asked, self.late, due = map(bool, over_processes(self.stopped, self.late, due))
+        self.stopped = self.stopped or asked  # who is asked while the others are waited for tells them at the next step
+        if asked or self.late:
             control.should_save = control.should_training_stop = True
         elif due:
             control.should_save = True
