@@ -12,8 +12,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -25,6 +28,7 @@ from sftkit.train import processes
 from sftkit.train.checkpoints import last_checkpoint
 from sftkit.train.config import PreferenceConfig, TrainConfig
 from sftkit.train.sft import train
+from sftkit.train.trainer import Watch
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +79,7 @@ def test_two_processes_train_as_one_in_every_way_and_one_goes_on_from_their_chec
         raise Put
 
     def take(job: processes.Job) -> tuple[Any, bool]:
-        return processes.outcome(job, done.returncode), False
+        return processes.outcome(job), False
 
     def diverge(do: Any) -> None:
         monkeypatch.setattr("sftkit.train.config.MOST_RATE", math.inf)
@@ -89,8 +93,7 @@ def test_two_processes_train_as_one_in_every_way_and_one_goes_on_from_their_chec
     with pytest.raises(Put):
         diverge(put)
     folders = [each / "train" / "processes" for each in (*map(place, ways), tmp_path / "wild")]  # the last one ends the processes
-    done = subprocess.run([sys.executable, "-P", "-m", "sftkit.train.processes", "start", "2", *map(str, folders)], cwd="/", check=False)
-    assert done.returncode == 1
+    assert not processes.run_together(2, folders)
     with pytest.raises(UserError, match=r"step \d+: (loss|grad_norm) is not a finite number any more"):
         diverge(take)
     for way in ways:
@@ -120,35 +123,96 @@ def test_two_processes_train_as_one_in_every_way_and_one_goes_on_from_their_chec
 
 
 CHILD = """
-import signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: open(sys.argv[1] + "/came", "a").write("x"))
-open(sys.argv[1] + "/begun", "w")
+import os, signal, subprocess, sys, time
+folder, rank = sys.argv[1], os.environ["RANK"]
+if len(sys.argv) > 2 and rank == "1":
+    sys.exit(3) if sys.argv[2] == "ends" else os.kill(os.getpid(), signal.SIGKILL)
+signal.signal(signal.SIGTERM, lambda *_: open(f"{folder}/came-{rank}", "w"))
+own = subprocess.Popen(["sleep", "600"])
+open(f"{folder}/begun-{rank}", "w").write(str(own.pid))
+os.rename(f"{folder}/begun-{rank}", f"{folder}/runs-{rank}")
 while True:
     time.sleep(0.05)
 """
 
 
-def test_a_stop_goes_to_the_processes_and_not_to_torchrun_and_a_second_one_kills(tmp_path: Path) -> None:
-    """torchrun kills what it has asked to stop after 30 s; here a program that waits for another is in its place."""
-    run = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', *sys.argv[1:]]))"
-    process = subprocess.Popen([sys.executable, "-c", run, CHILD, str(tmp_path)], start_new_session=True)
-    with processes._passing_stops_on(process) as asked:
-        wait_for(tmp_path / "begun")
+def stand_in(monkeypatch: pytest.MonkeyPatch, *told: object) -> None:
+    """Let a program that waits for another, which would take seconds to begin, stand in the place of a process that trains."""
+    start = subprocess.Popen
+    monkeypatch.setattr("subprocess.Popen", lambda _, **more: start([sys.executable, "-c", CHILD, *map(str, told)], **more))
+
+
+def test_a_stop_goes_to_all_processes_and_a_second_one_kills_them_with_what_they_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that comes before the processes are there is not lost either."""
+
+    def ask() -> None:
+        for each in ("runs-0", "runs-1"):
+            wait_for(tmp_path / each)
         os.kill(os.getpid(), signal.SIGINT)
-        wait_for(tmp_path / "came")
-        assert process.poll() is None
-        assert len(asked) == 1
-        (child,) = psutil.Process(process.pid).children()
+        for each in ("came-0", "came-1"):
+            wait_for(tmp_path / each)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert process.wait(30) == -signal.SIGKILL
-        child.wait(30)
+
+    stand_in(monkeypatch, tmp_path)
+    (asking := threading.Thread(target=ask)).start()
+    assert processes.run_together(2, [])
+    asking.join()
+    for each in ("runs-0", "runs-1"):
+        started = int((tmp_path / each).read_text())
+        wait_for(lambda pid=started: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM) or Ends())
+    assert processes.run_together(2, [])
+    assert Ends.asked == 1
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def wait_for(place: Path) -> None:
+class Ends:
+    """A process that ends when it is asked to."""
+
+    asked = 0
+    returncode: int | None = None
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self) -> int:
+        assert self.returncode == -signal.SIGTERM
+        return self.returncode
+
+    def terminate(self) -> None:
+        Ends.asked += 1
+        self.returncode = -signal.SIGTERM
+
+
+@pytest.mark.parametrize(("how", "told"), [("ends", "as process 1 did, with exit code 3"), ("is killed", "as process 1 did, by SIGKILL")])
+def test_where_one_process_is_gone_the_others_do_not_wait_for_it(tmp_path, monkeypatch: pytest.MonkeyPatch, how: str, told: str) -> None:
+    """They would for an hour, at the next number on which all have to agree."""
+    monkeypatch.setattr(processes, "GRACE", 0.2)
+    stand_in(monkeypatch, tmp_path, how)
+    (knows := tmp_path / "knows").mkdir()
+    (knows / processes.STATUS).write_text('{"ended": "memory"}')
+    assert not processes.run_together(2, [tmp_path, knows])
+    assert json.loads((tmp_path / processes.STATUS).read_text()) == {"ended": told}
+    assert json.loads((knows / processes.STATUS).read_text()) == {"ended": "memory"}
+
+
+def test_processes_whose_parent_was_killed_stop_by_themselves_and_end_where_they_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it was killed before they knew of it."""
+    did: list[object] = []
+    monkeypatch.setattr("os.getppid", lambda: 7 if len(did) < 2 else 1)
+    monkeypatch.setattr("time.sleep", did.append)
+    monkeypatch.setattr("os.kill", lambda *told: did.append(told))
+    monkeypatch.setattr("os._exit", did.append)
+    processes._stop_with(7)
+    assert did == [0.5, 0.5, (os.getpid(), signal.SIGTERM), processes.ORPHANED, 1]
+
+
+def wait_for(what: Path | Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
-    while not place.exists():
+    while not (what.exists() if isinstance(what, Path) else what()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -166,10 +230,13 @@ def test_asked_to_stop_after_the_last_step_the_parent_saves_the_model_and_stops(
     assert (tmp_path / "run" / "train" / "saved.json").exists()
     job = processes.Job(room=tmp_path, start=start, data=None, config=TrainConfig(gpus=2), device="cpu", own=None, tokens=1, deadline=None)
     (tmp_path / "processes").mkdir()
-    with pytest.raises(UserError, match="ended with exit code 1"):
-        processes.outcome(job, 1)
-    with pytest.raises(KeyboardInterrupt):
-        processes.outcome(job, 1, asked=True)
+    for said, error in (({}, UserError), ({"ended": "memory", "said": ""}, torch.OutOfMemoryError)):
+        if said:
+            (tmp_path / "processes" / processes.STATUS).write_text(json.dumps(said))
+        with pytest.raises(error):
+            processes.outcome(job)
+        with pytest.raises(KeyboardInterrupt):  # memory, too: who has asked wants no second try
+            processes.outcome(job, asked=True)
 
 
 def test_of_processes_that_end_together_the_one_with_the_reason_is_heard_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +252,7 @@ def test_of_processes_that_end_together_the_one_with_the_reason_is_heard_alone(t
         monkeypatch.setattr(processes, "load_chat", lambda _: None)
         processes._do(job, tmp_path)
 
+    monkeypatch.setattr("time.sleep", lambda _: None)
     lost = RuntimeError("Connection closed by peer")
     with pytest.raises(RuntimeError, match="Connection closed"):  # nothing else says why
         end(0, lost)
@@ -193,6 +261,27 @@ def test_of_processes_that_end_together_the_one_with_the_reason_is_heard_alone(t
     with pytest.raises(SystemExit):
         end(0, lost)
     assert json.loads((tmp_path / processes.STATUS).read_text()) == {"ended": "memory", "said": "no room"}
+
+
+def test_a_stop_that_comes_while_the_others_are_waited_for_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(tmp_path / "metrics.jsonl", None, save_minutes=1e9)
+    state = SimpleNamespace(global_step=3, max_steps=9)
+    ends = []
+    for late in (True, False):  # for this step
+        told: list[Any] = []
+
+        def wait(*numbers: float, late: bool = late, told: list[Any] = told) -> tuple[float, ...]:
+            if late and not told:
+                watch._stop(signal.SIGTERM, None)
+            told.append(numbers)
+            return numbers
+
+        monkeypatch.setattr("sftkit.train.trainer.over_processes", wait)
+        control = SimpleNamespace(should_save=False, should_training_stop=False)
+        watch.on_step_end(None, state, control)
+        assert control.should_save == control.should_training_stop
+        ends.append(control.should_training_stop)
+    assert ends == [False, True]  # all processes have to stop at the same step: at the next one, of which they are told
 
 
 @pytest.mark.slow
@@ -216,7 +305,7 @@ def test_killed_and_gone_on_the_losses_are_those_of_a_run_in_one_piece(tmp_path,
             assert time.monotonic() < deadline
             time.sleep(0.02)
         others = psutil.Process(process.pid).children(recursive=True)
-        assert len(others) >= 3  # torchrun and two processes
+        assert len(others) >= 2
         kill(process.pid, others)
         process.join()
         assert process.exitcode == code
