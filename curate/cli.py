@@ -137,7 +137,7 @@ def build_sections(chosen: dict[str, Any], sections: dict[str, Any]) -> dict[str
 @click.command()
 @click.argument("source")
 @click.option("-n", "--limit", type=click.IntRange(min=1), default=5, show_default=True, help="Rows to show.")
-@click.option("--id", "wanted", help="The row with this id, the beginning of one, or ID/INDEX.")
+@click.option("--id", "wanted", help="The row with this id (ours or its file's), the beginning of one, or ID/INDEX.")
 @click.option("--rejected", metavar="RULE", help="Rows that this rule removed, with the reason.")
 def show(source: str, limit: int, wanted: str | None, rejected: str | None) -> None:
     """Show rows of SOURCE, a run or a data file: conversation, scores, origin.
@@ -157,6 +157,8 @@ def show(source: str, limit: int, wanted: str | None, rejected: str | None) -> N
 @click.argument("run", required=False, type=click.Path(path_type=Path))
 def why(wanted: str, run: Path | None) -> None:
     """Say what every step decided on the row ID of RUN (the newest in runs/ when not given), and which row stands for it.
+
+    ID is ours, as `show` has it, or its beginning, or what the row's file has in its column id.
 
     \b
     sftkit curate why 3f9a12 runs/a

@@ -44,12 +44,15 @@ def show(
 ) -> int:
     """Print rows of a run (those that are kept; with `rejected` those that a rule removed) or of a data file; return how many.
 
-    `wanted` is an id, the beginning of one, or ID/INDEX. Control characters in the data are shown, never sent.
+    `wanted` is an id, the beginning of one, ID/INDEX, or what the row's file calls it. Control characters in the data are shown,
+    never sent.
     """
     if rejected and not is_run(source):
         raise UserError(f"{source}: is no run, so nothing was rejected in it")
     if is_run(source) and not rejected and _grown_path(Path(source)).exists():
         source = _grown_path(Path(source))
+    if wanted and is_run(source):
+        wanted = _by_own_id(Run.open(Path(source)), wanted)
     shown = list(_of_run(Run.open(Path(source)), limit, wanted, rejected) if is_run(source) else _of_file(source, limit, wanted))
     if wanted and not shown:
         raise UserError(f"{source}: no row {wanted!r}; the ids stand in its ledger and data set")
@@ -66,8 +69,10 @@ def show(
 def why(run: Run, wanted: str, *, console: Console | None = None) -> None:
     """Print every decision on a row, in order, those of its training too. Raises UserError for an id that no stage saw.
 
-    A prompt that a teacher has written is known by its own id, too, beside that of the answer that it stood in.
+    A row is known by the id that its file gave it, too (column `id`), and a prompt that a teacher has written by its own id, beside
+    that of the answer that it stood in.
     """
+    wanted = _by_own_id(run, wanted)
     written = _grown(run)
     grown = next((each for each in written if each["id"].startswith(wanted)), None)
     if grown is not None:
@@ -113,6 +118,28 @@ def find_run(path: Path | None) -> Run:
     if not runs:
         raise UserError("say which run: `sftkit curate why ID RUN`")
     return Run.open(max(runs, key=lambda each: (each / "ledger.parquet").stat().st_mtime))
+
+
+def _by_own_id(run: Run, wanted: str) -> str:
+    """Return our id of the row that its file called `wanted` (its column `id`, kept in meta); `wanted` where no row was called so.
+
+    Raises UserError where several were.
+    """
+    curate = run.path / "curate"
+    stored = next((path for path in (curate / "rows.parquet", curate / "prompts.parquet") if path.exists()), None)
+    if stored is None:
+        return wanted
+    name, slash, index = wanted.partition("/")
+    within = {json.dumps(each, ensure_ascii=ascii)[1:-1] for each in (wanted, name) for ascii in (True, False)}
+    may_be = scan_parquet(stored).filter(pl.col("meta").str.contains_any(sorted(within))).select("example_id", "meta")
+    called = may_be.collect(engine="streaming").select("example_id", own=pl.col("meta").str.json_path_match("$.id"))  # of few rows
+    for own, place in ((wanted, ""), (name, slash + index)):  # a file's id may hold a / of its own
+        found = called.filter(own=own)["example_id"].unique().sort()
+        if len(found) > 1:
+            raise UserError(f"{run.path}: {len(found):,} rows are called {own!r} by their files: give one of our ids, as {found[0]}")
+        if len(found):
+            return f"{found[0]}{place}"
+    return wanted
 
 
 def _of_run(run: Run, limit: int, wanted: str | None, rejected: str | None) -> list[Shown]:
@@ -171,7 +198,7 @@ def _rejected(run: Run, rule: str, limit: int | None) -> tuple[pl.DataFrame, dic
 
 
 def _of_file(source: str | Path, limit: int, wanted: str | None) -> list[Shown]:
-    rows = (example for example in iterate_examples(source) if wanted is None or example.id.startswith(wanted))
+    rows = (each for each in iterate_examples(source) if wanted is None or each.id.startswith(wanted) or str(each.meta.get("id")) == wanted)
     return [
         Shown(example.id, example.messages, [f"from {example.source}", *_meta(example.meta)])
         for example in islice(rows, None if wanted else limit)

@@ -1,5 +1,6 @@
 """What is read back in a terminal or a pipe is whole."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,22 @@ def test_why_tells_the_samples_of_a_prompt_apart(
     ]
     assert out.splitlines()[5] == "      for it stands aaaa0000aaaa0000/0: q"
     assert cli("curate", "why", "aaaa0000aaaa0000/1", run.path)[1].count("\n") == 4
+
+
+def test_a_row_is_known_by_what_its_file_calls_it(cli: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """Ours begins with the digits of many a number: the file's own comes first."""
+    rows = [{"id": f"{name}", "prompt": f"question {name}", "completion": "a"} for name in [*range(40), "題目/3", 'a "b"']]
+    rows += [{"id": "twice", "prompt": text, "completion": "a"} for text in "pq"]
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    data.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    assert cli("curate", "import", data, "-o", run)[0] == 0
+    for name in ("3", "17", "題目/3", 'a "b"'):
+        assert cli("curate", "why", name, run)[1].splitlines()[0].endswith(f": question {name}")
+        assert f"question {name} " in cli("curate", "show", run, "--id", name)[1]
+        assert f"question {name} " in cli("curate", "show", data, "--id", name)[1]
+    code, _, err = cli("curate", "why", "twice", run)
+    assert (code, "2 rows are called 'twice' by their files: give one of our ids, as " in err) == (1, True)
+    assert "no decision about 'zz'" in cli("curate", "why", "zz", run)[2]
 
 
 def test_a_run_without_rows_says_so_and_what_removed_them(toy_run: Callable[..., Run], cli: Callable[..., tuple[int, str, str]]) -> None:
