@@ -20,7 +20,7 @@ from ..core.formats import calls_of
 from ..core.hub import is_of_network
 from ..core.run import Run
 from .config import ExportConfig
-from .rows import EXPORTED, KEY, load_rows, row_ids, scan_rows, write_dataset
+from .rows import DATASET, EXPORTED, KEY, load_rows, row_ids, scan_rows, write_dataset
 from .scored import columns_for, score_values
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def export(run: Run, out: Path, config: ExportConfig) -> Exported:
 def _export(run: Run, out: Path, config: ExportConfig) -> Exported:
     told: dict[str, Any] = {"run": run.path.name, "format": config.format}
     write_json(out / "export.json", told)  # killed from here on, the folder is still an export; the counts are written last
-    for name in FILES:
+    for name in (*FILES, *DATASET):  # the latter of a Parquet export that was killed
         (out / name).unlink(missing_ok=True)
     clear_temporaries(out)
     refused: list[tuple[str, str]] = []

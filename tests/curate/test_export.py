@@ -18,6 +18,7 @@ from sftkit.curate.config import EXPORTS, ExportConfig, ImportConfig
 from sftkit.curate.decide_config import BestConfig
 from sftkit.curate.export import WRITERS, export, push
 from sftkit.curate.intake import take_in
+from sftkit.curate.rows import write_dataset
 
 TEXTS = [
     *(
@@ -320,6 +321,22 @@ def test_an_export_that_was_killed_is_no_data_and_is_written_again(
     assert (out / "train.jsonl").exists()
     with pytest.raises(UserError, match="this export was cut off before it was whole"):
         list(iterate_rows(out))
+    assert export(run, out, ExportConfig(format="alpaca")).num_written == 1
+    assert len(list(iterate_rows(out))) == 1
+
+
+def test_what_a_killed_parquet_export_left_is_in_no_other(run_of: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, out = run_of([[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]]), tmp_path / "out"
+
+    def killed(*given: Any) -> None:
+        write_dataset(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sftkit.curate.export.write_dataset", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export(run, out, ExportConfig(format="parquet"))
+    assert (out / "dataset.jsonl").exists()
     assert export(run, out, ExportConfig(format="alpaca")).num_written == 1
     assert len(list(iterate_rows(out))) == 1
 
