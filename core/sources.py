@@ -121,6 +121,8 @@ def _folder(folder: Path, split: str) -> Iterator[Read]:
     curated = (folder / "curate").is_dir() or (folder / "ledger.parquet").exists()
     if (folder / "config.yaml").exists() and (curated or (folder / "versions.json").exists()):
         made = folder / "curate" / "dataset.jsonl"
+        if not made.exists() and (prompts := made.with_name("prompts.jsonl")).exists():  # they are all that it was to make
+            made = prompts
         if not made.exists():
             mend = "finish its curation, or run its last step again" if curated else "give the data that it was given itself"
             raise UserError(f"{folder}: this run has no data set (no curate/dataset.jsonl); {mend}")

@@ -134,6 +134,8 @@ def test_a_run_is_its_data_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"this run has no data set \(no curate/dataset.jsonl\); finish its curation"):
         list(iterate_rows(tmp_path))
     (tmp_path / "curate" / "prompts.parquet").write_bytes(parquet(ROWS))
+    (tmp_path / "curate" / "prompts.jsonl").write_bytes(jsonl(ROWS[1:]))  # of `curate prompts`, which makes no more
+    assert [row for _, row in iterate_rows(tmp_path)] == ROWS[1:]
     (tmp_path / "curate" / "dataset.jsonl").write_bytes(jsonl(ROWS[:1]))
     assert [row for _, row in iterate_rows(tmp_path)] == ROWS[:1]
 
