@@ -7,7 +7,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from ..core.engines.replicas import replica_count
 from ..core.engines.tuning import tuned
 from ..core.errors import TooManyFailures, UserError
 from ..core.example import Decision, Sample
-from ..core.formats import iterate_examples
 from ..core.hardware import GpuBusy, visible_gpus
 from ..core.models import context_length, load_settings, model_identity, quantisation, resolve_model
 from ..core.progress import Progress, duration
@@ -33,7 +31,7 @@ from .config import DistillConfig, format_pattern
 from .decided import record
 from .distill_result import BUDGET, DistillResult
 from .probe import FEWEST, Probe, num_matched, warn_unlike
-from .prompts import Prompt, check_growth, choose_prompts
+from .prompts import Prompt, check_growth, choose_prompts, read_prompts
 from .rows import message_text
 
 log = logging.getLogger(__name__)
@@ -151,7 +149,7 @@ def distillation(source: str | Path, path: Path, config: DistillConfig) -> Itera
 
     Raises UserError for a budget of cost that does not hold one answer, beside what `distill` raises it for.
     """
-    examples = list(islice(iterate_examples(source), config.limit))
+    examples = read_prompts(source, config.limit)
     with closing(Teacher.find(config, prompts=len(examples))) as teacher, Run.create(path) as run:
         if config.thinking and teacher.chat is None:
             raise UserError(f"thinking: a server renders for itself; turn thinking on where {config.teacher} is served")

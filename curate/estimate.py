@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import polars as pl
@@ -17,13 +16,14 @@ from ..core.engines.servers import key_of_servers
 from ..core.engines.tuning import Trial, tune
 from ..core.errors import UserError
 from ..core.example import tools_of
-from ..core.formats import iterate_examples, split_prompt
+from ..core.formats import split_prompt
 from ..core.progress import duration
 from ..core.text import counted
 from .config import DistillConfig
 from .distill import PROBE, Distillation, Teacher, Wanted, distillation, prompt_tokens
 from .pace import WITHIN, Pace
 from .probe import Probe, tell
+from .prompts import read_prompts
 
 MOST_TO_TUNE = 2000  # prompts
 MOST_PROBED = 250  # prompts
@@ -137,7 +137,7 @@ def tune_teacher(source: str | Path, config: DistillConfig, *, seconds: float, t
 
     Nothing is stored but the settings. Raises what `core.engines.tuning.tune` raises.
     """
-    examples = list(islice(iterate_examples(source), config.limit or MOST_TO_TUNE))
+    examples = read_prompts(source, config.limit or MOST_TO_TUNE)
     with closing(Teacher.find(config)) as teacher:
         if teacher.chat is None:
             raise UserError("tune: a server has its own settings; tune it where it runs")

@@ -7,7 +7,6 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from ..core.engines.base import Sampling
 from ..core.errors import TooManyFailures, UserError
 from ..core.example import Decision, Example, content_id
 from ..core.files import write_atomically
-from ..core.formats import iterate_examples
 from ..core.ngrams import words
 from ..core.run import Run
 from ..core.store import SampleStore
@@ -26,7 +24,7 @@ from .converse import ROUNDS, converse
 from .distill import Distillation, Teacher, Wanted, has_begun, wanted_sample
 from .distill_result import BUDGET
 from .growth import ASKS_A_ROUND, Ask, Text, fault, open_method, read_answer, read_passages
-from .prompts import Prompt, unasked
+from .prompts import Prompt, read_prompts, unasked
 from .rouge import RougePool
 from .rows import message_text
 
@@ -151,7 +149,7 @@ def grow(source: str | Path | None, out: Path, config: GrowConfig) -> GrowResult
 def _converse(source: str | Path | None, out: Path, config: GrowConfig) -> GrowResult:
     if source is None:
         raise UserError("converse: needs seed prompts")
-    seeds = list({each.id: each for each in islice(iterate_examples(source), config.limit)}.values())
+    seeds = list({each.id: each for each in read_prompts(source, config.limit)}.values())
     if all(unasked(each.messages) for each in seeds):
         raise UserError(f"{source}: holds no prompt of a user to go on from")
     with closing(Teacher.find(_asking(config))) as teacher, Run.create(out) as run:
@@ -280,7 +278,7 @@ def _seeds(source: str | Path | None, config: GrowConfig) -> list[Text]:
     if config.method == "documents":
         return read_passages(Path(source), config.chunk_words)
     seeds, total = [], 0
-    for example in islice(iterate_examples(source), config.limit):
+    for example in read_prompts(source, config.limit):
         total += 1
         user = next((each for each in example.messages if each["role"] == "user"), None)
         if user is not None and (text := message_text(user).strip()):

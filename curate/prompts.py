@@ -5,6 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import polars as pl
@@ -13,8 +14,9 @@ from ..core.chat import Chat
 from ..core.errors import UserError
 from ..core.example import Decision, Example, Message, Tool, content_id, tools_of
 from ..core.files import read_parquet, write_atomically
-from ..core.formats import split_prompt
+from ..core.formats import iterate_examples, split_prompt
 from ..core.run import Run
+from ..core.text import counted
 from .config import DistillConfig
 from .rows import message_text
 
@@ -41,6 +43,21 @@ class Prompt:
     def sent(self) -> list[Message]:
         """Return what decides the answers where a server renders: the messages, and the functions where there are any."""
         return [*self.messages, {"tools": list(self.tools)}] if self.tools else self.messages
+
+
+def read_prompts(source: str | Path, limit: int | None = None) -> list[Example]:
+    """Return the rows of a file of prompts, the first so many where there is a limit.
+
+    Raises UserError where a row cannot be read, and tells of how many that holds: it costs none of the teacher's time, and a prompt
+    that is left out is missed by nobody later. To leave such rows out is a step of its own, `import`, whose ledger has them.
+    """
+    faults: list[UserError] = []
+    examples = list(islice(iterate_examples(source, faulty=lambda place, error: faults.append(error)), limit))
+    if faults:
+        more = f" ({counted(len(faults) - 1, 'other row')} cannot be read either)" if faults[1:] else ""
+        without = f"`sftkit curate import {source} -o RUN --max-failed 0.1` makes a run without such rows"
+        raise UserError(f"{faults[0]}{more}{f'; mend it, or {without}, to be given in its place' if examples else ''}")
+    return examples
 
 
 def check_growth(run: Run, examples: Sequence[Example], source: str | Path, *, limited: bool) -> None:

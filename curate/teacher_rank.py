@@ -16,13 +16,13 @@ from ..core.config import part, to_mapping
 from ..core.engines.base import Sampling
 from ..core.errors import UserError
 from ..core.files import write_json, write_text
-from ..core.formats import iterate_examples
 from ..core.run import Run
 from ..core.statistics import Estimate, bootstrap_ratio, bootstrap_ratio_difference, wilson
 from ..core.store import SampleStore
 from .config import DistillConfig, RankConfig, ScoreConfig
 from .decide_config import parse_gate
 from .distill import distill
+from .prompts import read_prompts
 from .rows import load_rows
 from .score import open_scorer, read_score, reads_told_logprobs, score
 
@@ -143,7 +143,7 @@ def tell(ranking: Sequence[TeacherRank]) -> str:
 
 def _choose(source: str | Path, out: Path, config: RankConfig) -> Path:
     """Write the prompts that all teachers answer, evenly spaced over the file; the same ones when it is called again."""
-    examples = list(iterate_examples(source))
+    examples = read_prompts(source)
     if not examples:
         raise UserError(f"{source}: holds no prompts")
     count = min(config.prompts, len(examples))

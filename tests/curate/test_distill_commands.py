@@ -90,3 +90,20 @@ def test_a_config_file_speaks_below_the_options(tmp_path: Path, tiny_model: Path
     section = Run.open(tmp_path / "run").config()["distill"]
     assert (section["k"], section["max_new_tokens"]) == (2, 9)
     assert (section["engine"]["engine"], section["engine"]["dtype"]) == ("transformers", "float32")
+
+
+def test_rows_that_cannot_be_read_are_told_of_before_anything_is_asked(tmp_path: Path, tiny_model: Path, cli: Any) -> None:
+    path, run = prompts(tmp_path / "p.jsonl", 4), tmp_path / "run"
+    path.write_text(path.read_text() + '{"prompt": "bro\n{"prompt": 3}\n')
+    asked = ("--teacher", tiny_model, "--engine", "transformers", "--max-new-tokens", "4")
+    for command in (("distill", path, "-o", run, *asked), ("prompts", path, "-o", run, *asked), ("tune", path, *asked)):
+        code, _, err = cli("curate", *command)
+        assert code == 1
+        assert "p.jsonl:5: not valid JSON" in err
+        assert f"(1 other row cannot be read either); mend it, or `sftkit curate import {path} -o RUN --max-failed 0.1` makes a run" in err
+        assert not run.exists()
+    assert cli("curate", "import", path, "-o", tmp_path / "read", "--max-failed", "0.5")[0] == 0
+    code, out, err = cli("curate", "distill", tmp_path / "read", "-o", run, *asked)
+    assert (code, out.partition(": ")[2].partition(",")[0]) == (0, "4 of 4 samples of 4 prompts"), err
+    path.write_text('{"answer": "4"}\n')  # of nothing that can be read nothing would be left
+    assert cli("curate", "distill", path, "-o", run, *asked)[2].endswith("text; chosen and rejected\n")
