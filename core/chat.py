@@ -22,7 +22,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +64,11 @@ class Rendered:
     ids: list[int]
     mask: list[bool]
     written: list[bool] | None = None
+
+
+@cache  # a model is looked up before its engine loads it
+def _tell_built_in(name: str, source: str) -> None:
+    log.info("%s has no chat template: it gets the built-in %s", name, source)
 
 
 class Chat:
@@ -195,7 +200,7 @@ class Chat:
                     raise UserError(f"{self.name}: has neither a chat template nor an end-of-sequence token; give a model that has one")
                 begin = self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id] and self.tokenizer.bos_token_id is not None
                 self.tokenizer.chat_template = ("{{- bos_token -}}" if begin else "") + template
-                log.info("%s has no chat template: it gets the built-in %s", self.name, source)
+                _tell_built_in(self.name, source)
                 return source
         raise AssertionError("the plain template asks for no token")
 

@@ -39,8 +39,9 @@ def test_each_base_model_gets_the_template_whose_tokens_it_knows(caplog: pytest.
         tokenizer = make_tokenizer(None, specials=specials)
         with caplog.at_level(logging.INFO, "sftkit"):
             chat = Chat(tokenizer, name="a base model")
+            Chat(make_tokenizer(None, specials=specials), name="a base model")  # by the engine
         assert chat.template_source == source
-        assert f"a base model has no chat template: it gets the built-in {source}" in caplog.text
+        assert caplog.text.count(f"a base model has no chat template: it gets the built-in {source}") == 1
         size = len(tokenizer)
         rendered = chat.render([system("s"), user("u"), assistant("a"), {"role": "tool", "content": "t"}, assistant("b")])
         assert runs(rendered.mask) == 2
