@@ -15,7 +15,7 @@ from ..core.engines.base import Engine, Request, Sampling
 from ..core.engines.loading import choose
 from ..core.errors import UserError
 from ..core.example import Example, Message, Sample, Tool, content_id, tools_of
-from ..core.files import write_atomically
+from ..core.files import read_json, read_parquet, write_atomically
 from ..core.formats import iterate_examples, split_prompt
 from ..core.hardware import installed_version
 from ..core.named_models import NamedModel, find_models
@@ -23,7 +23,7 @@ from ..core.progress import Progress
 from ..core.statistics import Interval, holm, mcnemar, minimum_detectable_difference, paired_difference, wilson
 from ..core.store import SampleStore, decisive_settings, sample_key, sample_seed
 from .config import CompareConfig
-from .results import aligned, counted, finish_section, left_out, open_section, told
+from .results import aligned, counted, finish_section, left_out, open_section, told, void_section
 
 log = logging.getLogger(__name__)
 
@@ -186,10 +186,25 @@ def compare(models: Mapping[str, str], questions: str | Path | None, out: Path |
                 generated[model.name] = _generate(model, wanted, identity, store, config)
                 answers[model.name] = _collect(wanted, store)
         result = _result(folder if out else None, asked, answers, found, generated, config, questions)
+        table = _frame(asked, answers)
+        _void_judgements(folder, table)
         with write_atomically(folder / "answers.parquet") as temporary:
-            _frame(asked, answers).write_parquet(temporary)
+            table.write_parquet(temporary)
         finish_section(folder, "compare", result.facts(), {"models": list(models), "questions": len(asked)})
         return result
+
+
+def _void_judgements(folder: Path, answers: pl.DataFrame) -> None:
+    """Take away what a judge said of this run's answers where they are about to be others. Its verdicts stay stored."""
+    path, before = folder / "results.json", folder / "answers.parquet"
+    judged = read_json(path).get("judge") if path.exists() else None
+    if judged is None or not judged.get("of_this_run", True):
+        return
+    said = ["model", "example_id", "question", "text", "error"]
+    if not before.exists() or not read_parquet(before).select(said).equals(answers.select(said)):
+        log.warning("the judgements in %s are of other answers and void now: `sftkit evaluate judge %s` judges these", path, folder.parent)
+        void_section(folder, "judge")
+        (folder / "judgements.parquet").unlink(missing_ok=True)
 
 
 def read_questions(source: str | Path | None, config: CompareConfig) -> list[Question]:

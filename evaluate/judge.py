@@ -149,7 +149,13 @@ def judge(sources: Sequence[str | Path], out: Path | None, config: JudgeConfig) 
         )
         with write_atomically(folder / "judgements.parquet") as temporary:
             pl.concat(tables).write_parquet(temporary)
-        finish_section(folder, "judge", result.facts(), {"judge": config.judge, "models": [each.name for each in answers]})
+        of_this_run = run is not None and out is not None and run.resolve() == out.resolve()  # void when `compare` makes others
+        finish_section(
+            folder,
+            "judge",
+            {**result.facts(), "of_this_run": of_this_run},
+            {"judge": config.judge, "models": [each.name for each in answers]},
+        )
         return result
 
 

@@ -46,6 +46,14 @@ def finish_section(folder: Path, name: str, facts: Mapping[str, Any], done: Mapp
     mark_done(folder, **{**(read_done(folder) if is_done(folder) else {}), name: dict(done)})
 
 
+def void_section(folder: Path, name: str) -> None:
+    """Take a section out of results.json and done.json: what it was computed from is no longer there."""
+    path = folder / "results.json"
+    if is_done(folder):
+        mark_done(folder, **{key: value for key, value in read_done(folder).items() if key != name})
+    write_json(path, {key: value for key, value in read_json(path).items() if key != name})
+
+
 def left_out(errors: Iterable[Mapping[str, str | None]]) -> list[str | None]:
     """Return for each row why it counts for no model: the first rule that stood in some model's way, and whose; None if none did.
 

@@ -175,6 +175,18 @@ def test_a_run_is_judged_and_judged_again_for_nothing(
     assert code == 0
     assert "at equal length" in said
     assert "warning: what this judge is worth is not known" in said
+    results, report = run / "evaluate" / "results.json", run / "report.html"
+    asked = {"max_new_tokens": 20, "engine": CPU}
+    compare(models, None, run, load_config(CompareConfig, asked))  # the same answers
+    write_report(run)
+    assert "judge" in json.loads(results.read_text())
+    assert "Judged in pairs" in report.read_text()
+    compare(models, None, run, load_config(CompareConfig, {**asked, "limit": 2}))  # fewer of them
+    write_report(run)
+    assert json.loads(results.read_text()).keys() == {"compare"}
+    assert json.loads((run / "evaluate" / "done.json").read_text()).keys() == {"compare"}
+    assert not (run / "evaluate" / "judgements.parquet").exists()
+    assert "Judged in pairs" not in report.read_text()
 
 
 def test_llmbar_comes_along_and_is_judged_once(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +222,9 @@ def test_two_files_are_matched_by_their_questions(tmp_path: Path, tiny_model: Pa
     unguided = judge([second, first], tmp_path / "b", settings(tiny_model))
     tables = [pl.read_parquet(each.folder / "judgements.parquet") for each in (guided, unguided) if each.folder]
     assert tables[0]["preference"].to_list() != tables[1]["preference"].to_list()  # the judge saw the right answers
+    compare({"base": str(tiny_model)}, None, tmp_path / "b", load_config(CompareConfig, {"max_new_tokens": 2, "limit": 1, "engine": CPU}))
+    kept = json.loads((tmp_path / "b" / "evaluate" / "results.json").read_text())
+    assert kept.keys() == {"judge", "compare"}  # the judged answers are not this run's
 
 
 def test_a_comparison_that_was_killed_before_its_end_is_told(tmp_path: Path, tiny_model: Path, trained_model: Path) -> None:
