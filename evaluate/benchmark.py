@@ -30,7 +30,7 @@ from .health import health
 from .marks import Marks, TaskResult, adjust, compare_marks, measure, without
 from .results import counted, finish_section, left_out, open_section, told
 from .tasks import open_task
-from .tasks.base import Item, Task
+from .tasks.base import Item, Mark, Task
 
 log = logging.getLogger(__name__)
 
@@ -213,14 +213,20 @@ def _health(items: Sequence[Item], answers: Sequence[Sequence[Answer]]) -> Any:
 
 
 def _mark(task: Task, name: str, items: Sequence[Item], answers: Sequence[Sequence[Answer]], config: TasksConfig) -> list[Marks]:
-    jobs = [(item, answer.text) for item, several in zip(items, answers, strict=True) for answer in several]
+    jobs = [(item, answer) for item, several in zip(items, answers, strict=True) for answer in several]
+
+    def mark_of(job: tuple[Item, Answer]) -> dict[str, Mark]:
+        item, answer = job
+        grade = task.grades.get((item.id, answer.key))
+        return task.score(item, answer.text) if grade is None else grade
+
     if not task.code:
-        marks = [task.score(*job) for job in jobs]
+        marks = [mark_of(job) for job in jobs]
     else:
         with Progress(f"{task.name}: run {name}'s programs", total=len(jobs), unit="programs") as progress:
             marks = []
             with ThreadPoolExecutor(config.workers) as pool:
-                for mark in pool.map(lambda job: task.score(*job), jobs):
+                for mark in pool.map(mark_of, jobs):
                     marks.append(mark)
                     progress.advance()
     each = len(answers[0])

@@ -19,40 +19,45 @@ Answers = dict[str, list[list[Answer]]]  # by model, for each item
 
 
 def grade_answers(task: Task, answers: Answers, judging: Judge) -> tuple[Task, Answers]:
-    """Let a judge grade the answers to a task's judged questions; return the task that marks by the grades.
+    """Let a judge grade the answers to a task's judged questions; return the task with the grades.
 
     An answer that got no grade comes back with that as its error, `not_graded`. An empty one is worth nothing, and nobody is asked.
     """
-    wanted: dict[tuple[str, str], Graded] = {}  # the same words to the same question are one answer
+    asked: dict[tuple[str, str], Graded] = {}  # by question and the answer's key
+    nothing: dict[tuple[str, str], dict[str, Mark]] = {}
     for several in answers.values():
         said = {item.id: given for item, given in zip(task.items, several, strict=True)}
         for item in filter(judged, task.items):
             for index, each in enumerate(said[item.id]):
-                if not each.error and each.text.strip():
+                if each.error:
+                    continue
+                if each.text.strip():
                     shown = filled(item, said[item.after][index].text) if item.after else item
                     reference = item.target.get("answer")
-                    graded = Graded(told_question(shown.messages), each.text, None if reference is None else str(reference))
-                    wanted.setdefault((item.id, each.text), graded)
-    grades = dict(zip(wanted, judging.grade(list(wanted.values())), strict=True))
-    missing = {key: grade.error for key, grade in grades.items() if grade.value is None}
+                    asked[item.id, each.key] = Graded(
+                        told_question(shown.messages), each.text, None if reference is None else str(reference)
+                    )
+                else:
+                    nothing[item.id, each.key] = {task.metrics[0]: Mark(0.0, False)}
+    wanted = list(dict.fromkeys(asked.values()))  # the same words to the same question, after the same first answer, are one answer
+    found = dict(zip(wanted, judging.grade(wanted), strict=True))
+    missing = {place: found[each].error for place, each in asked.items() if found[each].value is None}
     for (name, _), error in list(missing.items())[:1]:
         log.warning("%s: %d answers got no grade; the first, to %s: %s", task.name, len(missing), name, error)
-
-    def score(item: Item, text: str) -> dict[str, Mark]:
-        if not judged(item):
-            return task.score(item, text)
-        value = grades[item.id, text].value if text.strip() else None
-        mark = Mark(0.0, False) if value is None else Mark((value - 1) / (SCALE - 1), True, f"{value:.2f}")
-        return {task.metrics[0]: mark}
-
+    values = {place: found[each].value for place, each in asked.items()}
+    grades = {
+        place: {task.metrics[0]: Mark((value - 1) / (SCALE - 1), True, f"{value:.2f}")}
+        for place, value in values.items()
+        if value is not None
+    }
     marked = {
         name: [
-            [replace(each, error="not_graded") if (item.id, each.text) in missing and not each.error else each for each in given]
+            [replace(each, error="not_graded") if (item.id, each.key) in missing and not each.error else each for each in given]
             for item, given in zip(task.items, several, strict=True)
         ]
         for name, several in answers.items()
     }
-    return replace(task, score=score), marked
+    return replace(task, grades={**grades, **nothing}), marked
 
 
 def judged(item: Item) -> bool:

@@ -53,6 +53,7 @@ class Task:
     likelihood: bool = False  # the choices are compared by their probability, nothing is generated
     code: bool = False  # answers are run
     judged: bool = False  # some answers at least are graded by a model
+    grades: Mapping[tuple[str, str], dict[str, Mark]] = field(default_factory=dict)  # of these, by item and the answer's key
 
 
 def filled(item: Item, answer: str) -> Item:

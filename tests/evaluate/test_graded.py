@@ -1,6 +1,7 @@
 """Answers that a judge grades: the grade is the mark, what got none is left out for all, and nobody is asked twice."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 from sftkit.core import judge as judging
 from sftkit.core.engines.base import EngineConfig
 from sftkit.core.errors import UserError
-from sftkit.core.judge import Item, Judge
+from sftkit.core.judge import Grade, Item, Judge
 from sftkit.core.named_models import find_models
 from sftkit.core.values import ValueStore
-from sftkit.evaluate.benchmark import evaluate_tasks
+from sftkit.evaluate.benchmark import _mark, evaluate_tasks
+from sftkit.evaluate.compare import Answer
 from sftkit.evaluate.config import TasksConfig
+from sftkit.evaluate.graded import grade_answers
 from sftkit.evaluate.tasks import open_task
 
 from .conftest import ANSWER, QUESTIONS, Watch
@@ -113,3 +116,22 @@ def test_a_second_turn_comes_after_the_models_own_first_answer(
         assert "\x00" not in "".join(each.prompt for each in shown)
     again = evaluate_tasks(models, ["mt_bench"], run, config).tasks[0]
     assert again.generated == {"base": 0, "sft": 0}
+
+
+def test_the_same_words_after_another_first_answer_are_another_answer() -> None:
+    """Two models say the same in the second turn of MT-Bench: each is graded after what it said itself in the first."""
+
+    class Judging:
+        def grade(self, items: list[Item]) -> list[Grade]:
+            return [Grade(6.0 if "right" in each.prompt else 1.0) for each in items]
+
+    task = open_task("mt_bench", settings(limit=2))
+    task = replace(task, items=task.items[:2])
+    answers = {
+        "one": [[Answer(key="1", text="right")], [Answer(key="2", text="so it is 3")]],
+        "other": [[Answer(key="3", text="wrong")], [Answer(key="4", text="so it is 3")]],
+        "none": [[Answer(key="5", text="right")], [Answer(key="6", text=" ")]],
+    }
+    graded, marked = grade_answers(task, answers, Judging())  # type: ignore[arg-type]
+    second = {name: _mark(graded, name, graded.items, marked[name], settings())[1][0]["grade"].value for name in answers}
+    assert second == {"one": 1.0, "other": 0.0, "none": 0.0}
