@@ -279,7 +279,7 @@ def open(model: str, config: EngineConfig, *, revision: str | None = None) -> Vl
 def fit_memory(ref: ModelRef, config: EngineConfig) -> EngineConfig:
     """Return a config that takes no more of the GPU's memory than is free; vLLM would stop a minute later without a number.
 
-    Raises UserError for weights that do not fit, with what is missing.
+    Raises UserError for weights that do not fit, with what is missing, and for a card that is full.
     """
     cards = visible_gpus()
     memory = [each for each in map(gpu_memory, cards[: config.tensor_parallel_size]) if each]
@@ -298,6 +298,8 @@ def fit_memory(ref: ModelRef, config: EngineConfig) -> EngineConfig:
     room = math.floor(100 * (free - GIB_TO_SPARE) / total) / 100
     if config.gpu_memory_utilization <= room:
         return config
+    if room <= 0:
+        raise UserError(f"{ref.name}: {free:.1f} of the card's {total:.1f} GiB are free, too few for vLLM to start on it. Free the card")
     log.warning(
         "%.1f of the card's %.1f GiB are free: vLLM takes %.2f of it instead of %.2f", free, total, room, config.gpu_memory_utilization
     )

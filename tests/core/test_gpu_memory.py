@@ -64,6 +64,12 @@ def test_weights_that_do_not_fit_are_refused_with_what_is_missing(card: Callable
     assert fit_memory(large, EngineConfig(tensor_parallel_size=2)).gpu_memory_utilization == 0.59
 
 
+def test_a_full_card_is_refused_as_what_it_is(card: Callable[..., None], model: ModelRef) -> None:
+    card(_0=(400, 81_920))
+    with pytest.raises(UserError, match=r"0\.4 of the card's 80\.0 GiB are free, too few for vLLM to start on it"):
+        fit_memory(model, EngineConfig())
+
+
 def test_without_a_card_nothing_is_known(model: ModelRef, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(vllm_engine, "visible_gpus", lambda: ["0"])
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
