@@ -50,6 +50,12 @@ def average_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
             torch._foreach_copy_(grads, [part.view(each.shape) for part, each in zip(parts, grads, strict=True)])
 
 
+def sent_at_once(weights: Sequence[torch.Tensor]) -> int:
+    """Return the bytes of the largest copy that `average_gradients` makes of such weights' gradients."""
+    groups = (each for each in _together(weights) if len(each) > 1)
+    return max((sum(each.numel() for each in group) * group[0].element_size() for group in groups), default=0)
+
+
 def _together(grads: Sequence[Any]) -> Iterator[list[torch.Tensor]]:
     """Yield gradients of one format, as many as are sent at once."""
     group: list[torch.Tensor] = []

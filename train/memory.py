@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_iter
 
 from . import head
 from .adapters import adapter_config, fuse_adapters
+from .collective import sent_at_once
 from .config import TrainConfig
 
 REPLAYED = 2  # layers in the smaller replay, and more in the larger: the whole depth follows from these
@@ -71,6 +72,15 @@ class Memory:
             weights=own[0], gradients=own[1], optimizer=own[2], activations=peak - own[0] - own[2], saved_layer=self.saved_layer, peak=peak
         )
 
+    def averaged(self, sent: int, *, recorded: bool) -> "Memory":
+        """Return what each of several processes takes that average gradients in a copy of `sent` bytes.
+
+        By then activations are gone, but the memory of a recorded pass stays its own.
+        """
+        standing = self.weights + self.optimizer
+        peak = self.peak + sent if recorded else max(self.peak, standing + self.gradients + sent + WORKSPACE)
+        return replace(self, peak=peak, activations=peak - standing)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
@@ -84,6 +94,7 @@ class Load:
     rank: int = 16
     checkpointing: bool = False
     compiled: bool = False
+    recorded: bool = False  # and its passes played from a recording
     dtype: torch.dtype = torch.float32  # of the weights
     half: torch.dtype | None = torch.bfloat16  # that the forward pass computes in; None: the weights'
 
@@ -131,6 +142,13 @@ def gathered(settings: Any, load: Load) -> int:
     outside = [each for each in model.parameters() if id(each) not in inside]
     layer = sum(each.numel() for each in inside.values()) / len(layers)
     return round(sum(each.numel() * each.element_size() for each in outside) + 2 * layer * (load.half or load.dtype).itemsize)
+
+
+def copied(settings: Any, load: Load, *, shared: bool) -> int:
+    """Return the bytes of the copy in which processes average gradients that each has whole: of `shared` weights an adapter's alone."""
+    if shared and not load.adapter:
+        return 0
+    return sent_at_once([each for each in bare_model(settings, load).parameters() if each.requires_grad])
 
 
 @dataclass(kw_only=True)

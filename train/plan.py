@@ -17,7 +17,7 @@ from ..core.progress import duration
 from .compiling import COMPILED_STEPS
 from .config import TrainConfig
 from .data import DataReport
-from .memory import Load, Memory, NotReplayed, bare_model, expert_weights, experts_taken, gathered, predict, token_flops
+from .memory import Load, Memory, NotReplayed, bare_model, copied, experts_taken, gathered, predict, token_flops
 from .prepared import load_rows
 from .recorded import can_record
 
@@ -38,6 +38,8 @@ ADAPTER_SHARES = {"compiled": 0.46 / 0.65, "plain": 0.23 / 0.31}  # of a full st
 SHORT_PASS = 0.1  # seconds; the passes behind the shares took more, and in shorter ones a card waits for a host that launches them
 SHORT_RECORDED = 0.005  # the same where they are recorded: of 2,000 tokens and more, none was slower than long ones
 MATRIX_SHARE = 0.8  # of its data sheet's figure a card reaches in a large matrix product: 795 of 989 TFLOP/s on that H200
+FORM = re.compile(r"(?i)\b(sxm\d?|hbm\d?e?|\d+ ?gb)\b")  # what a card's own name says beside its model
+SAME_SIZE = 0.1  # of the memory that PyTorch reports the round figure in a name is off: 80 GB are 85.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class Option:
     tokens_per_second: float  # nan: not known
     hours: float
     launched: bool  # the host launches each kernel of each pass: none is recorded
+    gpus: int = 1  # on each of which it takes that, and which have that speed together
 
     @property
     def fits(self) -> bool:
@@ -91,7 +94,7 @@ class Option:
     @property
     def waits(self) -> bool:
         """Say whether a forward pass is so short that the card waits for its host: the speed is then lower than foretold."""
-        return self.batch_tokens < (SHORT_PASS if self.launched else SHORT_RECORDED) * self.tokens_per_second
+        return self.gpus * self.batch_tokens < (SHORT_PASS if self.launched else SHORT_RECORDED) * self.tokens_per_second
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +109,9 @@ class MemoryPlan:
     def summary(self) -> str:
         """Write it for people."""
         tokens = f"{self.report.train_rows:,} rows, {self.report.tokens:,} tokens an epoch, the longest row has {self.report.longest:,}"
-        lines = [f"{self.card.name}: {self.card.memory / 1e9:.1f} GB; {tokens}", ""]
+        gpus = self.options[0].gpus
+        card, each_has = (self.card.name, "") if gpus == 1 else (f"{gpus} x {self.card.name}", " each")
+        lines = [f"{card}: {self.card.memory / 1e9:.1f} GB{each_has}; {tokens}", ""]
         head = f"{'method':12}{'weights':10}{'checkpointing':15}{'tokens a pass':>14}{'peak':>10}{'fits':>6}{'tokens/s':>15}{'time':>14}"
         lines.append(head)
         for each in self.options:
@@ -130,6 +135,10 @@ def find_card(text: str) -> Card:
     names = {_plain(each.name): each for each in CARDS}
     wanted = _plain(text)
     found = names.get(wanted) or names.get(f"rtx{wanted}")
+    if found is None and (size := re.search(r"(?i)\b(\d+) ?GB\b", text)):  # PyTorch's own name, as NVIDIA A100-SXM4-80GB
+        named = names.get(_plain(FORM.sub("", text)))
+        found = named if named and abs(named.memory / 1e9 - float(size[1])) < SAME_SIZE * named.memory / 1e9 else None
+        found = names.get(f"{_plain(FORM.sub('', text))}{size[1]}gb") or found
     if found is None:
         raise unknown_name("GPU", text, [*(each.name for each in CARDS), "its memory, as 24GB"], "gpu")
     return found
@@ -141,7 +150,7 @@ def _plain(name: str) -> str:
 
 def rated_flops(device: str) -> float:
     """Return the operations a second that the data sheet of a card promises, by its name as PyTorch knows it; 0 for one not known."""
-    name = _plain(re.sub(r"(?i)\b(sxm\d?|hbm\d?e?|\d+ ?gb)\b", "", device))
+    name = _plain(FORM.sub("", device))
     return next((each.flops for each in CARDS if _plain(each.name) == name), 0.0)
 
 
@@ -207,36 +216,48 @@ def _basis(card: Card, settings: Any) -> str:
 
 def _options(settings: Any, report: DataReport, config: TrainConfig, card: Card, known: dict[Load, Memory]) -> Iterator[Option]:
     """Yield all options; `known` has the memory of steps that were looked at for another card."""
+    limits = (config.batch_tokens,) if config.batch_tokens else (32_768, 8_192, 2_048)
     for method, dtype in (("full", "float32"), ("full", "bfloat16"), ("LoRA", "bfloat16"), ("QLoRA", "bfloat16")):
         if dtype == "bfloat16" and method == "full" and not card.bfloat16:
             continue
         kind = replace(config, lora=method == "LoRA", qlora=method == "QLoRA", parallel="auto")
         for parallel in ways(kind, None if card.bfloat16 else "torch.float16"):
             for checkpointing in (False, True):
-                for tokens in sorted({pass_tokens(each, report, config) for each in (32_768, 8_192, 2_048)}, reverse=True):
+                for tokens in sorted({pass_tokens(each, report, config) for each in limits}, reverse=True):
                     chosen = replace(kind, parallel=parallel, gradient_checkpointing=checkpointing)
                     yield _option(settings, report, chosen, card, tokens, dtype, known)
 
 
 def pass_tokens(batch_tokens: int, report: DataReport, config: TrainConfig) -> int:
-    """Return how many tokens a forward pass has: never more than an update, nor fewer than the longest row."""
-    update = math.ceil(config.batch_size * report.tokens / report.train_rows * 1.1)
-    return max(min(batch_tokens, update), min(report.longest, config.batch_size * report.longest))
+    """Return how many tokens a forward pass has: what falls to it of the largest update, and no fewer than the longest row.
+
+    An update's passes are of one size, and as many on each GPU. With three data sets and 8 to 512 rows an update, that was 0 to 22 % too
+    much where passes are not cut short by `batch_tokens`, 1 % as a rule.
+    """
+    usual = min(config.batch_size, report.train_rows) * report.tokens / report.train_rows
+    passes = math.ceil(usual / max(batch_tokens, report.longest))
+    passes = math.ceil(passes / config.gpus) * config.gpus
+    return max(min(batch_tokens, math.ceil(_largest_update(report, config) / passes)), report.longest)
+
+
+def _largest_update(report: DataReport, config: TrainConfig) -> float:
+    """Return its tokens: rows are dealt to updates by length, so that it has one of the longest rows and is else as the others."""
+    return (min(config.batch_size, report.train_rows) - 1) * report.tokens / report.train_rows + report.longest
 
 
 def _steps(report: DataReport, config: TrainConfig) -> int:
     return math.ceil(math.ceil(report.train_rows / config.batch_size) * config.epochs)
 
 
-def load_of(report: DataReport, config: TrainConfig, tokens: int, *, dtype: Any, half: Any) -> Load:
+def load_of(report: DataReport, config: TrainConfig, tokens: int, *, dtype: Any, half: Any, experts: bool = False) -> Load:
     """Return what a step is made of, by the settings of a run. `dtype`: of the weights, `half`: what is computed in."""
     compiled = _steps(report, config) >= COMPILED_STEPS if config.compile is None else config.compile
-    update = config.batch_size * report.tokens / report.train_rows
-    stays = compiled and can_record(config, half)  # such passes add to gradients that stand, an update's only pass too
+    several = _largest_update(report, config) > tokens * config.gpus  # passes on each
+    recorded = compiled and can_record(config, half, experts=experts)  # then passes add to gradients that stand, an only one, too
     return Load(
-        tokens=tokens, scored=max(1, round(tokens * report.trained_share)), accumulates=update > tokens or stays, adapter=config.adapter,
-        quantised=config.qlora, rank=config.lora_rank, checkpointing=bool(config.gradient_checkpointing), compiled=compiled, dtype=dtype,
-        half=half,
+        tokens=tokens, scored=max(1, round(tokens * report.trained_share)), accumulates=several or recorded,
+        adapter=config.adapter, quantised=config.qlora, rank=config.lora_rank, checkpointing=bool(config.gradient_checkpointing),
+        compiled=compiled, recorded=recorded, dtype=dtype, half=half,
     )  # fmt: skip
 
 
@@ -248,13 +269,13 @@ def _option(
     half = torch.bfloat16 if card.bfloat16 else torch.float16
     weights = getattr(torch, dtype) if card.bfloat16 or not config.adapter else half
     computed = None if dtype == "bfloat16" and not config.adapter else half
-    load = load_of(report, config, tokens, dtype=weights, half=computed)
+    experts = bool(experts_taken(settings.get_text_config()))  # the shares of the peak were measured on models without
+    load = load_of(report, config, tokens, dtype=weights, half=computed, experts=experts)
     memory = known[load] = known[load] if load in known else predict(settings, load)
-    memory = _shared(memory, settings, load, config) if config.parallel == "fsdp" else memory
+    memory = _on_each(memory, settings, load, config)
     mean = report.tokens / report.train_rows
     peak = config.gpus * card.flops * (1 if card.measured else MATRIX_SHARE)
     model = bare_model(settings, load)
-    experts = bool(expert_weights(model))  # the shares were measured on models without
     rate = 0.0 if experts else share_of_peak(settings, load) * peak / token_flops(model, mean)
     hours = report.tokens * config.epochs / rate / 3600 if rate else math.nan
     method = "QLoRA" if config.qlora else "LoRA" if config.lora else "full"
@@ -262,7 +283,7 @@ def _option(
     return Option(
         method=method, dtype="4 bits" if config.qlora else str(weights).removeprefix("torch."), checkpointing=load.checkpointing,
         batch_tokens=tokens, memory=memory, room=card.memory - CONTEXT, tokens_per_second=rate or math.nan, hours=hours,
-        launched=not (load.compiled and can_record(config, computed)),
+        launched=not load.recorded, gpus=config.gpus,
     )  # fmt: skip
 
 
@@ -310,14 +331,16 @@ def choose(settings: Any, report: DataReport, config: TrainConfig, card: Card, *
     sizes = {pass_tokens(each, report, config): each for each in limits[::-1]}  # of limits that give the same pass, the largest
     both = (False, True) if config.gradient_checkpointing is None else (config.gradient_checkpointing,)
     known: dict[Load, Memory] = {}
+    experts = bool(experts_taken(settings.get_text_config()))
     for parallel in ways(config, half):
         for checkpointing in both:
             for tokens, limit in sorted(sizes.items(), reverse=True):
                 if not checkpointing and len(both) == 2 and tokens < min(FEW_TOKENS, max(sizes)):
                     break
-                load = load_of(report, replace(config, gradient_checkpointing=checkpointing), tokens, dtype=dtype, half=half)
+                tried = replace(config, gradient_checkpointing=checkpointing, parallel=parallel)
+                load = load_of(report, tried, tokens, dtype=dtype, half=half, experts=experts)
                 known[load] = known[load] if load in known else predict(settings, load)
-                memory = _shared(known[load], settings, load, config) if parallel == "fsdp" else known[load]
+                memory = _on_each(known[load], settings, load, tried)
                 choice = Choice(batch_tokens=limit, checkpointing=checkpointing, parallel=parallel, memory=memory, card=card)
                 if memory.peak * SLACK <= card.memory - CONTEXT:
                     return choice
@@ -337,8 +360,11 @@ def ways(config: TrainConfig, half: Any = None) -> tuple[str, ...]:
     return ("ddp",) if whole else ("ddp", "fsdp")
 
 
-def _shared(memory: Memory, settings: Any, load: Load, config: TrainConfig) -> Memory:
-    """Return what a step takes on each GPU, where they share the weights."""
+def _on_each(memory: Memory, settings: Any, load: Load, config: TrainConfig) -> Memory:
+    """Return what a step takes on each GPU, where there are several: a share of what stands with FSDP2, and what they send."""
     if config.gpus == 1:
         return memory
-    return memory.shared(config.gpus, gathered(settings, load), accumulates=load.accumulates, adapter=config.adapter)
+    shared = config.parallel == "fsdp"
+    if shared:
+        memory = memory.shared(config.gpus, gathered(settings, load), accumulates=load.accumulates, adapter=config.adapter)
+    return memory.averaged(copied(settings, load, shared=shared), recorded=load.recorded)

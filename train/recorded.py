@@ -20,13 +20,14 @@ log = logging.getLogger(__name__)
 _failed: list[Any] = []  # graphs that were not recorded to their end: PyTorch's allocator of pinned memory goes on asking them
 
 
-def can_record(config: TrainConfig, half: Any) -> bool:
+def can_record(config: TrainConfig, half: Any, *, experts: bool = False) -> bool:
     """Say whether compiled passes of such a run are recorded: not where the host has a say. `half`: the 16-bit format computed in.
 
     Activations computed twice ask for random numbers' state, float16 looks at gradients, and pairs have no shape of their own. Kernels
-    for 4 bits are another package's, which a recording would lack without a word if they chose their own stream.
+    for 4 bits are another package's, which a recording would lack without a word if they chose their own stream. Of a model of
+    `experts` shared by FSDP2 a recording that fails would end the run.
     """
-    apart = config.qlora or isinstance(config, PreferenceConfig)
+    apart = config.qlora or isinstance(config, PreferenceConfig) or (experts and config.gpus > 1 and config.parallel == "fsdp")
     return not apart and not config.gradient_checkpointing and half is not torch.float16
 
 

@@ -402,8 +402,7 @@ def make_trainer(
     if compiled:
         torch.compiler.reset()  # what was compiled before, for other shapes: after eight forms of a piece of code no more are made
         compile_layers(base)
-    risky = workers > 1 and config.parallel == "fsdp" and bool(expert_weights(base))  # a recording that fails there ends the run
-    trainer.records = compiled and device != "cpu" and can_record(config, half) and not risky
+    trainer.records = compiled and device != "cpu" and can_record(config, half, experts=bool(expert_weights(base)))
     quieten(trainer)
     return trainer
 
