@@ -58,6 +58,8 @@ def explain(run: Path, changes: Mapping[str, Any]) -> list[Explanation]:
     opened = Run.open(run)
     begun = opened.config().get("distill")
     path = run / "curate" / "samples.sqlite"
+    if begun is None and "grow" in opened.config():
+        raise UserError(f"{run}: its samples are requests for prompts, which differ in more than their settings; `cache export` has them")
     if begun is None or not path.exists():
         raise UserError(f"{run}: holds no samples of a teacher; `sftkit curate distill` makes some")
     known = {name: value for name, value in begun.items() if name in DistillConfig.__dataclass_fields__}

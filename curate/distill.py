@@ -153,7 +153,7 @@ def distillation(source: str | Path, path: Path, config: DistillConfig) -> Itera
     with closing(Teacher.find(config, prompts=len(examples))) as teacher, Run.create(path) as run:
         if config.thinking and teacher.chat is None:
             raise UserError(f"thinking: a server renders for itself; turn thinking on where {config.teacher} is served")
-        began = has_begun(run)
+        began = has_begun(run, "distill", other="grow")
         if began:
             check_growth(run, examples, source, limited=config.limit is not None)
         _configure(run, source, teacher, began=began)
@@ -474,15 +474,21 @@ def wanted_sample(teacher: Teacher, prompt: Prompt, index: int, sampling: Sampli
     return Wanted(sample_key(sampling=sampling, **decisive), prompt, index, sampling, sample_seed(stream))
 
 
-def has_begun(run: Run) -> bool:
-    """Say whether a run holds anything that was made with its settings: a command that failed at its start binds nobody to them."""
-    if set(run.ledger.stages()) - {"prompts"}:
-        return True
-    store = run.path / "curate" / "samples.sqlite"
-    if not store.exists():
-        return False
-    with SampleStore(store) as found:
-        return found.count() > 0
+def has_begun(run: Run, section: str, *, other: str) -> bool:
+    """Say whether a run holds anything that was made with its settings: a command that failed at its start binds nobody to them.
+
+    Raises UserError where that was made by another command than the one with this section of its config, as by the one that records
+    the stage `other`: rows of two would hide each other from the steps after them.
+    """
+    stages, store = run.ledger.stages(), run.path / "curate" / "samples.sqlite"
+    began = bool(set(stages) - {"prompts"})
+    if not began and store.exists():
+        with SampleStore(store) as found:
+            began = found.count() > 0
+    if began and (section not in run.config() or other in stages):
+        held = f" (it has recorded {', '.join(stages)})" if stages else ""
+        raise UserError(f"{run.path}: this folder holds what another command has made{held}; give another folder")
+    return began
 
 
 def _configure(run: Run, source: str | Path, teacher: Teacher, *, began: bool) -> None:

@@ -162,7 +162,7 @@ def _converse(source: str | Path | None, out: Path, config: GrowConfig) -> GrowR
 
 
 def _configure(run: Run, settings: dict[str, Any]) -> None:
-    run.configure("grow", settings, free=FREE if has_begun(run) else ("*",))
+    run.configure("grow", settings, free=FREE if has_begun(run, "grow", other="prompts") else ("*",))
 
 
 def _finish(

@@ -107,3 +107,22 @@ def test_rows_that_cannot_be_read_are_told_of_before_anything_is_asked(tmp_path:
     assert (code, out.partition(": ")[2].partition(",")[0]) == (0, "4 of 4 samples of 4 prompts"), err
     path.write_text('{"answer": "4"}\n')  # of nothing that can be read nothing would be left
     assert cli("curate", "distill", path, "-o", run, *asked)[2].endswith("text; chosen and rejected\n")
+
+
+def test_a_folder_holds_the_rows_of_one_command(tmp_path: Path, tiny_model: Path, cli: Any) -> None:
+    path, asked = prompts(tmp_path / "p.jsonl", 4), ("--teacher", tiny_model, "--engine", "transformers", "--max-new-tokens", "4")
+    assert cli("curate", "prompts", path, "-o", tmp_path / "grown", "--rounds", "1", *asked)[0] == 0
+    assert cli("curate", "distill", path, "-o", tmp_path / "asked", *asked)[0] == 0
+    assert cli("curate", "import", path, "-o", tmp_path / "read")[0] == 0
+    for command, name, stages in (
+        ("distill", "grown", "grow"),
+        ("distill", "read", "import"),
+        ("prompts", "asked", "prompts, distill"),
+        ("prompts", "read", "import"),
+    ):
+        before = (tmp_path / name / "ledger.parquet").read_bytes()
+        code, _, err = cli("curate", command, path, "-o", tmp_path / name, *asked)
+        assert code == 1
+        assert f"{name}: this folder holds what another command has made (it has recorded {stages}); give another folder" in err
+        assert (tmp_path / name / "ledger.parquet").read_bytes() == before
+    assert "its samples are requests for prompts" in cli("curate", "cache", "explain", tmp_path / "grown")[2]
