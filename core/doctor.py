@@ -13,7 +13,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from .catalogue import cache_dir
-from .hardware import installed_version
+from .hardware import installed_version, usable_cores
 
 LITTLE_DISK = 5 << 30  # bytes; a small model, its checkpoints and its final weights
 EXTRAS = {  # what is gained by each extra
@@ -34,16 +34,13 @@ class Finding:
 
 def examine() -> Iterator[Finding]:
     """Yield what is found, the installation first; nothing is changed and nothing is fetched."""
-    yield Finding("ok", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {_cores()} cores, {_memory()}")
+    machine = f"{platform.system()} {platform.machine()}, {usable_cores()} cores, {_memory()}"
+    yield Finding("ok", "python", f"{platform.python_version()} on {machine}")
     yield from _packages()
     yield from _torch()
     yield from _sandbox()
     yield from _disk()
     yield from _hub()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory() -> str:

@@ -118,6 +118,11 @@ def measured_peak(device: str) -> float:
     return 10 * 2 * size**3 / (start.elapsed_time(end) / 1000)
 
 
+def usable_cores() -> int:
+    """Return how many processors this process may use: fewer than the machine has where a scheduler or a container gives it a part."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def installed_version(package: str) -> str | None:
     """Return a package's version; None where none is installed, or by another name, as what is built from source may be."""
     try:

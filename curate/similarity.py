@@ -4,7 +4,6 @@ Matrix products are in float32, whose rounding depends on the shape of a block. 
 threshold or near a maximum is computed again by `exact_cosines`, and decisions come out the same for any block size.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import UserError
+from ..core.hardware import usable_cores
 
 T = TypeVar("T")
 Vectors = npt.NDArray[np.float32]
@@ -66,7 +66,7 @@ def in_blocks(work: Callable[[int], T], num_rows: int, height: int) -> Iterator[
         if num_rows <= height:
             yield from map(work, range(0, num_rows, height))
             return
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, THREADS)) as pool:
+        with ThreadPoolExecutor(min(usable_cores(), THREADS)) as pool:
             yield from pool.map(work, range(0, num_rows, height))
 
 

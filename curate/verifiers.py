@@ -1,7 +1,6 @@
 """Scores by rules that decide: formulas that are equal, JSON of a schema, instructions that are followed, programs that pass tests."""
 
 import json
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +11,7 @@ from ..core.checks.code import Verdict, extract_program, run_tests
 from ..core.checks.sandbox import Limits
 from ..core.errors import UserError, missing_package
 from ..core.files import load_json
+from ..core.hardware import usable_cores
 from ..core.progress import Progress
 from ..core.run import Run
 from ..core.values import ValueStore, value_key
@@ -157,7 +157,7 @@ def _run_all(orders: Mapping[str, tuple[Any, ...]], call: Any) -> Iterator[tuple
     """Run programs several at a time; yield what came of each, or the error. What the user can mend is raised."""
     if not orders:
         return
-    width = PROGRAMS * (os.cpu_count() or 1)
+    width = PROGRAMS * usable_cores()
     waiting: deque[tuple[str, Future[Any]]] = deque()
     with ThreadPoolExecutor(width) as pool, Progress("run tests", total=len(orders), unit="programs") as progress:
         try:

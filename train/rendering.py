@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from ..core.chat import Chat, How, Rendered
 from ..core.errors import UserError
 from ..core.example import Message, Tool
+from ..core.hardware import usable_cores
 from ..core.parts import THINKING, thought_length
 
 log = logging.getLogger(__name__)
@@ -225,7 +226,7 @@ def in_chunks(count: int, work: Callable[[int, int], list[Any]], enough: Callabl
     global _work
     chunks = [(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
     found: list[Any] = []
-    processes = min(os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0)), MOST_PROCESSES)
+    processes = min(usable_cores(), MOST_PROCESSES)
     if count < PARALLEL or processes < 2:
         for chunk in chunks:
             found += work(*chunk)

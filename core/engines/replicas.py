@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from ..chat import Chat, load_chat
 from ..errors import UserError
-from ..hardware import visible_gpus
+from ..hardware import usable_cores, visible_gpus
 from ..models import resolve_model
 from .base import (
     ChoiceRequest,
@@ -204,7 +204,7 @@ class Replicas:
             if groups:
                 card = groups[slot % len(groups)]
                 return Place(card, lambda: LocalProcess(opening, {"CUDA_VISIBLE_DEVICES": card}))
-            threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+            threads = os.environ.get("OMP_NUM_THREADS", str(max(1, usable_cores() // count)))
             return Place(None, lambda: LocalProcess(opening, {"OMP_NUM_THREADS": threads}))
 
         return [place(slot) for slot in range(count)]
