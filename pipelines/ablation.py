@@ -17,6 +17,7 @@ from ..core.files import read_json, read_parquet, write_json
 from ..core.formats import iterate_examples
 from ..core.run import Run, is_done
 from ..core.statistics import Estimate, bootstrap_ratio_difference, cluster_sums, holm, sign_flip
+from ..core.text import counted
 from ..evaluate.results import aligned
 from .config import AblationConfig
 
@@ -84,7 +85,8 @@ class AblationResult:
 
     def summary(self) -> str:
         """Write it for people."""
-        lines = [f"{self.heldout}: {self.rows:,} rows of {self.prompts:,} prompts; held-out loss before training {self.base_loss:.3f}"]
+        size = f"{counted(self.rows, 'row')} of {counted(self.prompts, 'prompt')}"
+        lines = [f"{self.heldout}: {size}; held-out loss before training {self.base_loss:.3f}"]
         table: list[tuple[str, ...]] = [("trained on", "rows", "tokens seen", "epochs", "loss", "by seed")]
         for each in self.arms:
             seeds = ", ".join(f"{value:.3f}" for value in each.losses)
@@ -120,9 +122,15 @@ def ablate(source: Path, model: str, out: Path, config: AblationConfig, *, heldo
     from ..evaluate.loss import loss, read_heldout
     from ..train.sft import train
 
-    _check_unseen(rows, {each.example.id for each in read_heldout(rows, config.loss)}, data)
+    held = {each.example.id for each in read_heldout(rows, config.loss)}
     chat = load_chat(resolve_model(model))
-    sizes = {name: _size(path, chat) for name, path in data.items()}
+    sizes = {}
+    for name, path in data.items():
+        num_rows, num_tokens, seen = _size(path, chat, held)
+        if seen:
+            told = f"{seen:,} of its {counted(len(held), 'conversation')} stand in {path}, which {name} is trained on"
+            raise UserError(f"{rows}: {told}; give rows that none is trained on")  # it would win by them alone
+        sizes[name] = (num_rows, num_tokens)
     with Run.create(out) as run:
         settings = {"source": str(source), "model": model, "heldout": str(rows), **to_mapping(config)}
         begun = [*out.glob("*/train/checkpoints/*"), *out.glob("*/train/done.json")]
@@ -180,19 +188,13 @@ def _arms(source: Path) -> dict[str, Path]:
     return {SELECTION: selection, **{path.stem: path for path in controls}}
 
 
-def _check_unseen(heldout: Path, held: set[str], data: Mapping[str, Path]) -> None:
-    """Raise UserError for held-out conversations that stand word for word in what an arm trains on: it would win by them alone."""
-    for name, path in data.items():
-        seen = sum(example_id in held for example_id in {each.id for each in iterate_examples(path)})
-        if seen:
-            told = f"{seen:,} of its {len(held):,} conversations stand in {path}, which {name} is trained on"
-            raise UserError(f"{heldout}: {told}; give rows that none is trained on")
-
-
-def _size(path: Path, chat: Any) -> tuple[int, int]:
-    """Return the rows of a data set and their tokens."""
-    lengths = [len(chat.render(each.messages, tools=tools_of(each.meta)).ids) for each in iterate_examples(path)]
-    return len(lengths), sum(lengths)
+def _size(path: Path, chat: Any, held: set[str]) -> tuple[int, int, int]:
+    """Return the rows of a data set, their tokens, and how many of the held-out conversations stand in it word for word."""
+    lengths, seen = [], set()
+    for each in iterate_examples(path):
+        lengths.append(len(chat.render(each.messages, tools=tools_of(each.meta)).ids))
+        seen |= {each.id} & held
+    return len(lengths), sum(lengths), len(seen)
 
 
 def _columns(losses: Path) -> tuple[dict[str, Columns], list[str]]:

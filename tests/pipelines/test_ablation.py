@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from sftkit.core.errors import UserError
 from sftkit.core.files import read_json
+from sftkit.core.formats import iterate_examples
 from sftkit.core.statistics import Estimate, Interval
 from sftkit.evaluate.config import LossConfig
+from sftkit.pipelines import ablation
 from sftkit.pipelines.ablation import Contrast, ablate, told
 from sftkit.pipelines.config import AblationConfig
 from sftkit.train.config import TrainConfig
@@ -63,13 +65,18 @@ def test_a_better_selection_is_found_and_an_equal_one_is_not(run: Path, tmp_path
     assert {path: path.stat().st_mtime_ns for path in models} == models
 
 
-def test_the_command_writes_the_report(run: Path, tmp_path: Path, tiny_model: Path, cli: Callable[..., tuple[int, str, str]]) -> None:
+def test_the_command_writes_the_report(
+    run: Path, tmp_path: Path, tiny_model: Path, cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(ablation, "iterate_examples", lambda path: read.append(path) or iterate_examples(path))
     settings = tmp_path / "settings.yaml"
     training: dict[str, Any] = {"epochs": 1, "validation": 0, "dtype": "float32", "stop_check": 0}
     settings.write_text(json.dumps({"train": training, "loss": {"resamples": 1000}}))
     arguments = ["ablate", run, "--model", tiny_model, "-o", tmp_path / "out", "--seeds", 1, "--no-equal-tokens", "--config", settings]
     code, out, err = cli(*arguments)
     assert code == 0, err
+    assert len(read) == len(set(read)) == 3  # each arm's rows once, to count them and to see whether any is held out
     assert "selection − other: " in out
     assert "one seed: how much of it is the luck of one training is not known" in out
     page = (tmp_path / "out" / "report.html").read_text()
