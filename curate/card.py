@@ -10,6 +10,7 @@ import yaml
 from .. import __version__
 from ..core.files import scan_parquet, write_text
 from ..core.run import Run
+from ..core.text import counted
 
 MOST_REASONS = 5  # of one rule, that a funnel names: the ledger has them all
 
@@ -52,7 +53,7 @@ def write_card(run: Run, rows: pl.DataFrame, plots: Sequence[tuple[str, str]] = 
     """Write curate/README.md on the rows that are kept; `plots` are files beside it, with what they show."""
     config = run.config()
     prompts = rows["example_id"].n_unique()
-    answers = f"{len(rows):,} rows" if prompts == len(rows) else f"{len(rows):,} rows of {prompts:,} prompts"
+    answers = counted(len(rows), "row") + ("" if prompts == len(rows) else f" of {counted(prompts, 'prompt')}")
     table = ["| stage | input | kept | rejected by rule |", "|---|---:|---:|---|"]
     for stage, num_input, kept, rules in funnel(run):
         told = ", ".join(f"{_cell(rule)} {count:,}" for rule, count in rules.items())
@@ -94,7 +95,7 @@ def _sources(config: dict[str, Any], rows: pl.DataFrame) -> str:
         .len()
         .sort("len", "file", descending=[True, False])
     )
-    lines = [f"- {_cell(file or 'unknown')}: {count:,} rows" for file, count in files.head(20).iter_rows()]
+    lines = [f"- {_cell(file or 'unknown')}: {counted(count, 'row')}" for file, count in files.head(20).iter_rows()]
     if len(files) > 20:
         lines.append(f"- and {len(files) - 20:,} more files")
     if "distill" in config:

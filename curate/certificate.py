@@ -27,6 +27,7 @@ from ..core.files import read_parquet
 from ..core.formats import iterate_examples
 from ..core.ngrams import WORD
 from ..core.run import Run
+from ..core.text import counted
 from .embed import embedded_text
 from .rows import load_rows, split_texts
 
@@ -102,8 +103,8 @@ def _conservation(run: Run, ledger: pl.DataFrame, rows: pl.DataFrame) -> Iterato
         told = Counter(part["action"])
         yield Check(
             stage,
-            f"{len(part):,} rows in = {told['kept']:,} kept + {told['rejected']:,} rejected + {told['failed']:,} failed, each once, "
-            "each removal with its rule",
+            f"{counted(len(part), 'row')} in = {told['kept']:,} kept + {told['rejected']:,} rejected + {told['failed']:,} failed, each "
+            "once, each removal with its rule",
             tuple(faults),
         )
     assert before is not None
@@ -118,7 +119,7 @@ def _conservation(run: Run, ledger: pl.DataFrame, rows: pl.DataFrame) -> Iterato
         faults = [f"{name}: kept by {previous}, but not in the data set" for name in before - written]
         faults += [f"{name}: in the data set, but not kept by {previous}" for name in written - before]
         faults += [f"{name}: kept by {previous}, but no row of this run" for name in before if name not in stored]
-        yield Check("data set", f"dataset.jsonl holds exactly the {before.total():,} rows that {previous} kept", tuple(faults))
+        yield Check("data set", f"dataset.jsonl holds exactly the {counted(before.total(), 'row')} that {previous} kept", tuple(faults))
         yield Check("data set", "each of its rows has the conversation, source and meta that it came with", tuple(changed))
         yield Check("data set", "dataset.parquet holds the same rows in the same order", tuple(others))
 
@@ -160,7 +161,7 @@ def _read_data_set(path: Path, stored: Mapping[str, Stored]) -> tuple[Counter[st
     if not beside.exists():
         others.append("it is not there; run the last step again")
     elif table is not None and len(table) != written.total():
-        others.insert(0, f"it has {len(table):,} rows, dataset.jsonl {written.total():,}")
+        others.insert(0, f"it has {counted(len(table), 'row')}, dataset.jsonl {written.total():,}")
     return written, changed, others
 
 
@@ -178,7 +179,7 @@ def _representatives(ledger: pl.DataFrame) -> Iterator[Check]:
             for name, each in zip(_ids(removed), removed["witness_id"], strict=True)
             if each not in kept
         ]
-        yield Check(stage, f"{len(removed):,} rows are {rule}, each for a kept witness", tuple(faults))
+        yield Check(stage, f"{counted(len(removed), 'row')} removed as {rule}, each for a kept witness", tuple(faults))
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +235,7 @@ def _same_texts(
         if other != row:
             again.append(f"{compared.ids[row]}: kept, as was {compared.ids[other]}, whose text is the same")
     return [
-        Check("dedup_exact", f"{len(removed):,} removed rows, each with a kept witness of the same text", tuple(faults)),
+        Check("dedup_exact", f"{counted(len(removed), 'removed row')}, each with a kept witness of the same text", tuple(faults)),
         Check("dedup_exact", f"no two of {len(kept):,} kept rows have the same text", tuple(again)),
     ]
 
@@ -250,8 +251,9 @@ def _same_words(
     pairs = like_pairs([compared.pairs[row] for row in stands], threshold, compared.num_second)
     again = [f"{compared.ids[stands[b]]}: kept, Jaccard {near:.6f} with {compared.ids[stands[a]]}" for a, b, near in pairs]
     hint = "; the candidates were those of lsh, which misses some" if again and settings.get("candidates") == "lsh" else ""
+    gone = counted(len(removed), "removed row")
     return [
-        Check("dedup_minhash", f"{len(removed):,} removed rows, each with a kept witness of Jaccard {threshold:g} or more", tuple(faults)),
+        Check("dedup_minhash", f"{gone}, each with a kept witness of Jaccard {threshold:g} or more", tuple(faults)),
         Check("dedup_minhash", f"no two of {len(kept):,} kept rows have a Jaccard of {threshold:g} or more{hint}", tuple(again)),
     ]
 
@@ -275,8 +277,9 @@ def _same_meaning(
             if b > a and start + b >= compared.num_second:
                 first, second = compared.ids[stands[start + a]], compared.ids[stands[start + b]]
                 again.append(f"{second}: kept, cosine {cosines[a, b]:.8f} with {first}")
+    gone = counted(len(removed), "removed row")
     return [
-        Check("dedup_semantic", f"{len(removed):,} removed rows, each with a kept witness of cosine {threshold:g} or more", tuple(faults)),
+        Check("dedup_semantic", f"{gone}, each with a kept witness of cosine {threshold:g} or more", tuple(faults)),
         Check("dedup_semantic", f"no two of {len(kept):,} kept rows have a cosine of {threshold:g} or more", tuple(again)),
     ]
 

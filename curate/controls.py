@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 
 from ..core.run import Run
+from ..core.text import counted
 from .rows import EXPORTED, export_rows, load_rows
 from .scored import random_numbers
 
@@ -63,7 +64,7 @@ def write_controls(
         path = _path(run, prefix + name)
         export_rows(rows[sorted(chosen)], path)
         told.append(
-            f"control {prefix}{name}: {len(chosen):,} rows, {is_taken[chosen].sum():,} of them selected too; mean length "
+            f"control {prefix}{name}: {counted(len(chosen), 'row')}, {is_taken[chosen].sum():,} of them selected too; mean length "
             f"{sizes[chosen].mean():,.1f} {unit}, of the selection {sizes[is_taken].mean():,.1f}: {path}"
         )
     return told

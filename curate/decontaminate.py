@@ -24,6 +24,7 @@ from ..core.formats import iterate_examples
 from ..core.ngrams import Runs, words
 from ..core.progress import Progress
 from ..core.run import Run
+from ..core.text import counted
 from .decide_config import DecontaminateConfig
 from .decided import Outcome, decision_table, record
 from .rows import KEY, input_rows, message_text, written_turns
@@ -106,7 +107,7 @@ def decontaminate(run: Run, config: DecontaminateConfig) -> Outcome:
     decided = rows.select(KEY).with_row_index("row").join(told, on="row", how="left", maintain_order="left")
     threshold = pl.when(pl.col("rule").is_not_null()).then(config.min_coverage)
     decisions = decision_table(decided, STAGE, pl.col("rule"), score=pl.col("score"), threshold=threshold, witness_id=pl.col("witness"))
-    notes = [f"{count:,} rows hold an item of {name}" for name, count in Counter(name for name, _ in items).items()]
+    notes = [f"{counted(count, 'row')} with an item of {name}" for name, count in Counter(name for name, _ in items).items()]
     return record(run, STAGE, rows.select(KEY), decisions, [*notes, *(["curate/contamination.parquet has the items"] if best else [])])
 
 

@@ -10,6 +10,7 @@ from ..core.cli import Commands, config_option, given
 from ..core.config import load_config, read_yaml
 from ..core.engines.base import EngineConfig
 from ..core.errors import UserError
+from ..core.text import counted
 from .config import CompareConfig, JudgeConfig, LossConfig, TasksConfig, parse_models
 
 NAMES = "gsm8k, ifeval, humaneval, mmlu, mmlu_generated, mt_bench, FILE, lm-eval:NAME."
@@ -208,4 +209,4 @@ def get(name: str, source: str) -> None:
     from .task_data import fetch_data
 
     path, rows = fetch_data(name, source)
-    click.echo(f"{name}: {rows:,} rows in {path}")
+    click.echo(f"{name}: {counted(rows, 'row')} in {path}")

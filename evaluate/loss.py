@@ -21,6 +21,7 @@ from ..core.formats import iterate_examples
 from ..core.likelihood import HeldOut, Likelihood, likelihoods, read_row, read_texts
 from ..core.named_models import NamedModel, find_models
 from ..core.statistics import Estimate, bootstrap_ratio, bootstrap_ratio_difference, cluster_sums, holm, sign_flip
+from ..core.text import counted as amount
 from ..core.values import ValueStore
 from .config import LossConfig
 from .loss_parts import Pieces, by_source, by_turn
@@ -114,9 +115,10 @@ class LossResult:
 
     def summary(self) -> str:
         """Write it for people."""
-        what = ("pieces", "texts", "text") if self.text else ("rows", "prompts", "answers")
+        what = ("piece", "text", "text") if self.text else ("row", "prompt", "answers")
+        size = f"{self.used:,} of {amount(self.rows, what[0])}, {amount(self.prompts, what[1])}"
         lines = [
-            f"{self.heldout}: {self.used:,} of {self.rows:,} {what[0]}, {self.prompts:,} {what[1]}, {self.num_bytes:,} bytes of {what[2]};"
+            f"{self.heldout}: {size}, {amount(self.num_bytes, 'byte')} of {what[2]};"
             f" loss is the mean of -ln p over the tokens of the {what[2]}"
         ]
         if self.left_out:
@@ -174,7 +176,7 @@ def _told_difference(each: LossDifference, used: int) -> str:
         verdict = "the interval leaves zero out and the test does not agree, no difference is shown"
     else:
         verdict = "the interval holds zero, no difference is shown"
-    tests = f"p {each.p_adjusted:.2g}, better on {each.rows_better:,} of {used:,} rows"
+    tests = f"p {each.p_adjusted:.2g}, better on {each.rows_better:,} of {amount(used, 'row')}"
     return f"{each.model} − {each.baseline}: {', '.join(parts)}, {tests}: {verdict}"
 
 
@@ -262,7 +264,7 @@ def _result(
     counts = counted(why)
     used = [place for place, reason in enumerate(why) if reason is None]
     if not used:
-        raise UserError(f"{heldout}: none of its {len(rows):,} rows can be scored with every model: {told(counts)}")
+        raise UserError(f"{heldout}: none of its {amount(len(rows), 'row')} can be scored with every model: {told(counts)}")
     assert len(rows) == len(used) + sum(counts.values())
     prompts = [rows[place].prompt_id for place in used]
     sizes = np.array([rows[place].num_bytes for place in used], dtype=np.float64)

@@ -14,7 +14,7 @@ from ..core.files import read_json, read_json_lines, read_parquet, write_text
 from ..core.progress import duration
 from ..core.run import Run, is_done, read_done
 from ..core.statistics import Interval
-from ..core.text import visible
+from ..core.text import counted, visible
 from ..curate.card import funnel
 from ..evaluate.marks import ALPHA, Comparison, against_both
 from ..evaluate.results import told as told_reasons
@@ -90,7 +90,7 @@ def headline(path: Path) -> list[str]:
     if plan.exists():
         facts = read_json(plan)
         found.append(
-            f"trained on {facts['train_rows']:,} rows, {facts['trained_tokens']:,} of their {facts['tokens']:,} tokens are answers"
+            f"trained on {counted(facts['train_rows'], 'row')}, {facts['trained_tokens']:,} of their {facts['tokens']:,} tokens are answers"
             f" and count, each up to its {facts['end_of_turn']}"
         )
     return found
@@ -138,7 +138,8 @@ def _ablation(path: Path) -> str:
         seeds = ", ".join(f"{value:.3f}" for value in arm["losses"])
         rows.append([arm["name"], f"{arm['rows']:,}", mean[0], f"{arm['epochs']:.2f}", mean[1], seeds])
     head = ["trained on", "rows", "tokens seen", "epochs", "held-out loss", "by seed"]
-    note = f"Measured on {facts['rows']:,} rows of {facts['prompts']:,} prompts; before training the loss is {facts['base_loss']:.3f}."
+    size = f"{counted(facts['rows'], 'row')} of {counted(facts['prompts'], 'prompt')}"
+    note = f"Measured on {size}; before training the loss is {facts['base_loss']:.3f}."
     return f"<h2>Did the selection pay?</h2>{_table(head, rows, first=1)}<p class=soft>{_text(note)}</p>"
 
 
@@ -154,10 +155,11 @@ def _losses(path: Path, section: str, title: str) -> str:
         rows.append([name, numbers[0], _span(each["loss"]["interval"]), numbers[1], *ends])
     left = ", ".join(f"{count:,} {reason}" for reason, count in results["left_out"].items())
     plain = section == "text_loss"
-    rows_of = "pieces of {} texts, scored as they stand" if plain else "held-out rows of {} prompts, in no training set"
+    rows_of = ("piece", "text", "scored as they stand") if plain else ("held-out row", "prompt", "in no training set")
+    size = f"{counted(results['used'], rows_of[0])} of {counted(results['prompts'], rows_of[1])}, {rows_of[2]}"
     texts, prompts = ("texts", "texts") if plain else ("answers", "prompts")
     note = (
-        f"{results['used']:,} {rows_of.format(format(results['prompts'], ','))}; the same for every model"
+        f"{size}; the same for every model"
         f"{f'; left out for all: {left}' if left else ''}. Loss is the mean of −ln p over the tokens of the {texts};"
         f" the intervals come from drawing whole {prompts} anew."
     )
@@ -309,7 +311,8 @@ def _training(path: Path) -> str:
         return ""
     facts, lines = read_json(results), read_json_lines(metrics)
     rate = f"{facts['tokens'] / facts['seconds']:,.0f} tokens/s" if facts["seconds"] else ""
-    told = f"{facts['rows']:,} rows, {facts['steps']:,} steps, {facts['tokens']:,} tokens in {duration(facts['seconds'])} ({rate})"
+    size = f"{counted(facts['rows'], 'row')}, {counted(facts['steps'], 'step')}, {facts['tokens']:,} tokens"
+    told = f"{size} in {duration(facts['seconds'])} ({rate})"
     link = "<a href='train/preview.html'>What is trained on, token by token</a>" if (path / "train" / "preview.html").exists() else ""
     points = {name: [(line["step"], line[name]) for line in lines if line.get(name) is not None] for name in ("loss", "eval_loss")}
     return f"<h2>Training</h2>{_curve(points)}<p>{_text(told)}. {link}</p>{_samples(path / 'train' / 'samples.jsonl')}"

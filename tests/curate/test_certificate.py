@@ -71,8 +71,8 @@ def test_it_holds_for_what_dedup_made_and_says_what_was_checked(made: Run) -> No
     assert faults(made) == {}
     told = report(checks)
     assert "holds  dedup_exact: 5 rows in = 4 kept + 1 rejected + 0 failed" in told
-    assert "holds  dedup_exact: 1 removed rows, each with a kept witness of the same text" in told
-    assert "holds  dedup_minhash: 1 removed rows, each with a kept witness of Jaccard 0.8 or more" in told
+    assert "holds  dedup_exact: 1 removed row, each with a kept witness of the same text" in told
+    assert "holds  dedup_minhash: 1 removed row, each with a kept witness of Jaccard 0.8 or more" in told
     assert "holds  dedup_minhash: no two of 3 kept rows have a Jaccard of 0.8 or more" in told
     assert "holds  data set: dataset.jsonl holds exactly the 3 rows that dedup_minhash kept" in told
 
@@ -166,7 +166,7 @@ def test_a_swapped_witness_of_a_selection_is_found(made: Run) -> None:
     select(made, SelectConfig(method="longest", budget=1))
     assert faults(made) == {}
     tamper(made, "select", "d", witness_id="e")
-    assert faults(made) == {"select: 1 rows are not_selected, each for a kept witness": ["d: its witness e was not kept"]}
+    assert faults(made) == {"select: 1 row removed as not_selected, each for a kept witness": ["d: its witness e was not kept"]}
 
 
 def test_a_second_set_is_read_again(toy_run: Callable[..., Run], tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_the_command_says_what_it_found(tmp_path: Path) -> None:
     result = CliRunner().invoke(sftkit, ["curate", "decontaminate", str(data), "-o", str(tmp_path / "run"), "--benchmark", "mt-bench"])
     assert result.exit_code == 0, result.output
     assert "contaminated:mt-bench 1" in result.output
-    assert "1 rows hold an item of mt-bench" in result.output
+    assert "1 row with an item of mt-bench" in result.output
 
 
 @pytest.mark.parametrize(
