@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from ..core.config import part, to_mapping
 from ..core.engines.base import Sampling
 from ..core.errors import UserError
-from ..core.files import write_json, write_text
+from ..core.files import read_json_lines, write_json, write_text
 from ..core.run import Run
 from ..core.statistics import Estimate, bootstrap_ratio, bootstrap_ratio_difference, wilson
 from ..core.store import SampleStore
+from ..core.text import counted
 from .config import DistillConfig, RankConfig, ScoreConfig
 from .decide_config import parse_gate
 from .distill import distill
@@ -142,13 +143,24 @@ def tell(ranking: Sequence[TeacherRank]) -> str:
 
 
 def _choose(source: str | Path, out: Path, config: RankConfig) -> Path:
-    """Write the prompts that all teachers answer, evenly spaced over the file; the same ones when it is called again."""
+    """Write the prompts that all teachers answer, evenly spaced over the file; the same ones when it is called again.
+
+    Raises UserError where teachers have answered others in this folder.
+    """
     examples = read_prompts(source)
     if not examples:
         raise UserError(f"{source}: holds no prompts")
     count = min(config.prompts, len(examples))
     chosen = [examples[place * len(examples) // count] for place in range(count)]
     path = out / "prompts.jsonl"
+    if path.exists() and any(out.glob("teachers/*/curate/samples.sqlite")):
+        before, now = [str(row["id"]) for row in read_json_lines(path)], {each.id for each in chosen}
+        if gone := len(set(before) - now):
+            raise UserError(
+                f"{out}: its teachers answered {counted(len(before), 'prompt')}, of which {gone:,} are not among the {len(now):,} now"
+                " (evenly spaced ones stay when their number is multiplied); give another folder, or the same file and"
+                f" --prompts {len(before)}"
+            )
     rows = [{"id": each.id, "messages": each.messages, "source": each.source, "meta": each.meta} for each in chosen]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
     return path

@@ -185,6 +185,22 @@ def test_prompts_that_one_teacher_cannot_take_count_for_all(tmp_path: Path, othe
     assert "8 not asked, which count as not accepted" in tell(ranking)
 
 
+def test_a_folder_keeps_to_its_prompts(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sftkit.curate.distill.open_engine", lambda *arguments, **keywords: Server())
+    server = {"engine": "openai", "base_url": "http://localhost:1/v1"}
+
+    def rank(count: int) -> int:
+        config = load_config(RankConfig, {"teachers": {"a": "m"}, "prompts": count, "engine": server})
+        return rank_teachers(prompts, tmp_path / "rank", config)[0].answers
+
+    assert (rank(10), rank(20)) == (10, 20)
+    before = (tmp_path / "rank" / "prompts.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"answered 20 prompts, of which 15 are not among the 15 now .* same file and --prompts 20"):
+        rank(15)
+    assert (tmp_path / "rank" / "prompts.jsonl").read_bytes() == before
+    assert rank(20) == 20
+
+
 def test_an_answer_without_a_word_is_not_accepted(tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Silent(Server):
         def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
