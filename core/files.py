@@ -122,7 +122,7 @@ def load_object(path: Path) -> dict[str, Any]:
     except ValueError as error:  # what is not UTF-8 is a ValueError, too
         raise UserError(f"{path}: is not valid JSON ({error}); copy the file again") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path}: holds no settings by name; copy the file again")
+        raise UserError(f"{path}: is not a JSON object; copy the file again")
     return found
 
 

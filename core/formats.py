@@ -289,7 +289,7 @@ def _answer(meta: Row, place: str, names: tuple[str, ...] = ANSWERS, *, required
     if isinstance(value, list) and value and isinstance(value[0], dict) and ("role" in value[0] or "from" in value[0]):
         return _turns(value, place, name)
     if value is None:
-        raise UserError(f"{place}: {name} is null; give its text, or leave the column away where there is only a prompt")
+        raise UserError(f"{place}: {name} is null; give its text, or leave the column out where there is only a prompt")
     return [_assistant(_text(value, place, name))]
 
 

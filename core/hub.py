@@ -30,7 +30,7 @@ def hub_away() -> str | None:
         away = f"{constants.ENDPOINT} cannot be reached: {' '.join(str(error).split())[:120] or type(error).__name__}"
     else:
         return None
-    log.info("%s; what lies in the Hub's cache on this machine is taken", away)
+    log.info("%s; what is in this machine's cache of the Hub is used", away)
     os.environ["HF_HUB_OFFLINE"] = "1"
     constants.HF_HUB_OFFLINE = True
     if "datasets" in sys.modules:  # has copied it

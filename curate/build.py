@@ -106,7 +106,7 @@ def check_early(out: Path, config: BuildConfig) -> None:
     names += [name for each in conditions for name in each.names]
     untold = config.distill and not config.distill.logprobs and choose(config.distill.engine) != "transformers"
     if untold and reads_told_logprobs(scorers, names):
-        raise UserError("build: the score logprob is chosen by, which this teacher tells where it is asked for: distill: {logprobs: true}")
+        raise UserError("build: the score logprob is asked for, which this teacher tells only with distill: {logprobs: true}")
     if config.dedup and config.dedup.semantic is not None:
         resolve_model(config.dedup.embed.model)
     if config.select and config.select.needs_vectors:

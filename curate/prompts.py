@@ -101,7 +101,7 @@ def choose_prompts(run: Run, examples: Sequence[Example], chat: Chat | None, con
             _frame(prompts).write_parquet(temporary)
         void = run.ledger.record(STAGE, [(each.example.id, None) for each in prompts], decided)
         if void:
-            log.info("%s: other prompts are asked than last time; void and to be run again: %s", run.path, ", ".join(void))
+            log.info("%s: other prompts are asked than last time, so these steps are void; run them again: %s", run.path, ", ".join(void))
     rules = Counter(each.rule for each in decided if each.action != "kept")
     told = ", ".join(f"{count:,} {rule}" for rule, count in rules.most_common())
     if rules.total() == len(prompts):

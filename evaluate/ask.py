@@ -74,7 +74,7 @@ def ways(models: Sequence[NamedModel], tasks: Sequence[Task], config: TasksConfi
                 f" take {likelihood}_generated, or a model on disk"
             )
         if config.ask == "completion" and model.chat is None:
-            raise UserError(f"{model.name}={model.reference}: a server renders chats alone; leave --ask completion away")
+            raise UserError(f"{model.name}={model.reference}: a server takes chats only; leave out --ask completion")
         chat, completion = Asked(f"{model.name}:chat", model, True), Asked(f"{model.name}:completion", model, False)
         own = chat.own_template
         if model.chat is not None and (config.ask == "both" or (config.ask == "auto" and not own)):

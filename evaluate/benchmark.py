@@ -101,7 +101,7 @@ def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | 
     theirs = [way for way in asked if not way.chat or way.own_template]  # lm-eval knows no template but a model's own
     chatless = [model.name for model in found if all(way.model is not model for way in theirs)]
     if handed and chatless:
-        raise UserError(f"{PREFIX}{handed[0]}: lm-eval asks no chat of {chatless[0]}, which has no template; leave --ask chat away")
+        raise UserError(f"{PREFIX}{handed[0]}: lm-eval cannot ask {chatless[0]} in chats, since it has no template; leave out --ask chat")
     settings = {"tasks": list(names), "models": dict(models), **to_mapping(config)}
     with ExitStack() as stack:
         folder = stack.enter_context(open_section(out, "tasks", settings))

@@ -100,7 +100,7 @@ def _own_tasks(folder: str | None) -> dict[str, str]:
 def _run(name: str, way: Asked, folder: Path, config: TasksConfig) -> tuple[list[list[Any]], int]:
     engine = choose(way.model.engine)
     if engine == "openai":
-        raise UserError(f"lm-eval:{name}: a server is not handed over; give a model on disk")
+        raise UserError(f"lm-eval:{name}: lm-eval is given no server here; give a model on disk")
     version = importlib.metadata.version("lm-eval")
     ref = resolve_model(way.model.reference)
     place, arguments = ref.pretrained()

@@ -102,7 +102,7 @@ def find_recipe(name: str, *, full: bool = False) -> Path:
     if full:
         if f"{name}-full" not in recipes:
             having = ", ".join(each.removesuffix("-full") for each in recipes if each.endswith("-full"))
-            raise UserError(f"--full: {name} has no larger form, {having} has; leave --full away")
+            raise UserError(f"--full: {name} has no larger form, {having} has; leave out --full")
         return recipes[f"{name}-full"]
     path = Path(name).expanduser()
     if path.is_file():

@@ -31,7 +31,7 @@ def last_checkpoint(folder: Path) -> Path | None:
         wrong = [name for name, size in sizes.items() if not (each / name).exists() or (each / name).stat().st_size != size]
         if not wrong:
             return each
-        log.warning("%s: is not whole any more (%s is missing or cut): the checkpoint before it is gone on from", each, ", ".join(wrong))
+        log.warning("%s: is not whole any more (%s is missing or cut); the checkpoint before it is taken", each, ", ".join(wrong))
     return None
 
 

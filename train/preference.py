@@ -144,7 +144,7 @@ class PreferenceTrainer(Trainer):
                     packs.reference[:] = kept[name]
             return
         if last_checkpoint(place.parent):
-            raise UserError(f"{place}: is gone, and the checkpoints beside it need it; take them away ({place.parent}) to begin anew")
+            raise UserError(f"{place}: is gone, and the checkpoints beside it need it; remove {place.parent} to begin anew")
         for packs in all_packs:
             packs.reference[:] = self._reference(packs)
         if self.args.process_index == 0:

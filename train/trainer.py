@@ -145,7 +145,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         loaded = {id(each) for name, each in state.items() if name not in load_result.missing_keys}
         lost = [*(name for name in load_result.missing_keys if id(state[name]) not in loaded), *load_result.unexpected_keys]
         if lost:
-            raise UserError(f"the checkpoint cannot be gone on from: {lost[0]} and {len(lost) - 1} others are not as the model has them;"
+            raise UserError(f"training cannot go on from its checkpoint: {len(lost)} weights are not those of the model, {lost[0]} first;"
                             " delete train/checkpoints, and it begins anew")  # fmt: skip
 
     def floating_point_ops(self, inputs: Any) -> int:

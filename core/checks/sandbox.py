@@ -99,7 +99,9 @@ def run(orders: Sequence[Order], limits: Limits | None = None, *, unsafe: bool =
     limits = limits or Limits()
     mode, reason = _mode()
     if mode is None and not unsafe:
-        raise UserError(f"untrusted programs are not run: {reason}; or say unsafe, where their source is known and harmless")
+        raise UserError(
+            f"untrusted programs are not run: {reason}; for programs that are known and harmless, unsafe runs them without a sandbox"
+        )
     return _run(orders, limits, mode or "unsafe")
 
 

@@ -186,7 +186,7 @@ class OpenAIEngine:
             if server.load.down_since is None:
                 server.load.told = True
                 log.warning(
-                    "%s: nobody listens there any more (%s); asked again, for %s at most", server.url, _named(error), duration(PATIENCE)
+                    "%s: no server answers there any more (%s); asking again for up to %s", server.url, _named(error), duration(PATIENCE)
                 )
             return _Fault(_named(error), of_all=True, down=max(server.load.down(), 1e-9))
         except httpx.RequestError as error:
@@ -200,7 +200,7 @@ class OpenAIEngine:
                 kind, said = response.headers.get("content-type", "no type"), server.told(response)
                 if server.load.is_no_model_server():
                     raise UserError(
-                        f"{server.url}: is no OpenAI-compatible server: none of {server.load.odd:,} answers is of the protocol, the last"
+                        f"{server.url}: is no OpenAI-compatible server: none of {server.load.odd:,} answers follows the protocol, the last"
                         f" ({kind}) is {said[:100]!r}; correct base_url. What finished is kept"
                     )
                 server.tell_first(f"an answer is not of the protocol ({kind}) and is asked for again: {said!r:.100}")

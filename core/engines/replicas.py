@@ -315,7 +315,7 @@ class Replicas:
             limit = SECONDS_TO_START if each.ready is None else self._stall_seconds
             if now - each.moved > limit:
                 each.ending = f"gave no {'sign' if each.ready is None else 'token'} for {limit:g} s"
-                log.warning("%s: an engine %s; where it stood follows", self._model, each.ending)
+                log.warning("%s: an engine %s; what each of its threads was doing follows", self._model, each.ending)
                 each.dump_and_kill()
                 events += self._bury(slot, each)
         return events
@@ -359,7 +359,7 @@ class Replicas:
                     else EngineDied(f"{self._model}: its engine {process.ending} while it started")
                 )
             if others and (process.refused or self._failed_starts[slot] >= STARTS_IN_A_ROW):
-                log.warning("%s: going on with an engine less, since one cannot be started (%s)", self._model, process.ending)
+                log.warning("%s: going on with one engine fewer, since one cannot be started (%s)", self._model, process.ending)
                 self._given_up.add(slot)
             else:
                 log.warning("%s: an engine %s while it started; it is started again", self._model, process.ending)

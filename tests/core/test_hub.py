@@ -27,7 +27,7 @@ def test_a_hub_that_is_not_reached_is_asked_once(tmp_path: Path) -> None:
     away = "http://127.0.0.1:9 cannot be reached: [Errno 111] Connection refused"
     model = f"UserError model no/model: not found on the Hub, nor in its cache ({away}); check the name, `--revision`,"
     first, data, *models, child = result.stdout.splitlines()
-    assert first == f"{away}; what lies in the Hub's cache on this machine is taken"
+    assert first == f"{away}; what is in this machine's cache of the Hub is used"
     assert data.startswith(f"UserError no/data: no such file, and not to be had as a data set of the Hub ({away}; nor is it in the Hub's")
     assert [each.startswith(model) for each in models] == [True, True], models
     assert child == "child: 1"

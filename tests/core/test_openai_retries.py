@@ -50,7 +50,9 @@ def test_a_server_that_gives_pages_alone_ends_the_run_at_once(server: Server, mo
     """Not each request after minutes of asking: behind the address is something else."""
     monkeypatch.setattr(servers, "SECONDS_ODD", 0.0)
     server.reply = lambda body: (200, {"content-type": "text/html"}, b"<html>Welcome</html>")
-    told = rf"{server.url}: is no OpenAI-compatible server: none of 5 answers is of the protocol, the last \(text/html\) is '<html>Welcome"
+    told = (
+        rf"{server.url}: is no OpenAI-compatible server: none of 5 answers follows the protocol, the last \(text/html\) is '<html>Welcome"
+    )
     with pytest.raises(UserError, match=told):
         answers(engine(server, concurrency=1), ["a"])
     assert len(server.asked) == 5
@@ -100,7 +102,7 @@ def test_a_server_that_goes_away_is_told_once(server: Server, caplog: pytest.Log
     server.close()
     assert all("ConnectError" in str(each.error) for each in answers(opened, ["b", "c"]).values())
     (told,) = [each.getMessage() for each in caplog.records]
-    assert told.startswith(f"{server.url}: nobody listens there any more (ConnectError: ")
+    assert told.startswith(f"{server.url}: no server answers there any more (ConnectError: ")
 
 
 def test_a_request_that_fails_for_good_fails_alone(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,7 +181,7 @@ def test_a_build_that_chooses_by_them_is_told_before_it_costs_anything(tmp_path:
             BuildConfig, {"distill": {"teacher": "m", "engine": SERVED, **changes}, "decontaminate": None, "dedup": None, **steps}
         )
 
-    with pytest.raises(UserError, match=r"the score logprob is chosen by, .*: distill: \{logprobs: true\}"):
+    with pytest.raises(UserError, match=r"the score logprob is asked for, .* with distill: \{logprobs: true\}"):
         check_early(tmp_path / "run", built())
     check_early(tmp_path / "run", built(logprobs=True))
     check_early(tmp_path / "run", built(engine={"engine": "transformers"}))

@@ -125,7 +125,9 @@ def test_a_way_in_which_nothing_can_be_asked_does_not_take_the_other_along(
 
 def test_lm_eval_is_not_asked_for_a_template_that_it_does_not_know(tiny_base_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sftkit.evaluate.benchmark.importlib.util.find_spec", lambda name: name)
-    with pytest.raises(UserError, match="lm-eval:arc_easy: lm-eval asks no chat of base, which has no template; leave --ask chat away"):
+    with pytest.raises(
+        UserError, match="lm-eval:arc_easy: lm-eval cannot ask base in chats, since it has no template; leave out --ask chat"
+    ):
         evaluate_tasks({"base": str(tiny_base_model)}, ["lm-eval:arc_easy"], None, settings(ask="chat"))
 
 

@@ -342,7 +342,7 @@ def test_a_server_is_not_asked_for_what_it_does_not_tell(tiny_model: Path) -> No
         UserError, match="it=some: a server does not tell the probabilities of a given text, which mmlu compares; take mmlu_gen"
     ):
         ways([server], [mmlu], settings())
-    with pytest.raises(UserError, match="a server renders chats alone; leave --ask completion away"):
+    with pytest.raises(UserError, match="a server takes chats only; leave out --ask completion"):
         ways([server], [], settings(ask="completion"))
     assert ways([server], [], settings(ask="both")) == [Asked("it", server, True)]
 

@@ -146,7 +146,7 @@ def test_recipes_are_found_by_name_or_path(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"mine\.yaml: no such file; recipes that come with sftkit are quickstart, quickstart-full"):
         find_recipe(str(tmp_path / "mine.yaml"))
     assert find_recipe("quickstart", full=True) == find_recipe("quickstart-full")
-    with pytest.raises(UserError, match=r"--full: mine\.yaml has no larger form, quickstart has; leave --full away"):
+    with pytest.raises(UserError, match=r"--full: mine\.yaml has no larger form, quickstart has; leave out --full"):
         find_recipe("mine.yaml", full=True)
 
 

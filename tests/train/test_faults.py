@@ -325,7 +325,7 @@ def test_19_a_lost_template_is_noticed(adapted: TrainResult, tmp_path: Path, tin
             '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": NaN}]}',
             r"messages\[1\]: the content is null; expected a text: write it, or take the row out",
         ),
-        ('{"prompt": "hi", "completion": NaN}', r"completion is null; give its text, or leave the column away"),
+        ('{"prompt": "hi", "completion": NaN}', r"completion is null; give its text, or leave the column out"),
         ('{"prompt": NaN, "completion": "hi"}', r"prompt is null; fill it in, or take the row out"),
     ],
 )

@@ -115,7 +115,7 @@ def test_what_is_no_adapter_is_named(tmp_path: Path, tiny_model: Path, adapter: 
     (damaged / "adapter_model.safetensors").write_bytes((damaged / "adapter_model.safetensors").read_bytes()[:500])
     with pytest.raises(UserError, match="damaged"):
         merge(damaged, tmp_path / "merged")
-    for written, told in (("{", "is not valid JSON"), ("null", "holds no settings"), ("[1]", "holds no settings")):
+    for written, told in (("{", "is not valid JSON"), ("null", "is not a JSON object"), ("[1]", "is not a JSON object")):
         (damaged / "adapter_config.json").write_text(written)
         with pytest.raises(UserError, match=rf"adapter_config\.json: {told}.*; copy the file again"):
             merge(damaged, tmp_path / "merged")
