@@ -45,7 +45,7 @@ class DistillResult:
             busy = "" if self.gpu_busy is None else f", GPU busy {self.gpu_busy:.0%} of the time"
             lines.append(f"new: {new} in {duration(self.seconds)} ({rate}{busy})")
         else:
-            lines.append("new: none, everything that was asked for is there" if asked == self.samples else "new: none")
+            lines.append("new: none, everything that was asked for is there" if asked == self.samples and not self.again else "new: none")
         if self.cost is not None:
             lines.append(f"cost: {self.cost:,.4f}")
         if self.cut:

@@ -124,6 +124,7 @@ def test_cut_answers_that_are_not_asked_for_again_are_told_with_the_reason(tmp_p
     between.fails = lambda request: "no such luck"
     none = distill(path, run, settings(max_new_tokens=4, retry_truncated=True))
     assert none.again == {"no such luck": first.cut - 1}
+    assert "everything that was asked for is there" not in none.summary()
     assert f"{first.cut - 1} of them failed when asked for once more, as with: no such luck" in none.summary()
     between.fails = lambda request: None
     whole = distill(path, run, settings(max_new_tokens=4, retry_truncated=True))
