@@ -145,7 +145,9 @@ METHODS = {  # the ROUGE-L from which on a prompt counts as another's copy: a de
 class GrowConfig(Sampling):
     """How new prompts are had from a teacher."""
 
-    teacher: str = field(metadata={"help": "The model that writes prompts: a folder, a Hub id, a .gguf file, a catalogue name."})
+    teacher: str = field(
+        metadata={"help": "The model that writes prompts: a folder, a Hub id, a .gguf file, a catalogue name, a server's model."}
+    )
     revision: str | None = setting(None, "Branch, tag or commit of a Hub model.")
     method: str = setting("self-instruct", "Where prompts come from; the list above says what each does.", choices=tuple(METHODS))
     count: int = setting(100, "Prompts to have in the end. More than last time goes on from there.")
@@ -174,6 +176,8 @@ class GrowConfig(Sampling):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}: expected 1 or more, found {value}")
+        if self.min_words > self.max_words:
+            raise UserError(f"max_words: expected min_words ({self.min_words}) or more, found {self.max_words}: no prompt would be kept")
         if not 0 < self.threshold <= 1:
             raise UserError(f"similarity: expected a ROUGE-L above 0 and up to 1, found {self.similarity}")
 

@@ -135,8 +135,10 @@ class Estimate:
 def tune_teacher(source: str | Path, config: DistillConfig, *, seconds: float, tell: Callable[[Trial], None]) -> EngineConfig:
     """Find the fastest settings for this teacher, these prompts and this machine, and remember them: `distill` then takes them.
 
-    Nothing is stored but the settings. Raises what `core.engines.tuning.tune` raises.
+    Nothing is stored but the settings. Raises UserError for no time at all, and what `core.engines.tuning.tune` raises.
     """
+    if not seconds > 0:
+        raise UserError(f"seconds: expected more than 0, found {seconds:g}")
     examples = read_prompts(source, config.limit or MOST_TO_TUNE)
     with closing(Teacher.find(config)) as teacher:
         if teacher.chat is None:

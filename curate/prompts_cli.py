@@ -49,7 +49,7 @@ def prompts(seeds: str | None, out: Path, settings: Path | None, **options: Any)
     sftkit curate prompts handbook/ -o runs/d --teacher MODEL --method documents
     sftkit curate prompts seeds.jsonl -o runs/c --teacher MODEL --method converse --rounds 2
     sftkit curate prompts -o runs/m --teacher MODEL --method magpie --temperature 1
-    sftkit curate distill runs/p/curate/prompts.jsonl -o runs/a --teacher MODEL
+    sftkit curate distill runs/p -o runs/a --teacher MODEL
     """
     from .grow import grow
 

@@ -24,7 +24,7 @@ class EngineConfig:
 
     engine: str = setting(
         "auto",
-        "What runs the model; auto is vllm where it and a GPU are, else transformers.",
+        "What runs the model; auto is openai with a base_url, vllm where it and a GPU are, else transformers.",
         choices=ENGINES,
     )
     base_url: str | None = setting(

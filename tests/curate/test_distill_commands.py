@@ -126,3 +126,10 @@ def test_a_folder_holds_the_rows_of_one_command(tmp_path: Path, tiny_model: Path
         assert f"{name}: this folder holds what another command has made (it has recorded {stages}); give another folder" in err
         assert (tmp_path / name / "ledger.parquet").read_bytes() == before
     assert "its samples are requests for prompts" in cli("curate", "cache", "explain", tmp_path / "grown")[2]
+
+
+def test_tune_wants_some_time(tmp_path: Path, tiny_model: Path, cli: Any) -> None:
+    path = prompts(tmp_path / "p.jsonl", 4)
+    for seconds in ("0", "-3"):
+        code, _, err = cli("curate", "tune", path, "--teacher", tiny_model, "--seconds", seconds)
+        assert (code, err) == (1, f"error: seconds: expected more than 0, found {seconds}\n")

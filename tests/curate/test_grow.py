@@ -341,6 +341,7 @@ def test_what_cannot_be(
     for wrong, told in [
         ({"count": 0}, "count: expected 1 or more, found 0"),
         ({"similarity": 2}, "similarity: expected a ROUGE-L above 0"),
+        ({"max_words": 2}, r"max_words: expected min_words \(3\) or more, found 2"),
     ]:
         with pytest.raises(UserError, match=told):
             config(**wrong)
