@@ -11,6 +11,7 @@ from .. import __version__
 from ..core.files import scan_parquet, write_text
 from ..core.run import Run
 from ..core.text import counted
+from .rows import UNREADABLE
 
 MOST_REASONS = 5  # of one rule, that a funnel names: the ledger has them all
 
@@ -30,12 +31,12 @@ def funnel(run: Run) -> list[tuple[str, int, int, dict[str, int]]]:
 
 
 def few_rules(rules: Mapping[str, int]) -> dict[str, int]:
-    """Return rules with how many rows each removed, most first, those that have many reasons behind them as one."""
+    """Return rules with how many rows each removed, most first, those that have many reasons behind them, or one for each row, as one."""
     kinds = Counter(rule.partition(": ")[0] for rule in rules)
     told: Counter[str] = Counter()
     for rule, count in rules.items():
         kind = rule.partition(": ")[0]
-        told[kind if kinds[kind] > MOST_REASONS else rule] += count
+        told[kind if kind == UNREADABLE or kinds[kind] > MOST_REASONS else rule] += count
     return dict(told.most_common())
 
 

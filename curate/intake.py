@@ -19,11 +19,10 @@ from ..core.formats import iterate_examples, split_prompt
 from ..core.run import Run
 from .config import ImportConfig
 from .decided import Outcome, record
-from .rows import STORED
+from .rows import STORED, UNREADABLE
 
 log = logging.getLogger(__name__)
 
-UNREADABLE = "unreadable"  # the rule of rows that cannot be read; the reason follows it
 REFERENCES = ("reference", "ground_truth", "gold", "final_answer", "expected_answer")  # columns taken for the reference by themselves
 FEW = 8  # columns that a warning names
 TEXTS = ("solution", "text", "content", "response", "answer", "completion")  # where a candidate that is a mapping has its text

@@ -33,6 +33,7 @@ STORED = {  # rows.parquet (imported rows); prompts.parquet (of a distillation) 
     "num_tokens": pl.Int64,
     "logprob": pl.Float64,
 }
+UNREADABLE = "unreadable"  # the rule of rows that cannot be read; the reason follows it, with the row's place
 SCHEMA = {**STORED, "prompt": pl.String, "response": pl.String}
 
 

@@ -132,6 +132,8 @@ def crawled(tmp_path: Path) -> Path:
 
 def test_rows_that_cannot_be_read_are_left_out_by_name(crawled: Path, tmp_path: Path, cli: Cli) -> None:
     run = tmp_path / "run"
+    few = cli("curate", "import", crawled, "-o", tmp_path / "few", "--max-failed", 0.9, "--limit", 1)[1]
+    assert few.splitlines()[1].split() == ["import", "2", "1", "unreadable", "1"]  # each has a reason with a place of its own
     code, out, err = cli("curate", "import", crawled, "-o", run, "--max-failed", 0.5)
     assert (code, "Traceback" in err) == (0, False)
     assert out.splitlines()[1].split() == ["import", "12", "6", "unreadable", "6"]
