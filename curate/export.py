@@ -29,6 +29,7 @@ Row = dict[str, Any]
 SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation", "function_call": "function_call"}
 PLAIN_KEYS = {"role", "content"}
 LOCK = ".export.lock"
+NO_PAIRS = "a pair is made of a row with a column rejected, or of several answers to a prompt (`distill -k 4`) that have a score"
 ARRAY = ("llama-factory",)  # formats whose file is one JSON list
 FILES = ("train.jsonl", "train.json", "train.parquet", "refused.jsonl", "dataset_info.json")  # that one format has and another has not
 
@@ -93,7 +94,8 @@ def _export(run: Run, out: Path, config: ExportConfig) -> Exported:
     result = Exported(out, found + len(refused), found, dict(counts.most_common()))
     if not found:
         reasons = ", ".join(f"{r} {n:,}" for r, n in counts.items()) or "no row is left"
-        raise UserError(f"{run.path}: no row can be written as {config.format}: {reasons}")
+        cure = f"; {NO_PAIRS}" if "no_rejected_answer" in counts else ""
+        raise UserError(f"{run.path}: no row can be written as {config.format}: {reasons}{cure}")
     if config.format == "llama-factory":
         named = {name: name for name in ("messages", "tools") if name in columns}
         write_json(out / "dataset_info.json", {run.path.name: {**LLAMA_FACTORY, "columns": named}})

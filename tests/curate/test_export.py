@@ -357,7 +357,7 @@ def test_the_command_line(run_of: Callable, tmp_path: Path, cli: Callable[..., t
     assert (code, out) == (0, f"1 of 1 rows in {tmp_path / 'out'}\n")
     code, _, err = cli("curate", "export", run.path, "--format", "preference", "-o", tmp_path / "pairs")
     assert code == 1
-    assert "no row can be written as preference: no_rejected_answer 1" in err
+    assert "no row can be written as preference: no_rejected_answer 1; a pair is made of a row with a column rejected, or of" in err
     code, _, err = cli("curate", "export", run.path, "-o", tmp_path / "hub", "--push-to-hub", "me/data")
     assert code == 1, "no test may reach the network"
     assert "me/data: could not be pushed" in err
