@@ -31,7 +31,7 @@ from .config import DistillConfig, format_pattern
 from .decided import record
 from .distill_result import BUDGET, DistillResult
 from .probe import FEWEST, Probe, num_matched, warn_unlike
-from .prompts import Prompt, check_growth, choose_prompts, read_prompts
+from .prompts import Prompt, check_growth, choose_prompts, forget_steps, read_prompts
 from .rows import message_text
 
 log = logging.getLogger(__name__)
@@ -156,7 +156,8 @@ def distillation(source: str | Path, path: Path, config: DistillConfig) -> Itera
         began = has_begun(run, "distill", other="grow")
         if began:
             check_growth(run, examples, source, limited=config.limit is not None)
-        _configure(run, source, teacher, began=began)
+        if "reasoning" in _configure(run, source, teacher, began=began) and began:
+            forget_steps(run, "thoughts are to stand elsewhere than last time (reasoning)")
         prompts = choose_prompts(run, examples, teacher.chat, teacher.context, config)
         wanted = [
             wanted_sample(teacher, prompt, index, config.sampling)
@@ -491,10 +492,10 @@ def has_begun(run: Run, section: str, *, other: str) -> bool:
     return began
 
 
-def _configure(run: Run, source: str | Path, teacher: Teacher, *, began: bool) -> None:
+def _configure(run: Run, source: str | Path, teacher: Teacher, *, began: bool) -> list[str]:
     settings = teacher.settings()
     marks = {"teacher_identity": teacher.identity, "template": settings["template"]}
     before = run.config().get("distill", {})
     same = before.get("teacher_identity") == teacher.identity  # then it does not matter by which path it was found
     free = (*FREE, "teacher", "revision") if same else FREE
-    run.configure("distill", {"prompts": str(source), **to_mapping(teacher.config), **marks}, free=free if began else ("*",))
+    return run.configure("distill", {"prompts": str(source), **to_mapping(teacher.config), **marks}, free=free if began else ("*",))

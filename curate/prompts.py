@@ -15,6 +15,7 @@ from ..core.errors import UserError
 from ..core.example import Decision, Example, Message, Tool, content_id, tools_of
 from ..core.files import read_parquet, write_atomically
 from ..core.formats import iterate_examples, split_prompt
+from ..core.ledger import KEY
 from ..core.run import Run
 from ..core.text import counted
 from .config import DistillConfig
@@ -74,6 +75,14 @@ def check_growth(run: Run, examples: Sequence[Example], source: str | Path, *, l
         )
     if before and (more := len(now.difference(before))):
         log.info("%s: %s prompts more than last time", run.path, f"{more:,}")
+
+
+def forget_steps(run: Run, why: str) -> None:
+    """Make void what was decided after the prompts: it stands on rows that are written otherwise now."""
+    own = run.ledger.read().filter(pl.col("stage") == STAGE)
+    void = [each for each in run.ledger.record(STAGE, own.select(KEY), own.drop("step")) if each != "distill"]
+    if void:
+        log.info("%s: %s; void and to be run again: %s", run.path, why, ", ".join(void))
 
 
 def choose_prompts(run: Run, examples: Sequence[Example], chat: Chat | None, context: int | None, config: DistillConfig) -> list[Prompt]:

@@ -12,7 +12,9 @@ from sftkit.core.errors import TooManyFailures, UserError
 from sftkit.core.run import Run
 from sftkit.core.store import SampleWriter, sample_key
 from sftkit.curate import distill as distill_module
+from sftkit.curate.decide_config import FilterConfig
 from sftkit.curate.distill import distill
+from sftkit.curate.filters import filter_rows
 from sftkit.curate.rows import load_rows
 
 from .teachers import Server, data_set, ledger, prompts, stored
@@ -50,7 +52,7 @@ def test_a_server_is_told_of_functions_which_decide_the_answer(tmp_path: Path, s
 
 
 def test_thoughts_are_kept_apart_and_put_before_the_answer_when_asked(
-    tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     replies = {
         0: {"text": "<think>\nTwo.\n</think>\n\nIt is 2."},
@@ -78,6 +80,15 @@ def test_thoughts_are_kept_apart_and_put_before_the_answer_when_asked(
     assert [each["messages"][-1]["content"] for each in data_set(run)] == [inline, inline, "It is 2.", inline]
     rows = load_rows(Run.open(run), columns=["response"])
     assert rows["response"].to_list() == ["It is 2."] * 4  # scores are of the answer
+    with Run.create(run) as again:
+        filter_rows(again, FilterConfig(min_words=1))
+    assert distill(path, run, settings(**asked, reasoning="inline")).new_samples == 0
+    assert Run.open(run).ledger.stages() == ["prompts", "distill", "filter"]
+    with caplog.at_level("INFO", logger="sftkit"):
+        distill(path, run, settings(**asked))
+    assert "thoughts are to stand elsewhere than last time (reasoning); void and to be run again: filter" in caplog.text
+    assert Run.open(run).ledger.stages() == ["prompts", "distill"]
+    assert [each["messages"][-1]["content"] for each in data_set(run)] == ["It is 2."] * 4
 
 
 def test_a_schema_decides_and_the_transformers_engine_refuses_it(tmp_path: Path, settings: Any) -> None:
