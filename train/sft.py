@@ -147,8 +147,8 @@ def _check_settings(config: TrainConfig, device: str, half: Any) -> None:
         log.warning("dtype bfloat16: this processor only imitates it, slowly; leave dtype out to compute in float32")
     if config.dtype == "bfloat16" and not config.adapter and config.rate < KEPT_RATE:
         log.warning(
-            "dtype bfloat16: steps of a learning rate of %g are smaller than the last digit of most of its weights, and are lost; leave dtype"
-            " out (float32 weights, computed in bfloat16 all the same), or train an adapter: --lora", config.rate,
+            "dtype bfloat16: steps of a learning rate of %g are smaller than the last digit of most of its weights, and are lost; leave"
+            " dtype out (float32 weights, computed in bfloat16 all the same), or train an adapter: --lora", config.rate,
         )  # fmt: skip
     _check_gpus(config, device, half)
     for each in config.trackers:
