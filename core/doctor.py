@@ -16,6 +16,7 @@ from .catalogue import cache_dir
 from .hardware import installed_version, usable_cores
 
 LITTLE_DISK = 5 << 30  # bytes; a small model, its checkpoints and its final weights
+MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes
 EXTRAS = {  # what is gained by each extra
     "vllm": "distillation and evaluation several times as fast on a GPU",
     "quant": "--qlora",
@@ -44,8 +45,12 @@ def examine() -> Iterator[Finding]:
 
 
 def _memory() -> str:
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return f"{pages / 2**30:.0f} GiB of memory"
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        most = min(most, int(MEMORY_LIMIT.read_text()))
+    except (OSError, ValueError):  # there is none, or it is "max"
+        pass
+    return f"{most / 2**30:.0f} GiB of memory"
 
 
 def _packages() -> Iterator[Finding]:

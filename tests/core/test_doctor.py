@@ -56,6 +56,14 @@ def test_a_card_that_torch_cannot_use_is_a_problem(monkeypatch: pytest.MonkeyPat
     assert "problem GPU         there is one, and torch" in out
 
 
+@pytest.mark.parametrize(("limit", "told"), [(str(3 << 30), True), ("max\n", False)])
+def test_a_container_has_the_memory_that_it_was_given(limit: str, told: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text(limit)
+    monkeypatch.setattr(doctor, "MEMORY_LIMIT", tmp_path / "memory.max")
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": 1 << 24, "SC_PAGE_SIZE": 4096}[name])
+    assert f"{3 if told else 64} GiB of memory" in next(each.text for each in doctor.examine() if each.about == "python")
+
+
 def test_a_full_disk_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     usage = shutil.disk_usage(tmp_path)
