@@ -67,7 +67,10 @@ def save_final(
 
 
 def _save_adapter(model: Any, start: ModelRef, folder: Path) -> None:
-    model.save_pretrained(folder)
+    if start.path is not None and start.path.is_file():  # transformers knows a .gguf file by its folder, in which others may be
+        for each in model.peft_config.values():
+            each.base_model_name_or_path = str(start.path)
+    model.save_pretrained(folder, save_embedding_layers=False)  # which are not trained; PEFT would look for the base's config
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's form with nothing filled in; the card is beside the final model
     write_json(folder / "sftkit.json", {"base": start.name, "identity": model_identity(start)})
 

@@ -150,3 +150,16 @@ def test_on_a_full_disk_nothing_is_left_and_one_line_says_so(adapter: Path, tiny
         assert code == 1
         assert err.splitlines()[-1].endswith("cannot be written, the disk or a quota is full; make room: nothing is left of it")
         assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_on_a_gguf_file_knows_its_base_among_others(tmp_path: Path, tiny_model: Path, chats, recwarn) -> None:
+    from sftkit.train.config import TrainConfig
+    from sftkit.train.sft import train
+
+    base = tmp_path / "models" / "base.gguf"
+    export_gguf(tiny_model, base, format="f32")
+    shutil.copyfile(base, base.with_name("another.gguf"))
+    run = train(chats(8), str(base), tmp_path / "run", TrainConfig(lora=True, stop_check=0)).run
+    assert json.loads((run / "train" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    assert not [each for each in recwarn if "Could not find a config file" in str(each.message)]  # PEFT's, which looked in the folder
+    assert merge(run, tmp_path / "merged").dtype == "bfloat16"  # what a .gguf file is saved in
