@@ -25,6 +25,7 @@ from typing import Any
 from ..core.chat import load_chat
 from ..core.errors import Diverged, UserError
 from ..core.files import read_json, write_json
+from ..core.hardware import usable_cores
 from ..core.locks import hold_alone
 from ..core.models import ModelRef
 from .adapters import adapter_config
@@ -37,7 +38,8 @@ from .stops import handling_stops
 log = logging.getLogger(__name__)
 
 JOB, STATUS, TRAINED = "job.pickle", "status.json", "trained.pt"
-GRACE = 5.0  # seconds that the others have where one has failed, to say a reason of their own: they would wait for it for ever
+FAILED = ("error", "diverged", "memory")
+GRACE = 10.0  # seconds to end in where one has failed, in which others may say a reason of their own: they would wait for it for ever
 ORPHANED = 600.0  # seconds that processes have whose parent was killed: they end their step and write a checkpoint
 STILL_ENDING = "the processes of the last call are still ending: waiting for them"
 
@@ -87,7 +89,7 @@ def run_together(count: int, folders: Sequence[Path], *held: int) -> bool:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # where they meet
-    threads = str(max(1, (os.cpu_count() or 1) // count))
+    threads = str(max(1, usable_cores() // count))
     environment = {
         **{"OMP_NUM_THREADS": threads, "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", **os.environ},
         **{"PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"},
@@ -131,8 +133,9 @@ def _watch(running: Sequence[subprocess.Popen[bytes]], folders: Sequence[Path]) 
     while True:
         left = [each for each in running if each.poll() is None]
         failed = {rank: each.returncode for rank, each in enumerate(running) if each.returncode}
-        if failed and last == math.inf:
+        if last == math.inf and (failed or any(map(_has_failed, folders))):
             last = time.monotonic() + GRACE
+        if failed:
             rank = min(failed, key=lambda each: failed[each] > 0)  # one that was killed has others lose their connection to it
             how = f"by {signal.Signals(-failed[rank]).name}" if failed[rank] < 0 else f"with exit code {failed[rank]}"
             for folder in [each for each in folders if not (each / STATUS).exists()]:
@@ -143,6 +146,11 @@ def _watch(running: Sequence[subprocess.Popen[bytes]], folders: Sequence[Path]) 
             for each in left:
                 _kill(each)
         time.sleep(0.05)
+
+
+def _has_failed(folder: Path) -> bool:
+    """Say whether a process has written down that it failed; it may then wait for others while it ends."""
+    return (folder / STATUS).exists() and read_json(folder / STATUS)["ended"] in FAILED
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -126,7 +126,7 @@ CHILD = """
 import os, signal, subprocess, sys, time
 folder, rank = sys.argv[1], os.environ["RANK"]
 if len(sys.argv) > 2 and rank == "1":
-    sys.exit(3) if sys.argv[2] == "ends" else os.kill(os.getpid(), signal.SIGKILL)
+    sys.exit(3) if sys.argv[2] == "ends" else os.kill(os.getpid(), signal.SIGKILL) if sys.argv[2] == "is killed" else time.sleep(600)
 signal.signal(signal.SIGTERM, lambda *_: open(f"{folder}/came-{rank}", "w"))
 own = subprocess.Popen(["sleep", "600"])
 open(f"{folder}/begun-{rank}", "w").write(str(own.pid))
@@ -187,16 +187,25 @@ class Ends:
         self.returncode = -signal.SIGTERM
 
 
-@pytest.mark.parametrize(("how", "told"), [("ends", "as process 1 did, with exit code 3"), ("is killed", "as process 1 did, by SIGKILL")])
-def test_where_one_process_is_gone_the_others_do_not_wait_for_it(tmp_path, monkeypatch: pytest.MonkeyPatch, how: str, told: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "known", "told"),
+    [
+        ("ends", "done", "as process 1 did, with exit code 3"),
+        ("is killed", "stopped", "as process 1 did, by SIGKILL"),
+        ("hangs while it ends", "memory", "as process 0 did, by SIGKILL"),
+    ],
+)
+def test_where_one_process_is_gone_the_others_do_not_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, known: str, told: str
+) -> None:
     """They would for an hour, at the next number on which all have to agree."""
     monkeypatch.setattr(processes, "GRACE", 0.2)
     stand_in(monkeypatch, tmp_path, how)
-    (knows := tmp_path / "knows").mkdir()
-    (knows / processes.STATUS).write_text('{"ended": "memory"}')
-    assert not processes.run_together(2, [tmp_path, knows])
+    (before := tmp_path / "before").mkdir()
+    (before / processes.STATUS).write_text(json.dumps({"ended": known}))
+    assert not processes.run_together(2, [before, tmp_path])
     assert json.loads((tmp_path / processes.STATUS).read_text()) == {"ended": told}
-    assert json.loads((knows / processes.STATUS).read_text()) == {"ended": "memory"}
+    assert json.loads((before / processes.STATUS).read_text()) == {"ended": known}
 
 
 def test_processes_whose_parent_was_killed_stop_by_themselves_and_end_where_they_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
