@@ -31,6 +31,7 @@ EXPECTED = (
     "messages or conversations; instruction, input, output; prompt or question, with or without completion, response or answer; "
     "text; chosen and rejected"
 )
+NAMED = "`sftkit curate import DATA -o RUN --prompt-column NAME --answer-column NAME` takes other names"
 
 
 def read_examples(source: str | Path, *, format: str | None = None, revision: str | None = None, split: str = "train") -> list[Example]:
@@ -100,7 +101,7 @@ def detect_format(columns: frozenset[str] | set[str], place: str = "") -> str:
         return "alpaca"
     if columns.intersection(PROMPTS):
         return "text" if not columns.intersection((*PROMPTS[:-1], *ANSWERS)) else "prompt"
-    raise UserError(f"{place}: found the columns {', '.join(sorted(columns)) or '(none)'}; expected {EXPECTED}")
+    raise UserError(f"{place}: found the columns {', '.join(sorted(columns)) or '(none)'}; expected {EXPECTED}; {NAMED}")
 
 
 def _format_of(row: Row, columns: frozenset[str], place: str) -> str:
@@ -184,6 +185,8 @@ def _message(turn: Any, place: str) -> Message:
     if not isinstance(turn, dict):
         raise UserError(f"{place} is {type(turn).__name__} {str(turn)[:40]!r}; expected an object with role and content")
     role = turn.get("role", turn.get("from"))
+    if role is None:
+        raise UserError(f"{place}: found {', '.join(map(str, turn)) or 'nothing'}; expected role and content, or from and value")
     name = ROLE_NAMES.get(str(role).lower())
     if name is None:
         raise unknown_name("role", role, ROLE_NAMES, place)

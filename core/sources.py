@@ -19,6 +19,7 @@ from . import llama_factory
 from .errors import UserError
 from .files import read_json
 from .hub import hub_away, is_for_want_of_it
+from .text import counted
 
 log = logging.getLogger(__name__)
 
@@ -331,7 +332,7 @@ def _table(path: Path, file: IO[bytes], delimiter: str | None) -> Iterator[Read]
         for cells in reader:
             place = f"{path}:{line}"
             if cells and len(cells) != len(names):
-                told = f"{place}: has {len(cells)} cells, the first line names {len(names)}; quote cells that hold {comma!r}"
+                told = f"{place}: has {counted(len(cells), 'cell')}, the first line names {len(names)}; quote cells that hold {comma!r}"
                 yield place, UserError(told)
             elif cells:
                 yield place, dict(zip(names, cells, strict=True))

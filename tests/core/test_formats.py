@@ -140,9 +140,9 @@ def test_calls_names_and_thoughts_stay_on_their_turn(tmp_path: Path) -> None:
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}]}
 FAULTS = {
-    "no known column": ({"colour": "red"}, ["found the columns colour", "messages or conversations"]),
+    "no known column": ({"colour": "red"}, ["found the columns colour", "messages or conversations", "--prompt-column NAME --answer-column NAME` takes other names"]),
     "an unknown role": ({"messages": [{"role": "asistant", "content": "hi"}]}, ["messages[0]", "unknown role 'asistant'", "did you mean 'assistant'?"]),
-    "no role": ({"messages": [{"content": "hi"}]}, ["messages[0]", "unknown role None", "known are", "assistant"]),
+    "no role": ({"messages": [{"content": "hi"}]}, ["messages[0]: found content; expected role and content, or from and value"]),
     "no content": ({"messages": [{"role": "user"}]}, ["messages[0]", "the content is null", "expected a text"]),
     "a number for a text": ({"messages": [{"role": "user", "content": 5}]}, ["messages[0]", "the content is int '5'"]),
     "a text for a message": ({"messages": ["hi"]}, ["messages[0] is str 'hi'", "an object with role and content"]),

@@ -180,7 +180,7 @@ FAULTS: dict[str, tuple[str, bytes, list[str]]] = {
     "cut short": ("a.jsonl.gz", gzip.compress(jsonl(ROWS * 100))[:-20], ["a.jsonl.gz: damaged or cut short"]),
     "a damaged gz": ("a.jsonl.gz", gzip.compress(jsonl(ROWS))[:12] + b"\0" * 30, ["a.jsonl.gz: damaged or cut short"]),
     "too many cells": ("a.csv", b"prompt,answer\nx,y\nx,y,z\n", ["a.csv:3: has 3 cells, the first line names 2"]),
-    "a row after one of two lines": ("a.csv", b'prompt,answer\n"x\ny",z\nx\n', ["a.csv:4: has 1 cells"]),
+    "a row after one of two lines": ("a.csv", b'prompt,answer\n"x\ny",z\nx\n', ["a.csv:4: has 1 cell, the first line names 2"]),
     "an open quote": ("a.csv", b'prompt,answer\n"x,y\n', ["a.csv:2: not valid CSV"]),
     "a repeated name": ("a.csv", b"prompt,prompt\nx,y\n", ["a.csv:1: each column needs a name of its own"]),
     "a missing name": ("a.csv", b"prompt,\nx,y\n", ["a.csv:1: each column needs a name of its own"]),
