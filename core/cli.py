@@ -24,6 +24,7 @@ MENDABLE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "give this user the right to it, or name another place"),
     errno.EROFS: "name another place",
 }
+SECONDS_TO_ASK_AGAIN = 0.05
 NO_TEMPORARY = "No usable temporary directory"  # Python's words, where torch is imported at the latest
 
 
@@ -109,6 +110,18 @@ def stopping_like_ctrl_c() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    ignored = sys.unraisablehook
+
+    def ask_again(found: Any) -> None:
+        """Ask once more where Python drops the stop: what is raised while an object is taken apart, as by an import of patterns."""
+        if issubclass(found.exc_type, KeyboardInterrupt):
+            told = threading.main_thread().ident, signal.SIGTERM
+            threading.Timer(SECONDS_TO_ASK_AGAIN, signal.pthread_kill, told).start()
+        else:
+            ignored(found)
+
+    if ignored.__module__ != __name__:
+        sys.unraisablehook = ask_again
 
 
 def start_talking() -> None:

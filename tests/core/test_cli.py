@@ -168,6 +168,24 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(tmp_path) -> None:
     assert result.stderr.strip() == "stopped. Everything that finished is kept: the same command goes on from here."
 
 
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_stop_that_comes_while_an_object_is_taken_apart_is_not_dropped(tmp_path, number: str) -> None:
+    """Python ignores what is raised there; an import of transformers takes thousands of a pattern's parts apart."""
+    code = (
+        "import os, signal, time, click; from sftkit.core.cli import run_command_line\n"
+        "class Pattern:\n"
+        f"    def __del__(self): os.kill(os.getpid(), signal.{number}); time.sleep(9)\n"
+        "def command():\n"
+        "    Pattern()\n"
+        "    time.sleep(9)\n"
+        "    click.echo('went on')\n"
+        "run_command_line(click.command()(command))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (130, "")
+    assert result.stderr.strip() == "stopped. Everything that finished is kept: the same command goes on from here."
+
+
 def test_what_libraries_tell_each_other_is_not_heard(tmp_path) -> None:
     code = (
         "import warnings, click; from sftkit.core.cli import run_command_line\n"
