@@ -120,8 +120,10 @@ def sweep(
     """Train one run for each combination of settings into a folder of `out`, and compare them on the held-out rows.
 
     Runs that are done are not run again, so that a sweep that was stopped goes on; one that diverges is told of beside the others.
-    Raises UserError where the held-out rows are of fewer than two prompts, and where all runs diverge.
+    Raises UserError where the held-out rows are of fewer than two prompts, where all runs diverge, and where `out` is a run itself.
     """
+    if out.exists() and (not out.is_dir() or (out / "config.yaml").exists()):
+        raise UserError(f"{out}: is a {'run' if out.is_dir() else 'file'}; give a folder for the runs of this sweep")
     names = list(variations)
     chosen = [dict(zip(names, values, strict=True)) for values in itertools.product(*variations.values())]
     if len(chosen) > MOST_RUNS:

@@ -110,6 +110,12 @@ def test_what_is_not_a_comparison_is_refused(tmp_path, tiny_model, chats) -> Non
     ):
         with pytest.raises(UserError, match=message):
             parse_variations(texts)
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("{}\n")
+    for name, kind in (("a.txt", "file"), ("run", "run")):
+        with pytest.raises(UserError, match=f"{name}: is a {kind}; give a folder for the runs of this sweep"):
+            sweep(str(chats(20)), str(tiny_model), tmp_path / name, TrainConfig(), {"learning_rate": [1e-5, 1e-4]})
     with pytest.raises(UserError, match="held-out rows"):
         sweep(str(chats(20)), str(tiny_model), tmp_path / "s", TrainConfig(validation=0.0), {"learning_rate": [1e-5, 1e-4]})
     with pytest.raises(UserError, match="vary: learning_rate: expected"):
