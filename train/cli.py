@@ -73,7 +73,8 @@ def sft(
 ) -> None:
     """Fine-tune MODEL on DATA, a run or a data file: the loss is on the assistant's tokens only. Several, each with its share: a mixture.
 
-    Stopped at any time, the same command goes on from the last checkpoint. The final model is in RUN/train/final.
+    Stopped at any time, the same command goes on from the last checkpoint. The final model is in RUN/train/final. A row that cannot be read
+    ends it before it begins; `sftkit curate import` makes a run without such rows, up to its --max-failed, and records each.
 
     \b
     sftkit train sft runs/a --model smollm2-135m-instruct -o runs/b

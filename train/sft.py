@@ -88,7 +88,8 @@ def train(data: str | Path | Sequence[str], model: str, out: Path, config: Train
 
     Writes train/plan.json and preview.html before the first step, metrics.jsonl and checkpoints during it, and final/,
     results.json and done.json at the end. Raises UserError for rows or models that cannot be trained, and for a folder that
-    holds another run.
+    holds another run. A single row that cannot be read is one of these: what is damaged is not trained on in part unless that was
+    decided, by `sftkit curate import --max-failed`, whose ledger has each row that it left out.
     """
     from .merge import refuse_quantised
     from .processes import wait_for_last
