@@ -20,6 +20,7 @@ from .worker import Worker
 
 log = logging.getLogger(__name__)
 
+SECONDS_TO_CONNECT = 10.0
 SECONDS_TO_TELL = 10.0  # for Ray, how an actor has ended
 
 
@@ -29,9 +30,18 @@ class _Host:
     def serve(self, address: tuple[str, int], key: bytes) -> None:
         """Serve; the process ends with the connection."""
         connection = Client(address, authkey=key)
-        worker = Worker(connection)
+        worker = Worker(connection, _end_actor)
         worker.run(*connection.recv())
         worker.leave()
+
+
+def _end_actor() -> None:
+    """End the process of this actor as one that is wanted to end: Ray tells the user of any other end as of a crash."""
+    import ray
+
+    ray.kill(ray.get_runtime_context().current_actor)
+    threading.Event().wait(SECONDS_TO_TELL)
+    os._exit(0)
 
 
 class RayProcess(Process):
@@ -116,6 +126,7 @@ class RayReplicas(Replicas):
         import ray
 
         if not ray.is_initialized():
+            check_address(config.ray_address or os.environ.get("RAY_ADDRESS", ""))
             try:
                 ray.init(address=config.ray_address, log_to_driver=True, logging_level=logging.ERROR)
             except (ConnectionError, ValueError, RuntimeError) as error:
@@ -137,6 +148,19 @@ class RayReplicas(Replicas):
         log.info("ray: %d processes with %s, on %d machines", count, f"{size} GPUs each" if with_gpus else "a CPU each", len(ray.nodes()))
         start: Callable[[], Process] = lambda: RayProcess(opening, options)  # noqa: E731
         return [Place(None, start)] * count
+
+
+def check_address(address: str) -> None:
+    """Raise UserError for HOST:PORT where nobody listens, which Ray itself would look for for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():  # auto, local, or none
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), SECONDS_TO_CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"ray: nobody listens at {address} ({error}); start a cluster there with `ray start`, or correct the address"
+        ) from None
 
 
 def open_ray_replicas(module: str, model: str, config: EngineConfig, *, revision: str | None = None, talks: bool = True) -> Replicas:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -32,8 +32,8 @@ class Worker:
     engine's steps so far and whether it waits for a request; and before it ends `refused` for a UserError, `failed` for the rest.
     """
 
-    def __init__(self, connection: multiprocessing.connection.Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: multiprocessing.connection.Connection, end: Callable[[], object] = lambda: os._exit(0)) -> None:
+        self._connection, self._end = connection, end
         self._sending = threading.Lock()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._engine: Engine | None = None
@@ -54,7 +54,7 @@ class Worker:
         threading.Timer(SECONDS_TO_CLOSE, os._exit, args=(0,)).start()
         if self._engine is not None:
             self._engine.close()
-        os._exit(0)
+        self._end()
 
     def _beat(self, engine: Engine) -> None:
         with contextlib.suppress(OSError):  # the other end is gone
@@ -77,7 +77,7 @@ class Worker:
         sys.stderr.flush()
         if self._closing.is_set():
             threading.Event().wait()
-        os._exit(0)
+        self._end()
 
     def run(self, module: str, model: str, config: Any, revision: str | None) -> None:
         """Open the engine and answer until the other end closes."""

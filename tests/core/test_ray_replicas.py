@@ -65,6 +65,10 @@ def test_two_actors_give_the_answers_of_one_engine(cluster: Path, tiny_model: Pa
         assert isinstance(engine, RayReplicas)
         assert engine.identity == identity
         assert {each.key: each.text for each in engine.generate(wanted)} == expected
+        actors = [each._ended for each in engine._processes]
+    for each in actors:  # Ray would tell the user of any other end as of a crash
+        with pytest.raises(ray.exceptions.RayActorError, match=r"killed by `ray\.kill`"):
+            ray.get(each)
 
 
 def test_a_killed_actor_is_replaced_and_its_work_done(cluster: Path) -> None:
@@ -86,5 +90,5 @@ def test_no_cluster_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
-    with pytest.raises(UserError, match=r"ray: no cluster answers at head:6379 \(nobody there\); start one with `ray start`"):
-        RayReplicas("poisoned_engine", "m", EngineConfig(executor="ray", ray_address="head:6379"), revision=None, chat=None)
+    with pytest.raises(UserError, match=r"ray: no cluster answers at auto \(nobody there\); start one with `ray start`"):
+        RayReplicas("poisoned_engine", "m", EngineConfig(executor="ray", ray_address="auto"), revision=None, chat=None)

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +16,7 @@ import pytest
 from sftkit.core.engines import replicas
 from sftkit.core.engines.base import ChoiceRequest, Completion, EngineConfig, EngineDied, Request, Sampling, ScoreRequest, choice_logprobs
 from sftkit.core.engines.loading import start
+from sftkit.core.engines.ray_replicas import check_address
 from sftkit.core.engines.registry import open_engine
 from sftkit.core.engines.replicas import Replicas
 from sftkit.core.errors import UserError
@@ -253,3 +255,15 @@ def test_how_many_there_can_be_is_said_before_anything_is_read(
     assert (code, told.count("\n")) == (1, 1)
     assert f"replicas: expected a whole number from 1, or auto (one for each GPU), found '{count}'" in told
     assert not (tmp_path / "run").exists()
+
+
+def test_an_address_of_ray_where_nobody_listens_is_told_at_once() -> None:
+    for address in ("", "auto", "local"):
+        check_address(address)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        check_address(f"127.0.0.1:{port}")
+        check_address(f"ray://127.0.0.1:{port}")
+    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "127.0.0.1:70000"):
+        with pytest.raises(UserError, match=rf"ray: nobody listens at {address} \(.*\); start a cluster there with `ray start`"):
+            check_address(address)
