@@ -217,20 +217,19 @@ def input_rows(run: Run, stage: str, columns: Sequence[str] = tuple(SCHEMA)) -> 
     """Return what a stage has to decide on. Raises UserError when nothing is left for it."""
     rows = load_rows(run, before=stage, columns=columns)
     if rows.is_empty():
-        raise UserError(f"{run.path}: no row is left to decide on{_what_removed_most(run, stage)}")
+        raise UserError(f"{run.path}: no row is left to decide on{_what_took_the_last(run, stage)}")
     return rows
 
 
-def _what_removed_most(run: Run, stage: str) -> str:
+def _what_took_the_last(run: Run, stage: str) -> str:
     summary = run.ledger.summary().filter(pl.col("action") != "kept")
     mine = summary.filter(pl.col("stage") == stage)
     earlier = summary if mine.is_empty() else summary.filter(pl.col("step") < mine["step"][0])
     if earlier.is_empty():
         return ""
-    most = earlier.sort("rows")[-1]
-    return (
-        f": stage {most['stage'].item()} removed {most['rows'].item():,} by its rule {most['rule'].item()!r}; loosen that and run it again"
-    )
+    last = earlier.sort("step", "rows")[-1]  # an earlier stage may have removed more, and rows were left then
+    removed = f"removed the last {last['rows'].item():,} by its rule {last['rule'].item()!r}"
+    return f": stage {last['stage'].item()} {removed}; loosen that and run it again"
 
 
 EXPORTED = (*KEY, "messages", "source", "meta")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate.best import best
 from sftkit.curate.decide_config import BestConfig, DedupConfig, FilterConfig
@@ -74,3 +75,12 @@ def test_a_run_without_rows_says_so_and_what_removed_them(toy_run: Callable[...,
     code, out, err = cli("curate", "show", run.path)
     assert (code, out) == (0, "")
     assert "no row is left to show; --rejected RULE shows what a rule removed: min_words" in err
+
+
+def test_what_removed_the_last_rows_is_named_and_not_what_removed_most(toy_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = toy_run([{"prompt": f"p{n}", "response": "word " * n} for n in range(1, 5)])
+    filter_rows(run, FilterConfig(min_words=4))
+    (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": "p4", "completion": "word " * 4}) + "\n")
+    dedup(run, DedupConfig(exact=True, semantic=None, against=str(tmp_path / "other.jsonl")))
+    with pytest.raises(UserError, match="no row is left to decide on: stage dedup_exact removed the last 1 by its rule 'exact_duplicate'"):
+        best(run, BestConfig(by=("random",)))
