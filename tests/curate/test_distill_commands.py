@@ -106,7 +106,7 @@ def test_rows_that_cannot_be_read_are_told_of_before_anything_is_asked(tmp_path:
     code, out, err = cli("curate", "distill", tmp_path / "read", "-o", run, *asked)
     assert (code, out.partition(": ")[2].partition(",")[0]) == (0, "4 of 4 samples of 4 prompts"), err
     path.write_text('{"answer": "4"}\n')  # of nothing that can be read nothing would be left
-    assert cli("curate", "distill", path, "-o", run, *asked)[2].endswith("text; chosen and rejected\n")
+    assert "mend it" not in cli("curate", "distill", path, "-o", run, *asked)[2]
 
 
 def test_a_folder_holds_the_rows_of_one_command(tmp_path: Path, tiny_model: Path, cli: Any) -> None:
