@@ -23,7 +23,7 @@ class TrainConfig:
     schedule: str = setting("cosine", "How the learning rate falls.", choices=("cosine", "linear", "constant"))
     warmup: float = setting(0.05, "Share of the steps in which the learning rate rises.")
     weight_decay: float = setting(0.0, "Weight decay of AdamW.")
-    max_grad_norm: float = setting(1.0, "Longest gradient; a longer one is scaled down.")
+    max_grad_norm: float = setting(1.0, "Longest gradient; a longer one is scaled down; 0: none is.")
     max_length: int | None = setting(None, "Longest row in tokens; the model's context when not given. An answer is never cut.")
     overlong: str = setting(
         "drop",
@@ -88,6 +88,7 @@ class TrainConfig:
             "lora_alpha": 1,
             "eval_steps": 1,
             "weight_decay": 0,
+            "max_grad_norm": 0,
             "limit": 1,
             "max_length": 2,
             "stop_check": 0,
