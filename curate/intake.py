@@ -82,6 +82,8 @@ def _take_in(
 ) -> Outcome | None:
     if (run.path / "curate" / "prompts.parquet").exists():
         raise UserError(f"{run.path}: holds the answers of a teacher already; give another folder for the rows of {source}")
+    if "grow" in run.ledger.stages():  # the rows of two would hide each other from later steps
+        raise UserError(f"{run.path}: holds the prompts that `curate prompts` has grown; give another folder for the rows of {source}")
     rows = pl.DataFrame(columns, schema=STORED)
     digest = hashlib.sha256(
         "\n".join(rows.select(pl.concat_str(pl.all().fill_null("\x00"), separator="\x1f")).to_series()).encode()
