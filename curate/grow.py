@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 STAGE = "grow"
 FREE = ("seeds", "count", "budget_tokens", "max_failed", "engine")
+TOO_LONG = "prompt_too_long"  # the rule of a request that does not fit the context with an answer: it is not made
 DRY_ROUNDS = 2  # without a new prompt, after which there is no more to come
 
 
@@ -142,7 +143,7 @@ def grow(source: str | Path | None, out: Path, config: GrowConfig) -> GrowResult
         with SampleStore(run.room("curate") / "samples.sqlite") as store:
             work = Distillation(run, teacher, store, [])
             rounds, tokens, failed, over_budget = _rounds(work, method, seeds, growth)
-        asked = len({each.example_id for each in growth.decisions})
+        asked = len({each.example_id for each in growth.decisions if each.rule != TOO_LONG})
         return _finish(run, config, growth.rows, growth.decisions, asked, rounds, tokens, failed, over_budget=over_budget)
 
 
@@ -217,12 +218,15 @@ def _rounds(work: Distillation, method: Any, seeds: Sequence[Text], growth: _Gro
         before, open_ones = len(growth.rows), 0
         while waiting and len(growth.rows) < config.count and not open_ones:
             part = [waiting.popleft() for _ in range(min(len(waiting), growth.num_asks))]
-            work.wanted = [wanted for _, wanted in part]
+            work.wanted = [wanted for _, wanted in part if not _excess(work.teacher, wanted)]
             work.generate(work.missing(), label=f"round {number + 1}")
             answers = {row["key"]: row for row in work.samples().iter_rows(named=True)}
             errors = dict(work.store.failures().select("key", "error").iter_rows())
             for ask, wanted in part:
                 key, children = wanted.key, list[Text]()
+                if length := _excess(work.teacher, wanted):
+                    growth.decisions.append(Decision(key[:16], 0, STAGE, "rejected", TOO_LONG, length, work.teacher.context))
+                    continue
                 if key in answers:
                     row = answers[key]
                     tokens += row["num_tokens"]
@@ -242,6 +246,12 @@ def _rounds(work: Distillation, method: Any, seeds: Sequence[Text], growth: _Gro
         if new >= config.count or open_ones or dry == DRY_ROUNDS:
             return number + 1, tokens, failed, open_ones > 0
     return number + 1, tokens, failed, False
+
+
+def _excess(teacher: Teacher, wanted: Wanted) -> int | None:
+    """Return the tokens of a request with its longest answer where they do not fit the context."""
+    length = len(wanted.prompt.ids) + wanted.sampling.max_new_tokens
+    return length if wanted.prompt.ids and teacher.context is not None and length > teacher.context else None
 
 
 def _wanted(teacher: Teacher, ask: Ask) -> Wanted:

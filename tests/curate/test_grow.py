@@ -224,6 +224,16 @@ def test_no_more_is_asked_for_than_may_be_wanted(method: str, each: int, tmp_pat
     assert "of the 180 that were wanted: a budget is used up" in rest.summary()
 
 
+def test_a_request_that_does_not_fit_is_not_made(tmp_path: Path, tiny_model: Path) -> None:
+    path = tmp_path / "seeds.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("word " * 600, "Say hi to them.")))
+    tiny = {"teacher": str(tiny_model), "engine": {"engine": "transformers", "device": "cpu"}, "max_new_tokens": 8}
+    result = grow(path, tmp_path / "run", load_config(GrowConfig, {**tiny, "method": "evol", "rounds": 1}))
+    assert (result.asked, result.failed, result.rejected["prompt_too_long"]) == (1, {}, 1)
+    decided = Run.open(tmp_path / "run").ledger.read().filter(pl.col("rule") == "prompt_too_long")
+    assert decided["score"][0] > decided["threshold"][0] == 512
+
+
 def test_documents_give_questions_with_their_passage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "docs"
     (folder / "deep").mkdir(parents=True)
@@ -243,7 +253,7 @@ def test_documents_give_questions_with_their_passage(tmp_path: Path, monkeypatch
 def test_a_conversation_goes_on_in_both_roles(tmp_path: Path, seeds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(prompt: str, seed: int) -> str:
         if prompt.startswith("Here is a conversation"):
-            return "" if "haiku" in prompt else f"User: And number {prompt.count('Assistant:')}?"
+            return "" if "haiku" in prompt else f"The user: And number {prompt.count('Assistant:')}?"
         return f"An answer to: {prompt}"
 
     teacher = Teacher(monkeypatch, write)
