@@ -50,7 +50,7 @@ def mix(sources: Sequence[str], out: Path | None, config: MixConfig) -> Outcome:
         if (run.path / "curate" / "prompts.parquet").exists():
             raise UserError(f"{out}: holds the answers of a teacher already; give another folder for the mixture")
         path = run.path / "curate" / "rows.parquet"
-        if path.exists() and "sources" not in run.config().get("mix", {}) and run.ledger.stages():
+        if "sources" not in run.config().get("mix", {}) and run.ledger.stages():  # prompts that have grown, too
             raise UserError(f"{out}: holds other rows already; give another folder for the mixture")
         settings = {"sources": [str(each) for each in sources], **to_mapping(config)}
         is_new = not path.exists() or "import" not in run.ledger.stages()

@@ -126,6 +126,7 @@ def test_a_folder_holds_the_rows_of_one_command(tmp_path: Path, tiny_model: Path
         assert f"{name}: this folder holds what another command has made (it has recorded {stages}); give another folder" in err
         assert (tmp_path / name / "ledger.parquet").read_bytes() == before
     assert "holds the prompts that `curate prompts` has grown" in cli("curate", "import", path, "-o", tmp_path / "grown")[2]
+    assert "grown: holds other rows already" in cli("curate", "mix", path, tmp_path / "read", "-o", tmp_path / "grown")[2]
     assert "its samples are requests for prompts" in cli("curate", "cache", "explain", tmp_path / "grown")[2]
 
 
