@@ -2,6 +2,8 @@
 
 import logging
 import os
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def run_trainer(
     if trainer.args.process_index == 0:
         clear_after(room / "checkpoints", checkpoint)
     try:
-        with room_on_disk(room / "checkpoints"):
+        with room_on_disk(room / "checkpoints"), redirect_stdout(sys.stderr):  # where trackers talk; results alone go to stdout
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         watch.close()

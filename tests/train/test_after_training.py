@@ -357,13 +357,16 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, tiny_model, chats, m
         train(chats(20), str(tiny_model), tmp_path / "run", TrainConfig(trackers=("wandb",)))
 
 
-def test_trackio_takes_the_numbers_on_this_machine(tmp_path, tiny_model, chats, monkeypatch) -> None:
+def test_trackio_takes_the_numbers_on_this_machine(tmp_path, tiny_model, chats, monkeypatch, capsys) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
     for name in [each for each in sys.modules if each.partition(".")[0] == "trackio"]:
         monkeypatch.delitem(sys.modules, name)  # which reads the variable when it is imported, by TRL, too
     train(chats(40), str(tiny_model), tmp_path / "run", TrainConfig(trackers=("trackio",), logging_steps=1, stop_check=0, dtype="float32"))
     files = [*tmp_path.glob("*.db"), *tmp_path.glob("*.db-wal")]
     assert b"train/loss" in b"".join(each.read_bytes() for each in files)
+    said = capsys.readouterr()
+    assert "Trackio" in said.err
+    assert not said.out
 
 
 WANDB = """
