@@ -101,7 +101,7 @@ class Probe:
         if self.matched_share is not None and self.matched_share < least:
             cure = "ask for it in the system message, best with an example, or want the format that this teacher has"
             if self.config.json_schema is not None:
-                cure = "cut ones seldom are, and some servers do not hold answers to one; `score --with json_schema` finds them"
+                cure = "cut ones seldom are, and some servers do not hold answers to one; `score --with json_schema:schema=FILE` finds them"
             return [f"only {self.matched_share:.1%} of the answers are {self.wanted}: {cure}"]
         return []
 
