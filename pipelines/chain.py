@@ -39,7 +39,7 @@ class ChainResult:
     def summary(self) -> str:
         """Write it for people."""
         times = ", ".join(f"{step} {duration(seconds)}" for step, seconds in self.seconds.items())
-        return "\n".join([*self.findings, f"time: {times}; {duration(sum(self.seconds.values()))} in all", f"report: {self.report}"])
+        return "\n".join([*self.findings, f"this call took: {times}; {duration(sum(self.seconds.values()))} in all", f"report: {self.report}"])
 
 
 def run_chain(recipe: RecipeConfig, out: Path, *, name: str = "", accept_licence: bool = False) -> ChainResult:
