@@ -39,7 +39,8 @@ class ChainResult:
     def summary(self) -> str:
         """Write it for people."""
         times = ", ".join(f"{step} {duration(seconds)}" for step, seconds in self.seconds.items())
-        return "\n".join([*self.findings, f"this call took: {times}; {duration(sum(self.seconds.values()))} in all", f"report: {self.report}"])
+        took = f"this call took: {times}; {duration(sum(self.seconds.values()))} in all"
+        return "\n".join([*self.findings, took, f"report: {self.report}"])
 
 
 def run_chain(recipe: RecipeConfig, out: Path, *, name: str = "", accept_licence: bool = False) -> ChainResult:
