@@ -24,13 +24,13 @@ class Diverged(UserError):
     """The loss of a training is no number any more: the settings' doing, and so the same each time."""
 
 
-def unknown_name(what: str, name: object, known: Iterable[str], where: str = "") -> UserError:
-    """Return the error for a name that is not known: it names the nearest known one and lists them all."""
+def unknown_name(what: str, name: object, known: Iterable[str], where: str = "", *, also: str = "") -> UserError:
+    """Return the error for a name that is not known: it names the nearest known one and lists them all, `also` what else may be given."""
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     place = f"{where}: " if where else ""
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return UserError(f"{place}unknown {what} {name!r}: {hint}known are {', '.join(names)}")
+    return UserError(f"{place}unknown {what} {name!r}: {hint}known are {', '.join(names)}{f'; or give {also}' if also else ''}")
 
 
 def missing_package(package: str, extra: str) -> UserError:

@@ -70,7 +70,7 @@ def resolve_model(name: str | Path, *, revision: str | None = None) -> ModelRef:
     if HUB_ID.fullmatch(hub_id):
         hub_away()  # what loads it then asks in vain no more
         return ModelRef(text, hub_id=hub_id, revision=revision or at or None)
-    raise UserError(f"{unknown_name('model', text, CATALOGUE)}; or give a folder, a .gguf file or a Hub id (ORGANISATION/NAME)")
+    raise unknown_name("model", text, CATALOGUE, also="a folder, a .gguf file or a Hub id (ORGANISATION/NAME)")
 
 
 def _on_disk(path: Path) -> Path:

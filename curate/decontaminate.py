@@ -57,7 +57,7 @@ def open_benchmark(name: str) -> Index:
         with np.load(stored, allow_pickle=False) as arrays:
             return Index(name, arrays["items"].tolist(), arrays["sizes"], Runs(arrays["grams"], arrays["starts"]), arrays["whole"])
     if not Path(name).expanduser().exists() and "/" not in name and "." not in name:
-        raise unknown_name("benchmark", name, [*bundled(), "any data file"])
+        raise unknown_name("benchmark", name, bundled(), also="a data file")
     file = Path(name).name
     entries = [
         (f"{file}:{example.source.rpartition(':')[2]}", message_text(message))

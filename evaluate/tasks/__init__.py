@@ -27,4 +27,4 @@ def open_task(name: str, config: TasksConfig) -> Task:
         from .rows import load
 
         return load(name, config)
-    raise unknown_name("task", name, [*TASKS, "any data file"])
+    raise unknown_name("task", name, TASKS, also="a data file, or lm-eval:NAME")

@@ -121,6 +121,7 @@ def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:
         "score.yaml: unknown scorer 'numerik': did you mean 'numeric'? known are length, numeric"
     )
     assert str(unknown_name("scorer", "zzz", {"a": 1})) == "unknown scorer 'zzz': known are a"
+    assert str(unknown_name("task", "zzz", ["b", "a"], also="a file")) == "unknown task 'zzz': known are a, b; or give a file"
     assert str(missing_package("vllm", "vllm")) == "vllm is not installed: pip install 'sftkit[vllm]'"
 
 
