@@ -133,7 +133,7 @@ def preference(data: str, model: str, out: Path, settings: Path | None, revision
 @click.argument("data", nargs=-1, required=True)
 @click.option("--model", required=True, help="The model whose tokenizer and template are used.")
 @click.option("-n", "--rows", type=click.IntRange(min=0), default=3, show_default=True, help="Rows to show.")
-@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write this HTML file too.")
+@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write this HTML file too, of 20 rows or more.")
 @config_option(TrainConfig, "train_on")
 @config_option(TrainConfig, "mask_thinking")
 @config_option(TrainConfig, "mask_tool_calls")
