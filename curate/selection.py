@@ -68,7 +68,7 @@ def select(run: Run, config: SelectConfig) -> Outcome:
         notes.append(_told_correlation(config.by[0], columns["0"], lengths))
     clear_controls(run)
     if config.controls:
-        order = random_order(rows, config.seed)
+        order = random_order(rows, config.seed + 1)  # other numbers than `random` itself draws
         drawn = [_fitting(order, len(taken), tokens, config.budget_tokens), length_matched(order, lengths, taken)]
         whole = load_rows(run, before="select", columns=EXPORTED).sort(KEY)
         unit = "characters" if rows["num_tokens"].null_count() else "tokens"  # as row_lengths takes them

@@ -20,6 +20,7 @@ from ..core.hardware import half_precision, pick_device
 from ..core.models import ModelRef, context_length, load_model, load_settings, model_identity, resolve_model
 from ..core.progress import duration
 from ..core.run import Run, is_done, mark_done
+from ..core.text import counted
 from .card import write_card
 from .config import PreferenceConfig, TrainConfig
 from .data import DataReport, TrainingData, fingerprint
@@ -184,8 +185,8 @@ def _write_plan(room: Path, data: TrainingData, chat: Chat, config: TrainConfig,
     plan = {**data.report.facts(), "steps": steps, "learning_rate": config.rate, "device": device}
     write_json(room / "plan.json", plan)
     write_html(room / "preview.html", data, chat, limit=PREVIEW_ROWS)
-    log.info("plan: %s rows in %s steps, learning rate %.2g, on %s; train/preview.html shows what is trained on",
-             f"{rows:,}", f"{steps:,}", config.rate, device)  # fmt: skip
+    log.info("plan: %s in %s, learning rate %.2g, on %s; train/preview.html shows what is trained on",
+             counted(rows, "row"), counted(steps, "step"), config.rate, device)  # fmt: skip
 
 
 def _train(

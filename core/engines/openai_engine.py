@@ -290,6 +290,7 @@ class OpenAIEngine:
         try:
             choice = answer["choices"][0]
             message, reason = choice["message"], choice["finish_reason"]
+            end = REASONS.get(reason)
             text, thoughts = text_and_thoughts(message.get("content"))
             calls = [written_call(each["function"]) for each in message.get("tool_calls") or []]
             listed = (choice.get("logprobs") or {}).get("content") or []
@@ -300,7 +301,7 @@ class OpenAIEngine:
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             return None
         if calls:
-            text, reason = "\n".join([text, *calls] if text else calls), "stop" if reason == "tool_calls" else reason
+            text, end = "\n".join([text, *calls] if text else calls), "stop" if reason == "tool_calls" else end
         if counted == 0 and (text or thoughts):  # no count
             counted = None
         self._counts = self._counts and counted is not None
@@ -308,19 +309,19 @@ class OpenAIEngine:
         error = None
         if message.get("refusal"):
             error = f"the server refuses: {' '.join(str(message['refusal']).split())[:300]}"
-        elif reason not in REASONS:
+        elif end is None:
             error = f"the server ended the answer with {reason!r}"
         elif not num_tokens:
             error = UNCOUNTED if counted is None else NO_TOKEN
         elif not all(math.isfinite(each) for each in logprobs):
             error = f"{NOT_FINITE} for one of its tokens, by the server's log-probabilities"
-        if error:
+        if error or end is None:
             return Completion(key=request.key, finish_reason="error", error=error)
         known = logprobs and min(logprobs) > LEAST_LOGPROB
         return Completion(
             key=request.key,
             text=text,
-            finish_reason=REASONS[reason],
+            finish_reason=end,
             num_tokens=num_tokens,
             logprob=math.fsum(logprobs) / len(logprobs) if known else None,
             reasoning=thoughts if isinstance(thoughts, str) else None,

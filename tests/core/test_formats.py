@@ -189,6 +189,17 @@ def test_a_format_can_be_given(tmp_path: Path) -> None:
             read_examples(lines(tmp_path / "rows.jsonl", {"odd": 1}), format=name)
 
 
+def test_an_answer_that_is_not_wanted_is_no_answer_to_learn(tmp_path: Path) -> None:
+    """TRL's unpaired preferences; a label that is no truth value is a column like others."""
+    path = lines(
+        tmp_path / "kto.jsonl", {"prompt": "hi", "completion": "yes", "label": True}, {"prompt": "hi", "completion": "no", "label": False}
+    )
+    with pytest.raises(UserError, match=r"kto.jsonl:2: label is false: its completion is an answer that is not wanted"):
+        read_examples(path)
+    classes = lines(tmp_path / "classes.jsonl", {"prompt": "hi", "completion": "yes", "label": 0})
+    assert read_examples(classes)[0].meta == {"label": 0}
+
+
 def test_what_sftkit_wrote_keeps_its_id_source_and_meta(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     own = content_id(messages)

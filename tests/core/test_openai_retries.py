@@ -13,6 +13,7 @@ from sftkit.core.engines import openai_engine, servers
 from sftkit.core.engines.base import Completion
 from sftkit.core.errors import UserError
 
+LISTED = b'{"choices": [{"message": {"content": "x"}, "finish_reason": ["stop"]}]}'
 ODD = b'{"choices": [{"message": {"content": [{"type": "image_url"}]}, "finish_reason": "stop"}]}'
 pytestmark = pytest.mark.usefixtures("hasty")
 
@@ -25,7 +26,7 @@ def test_a_passing_fault_is_asked_again(server: Server, status: int) -> None:
     assert len(server.asked) == 3
 
 
-@pytest.mark.parametrize("content", [b"<html>busy</html>", b'{"error": {"message": "upstream"}}', b'{"choices": []}', ODD])
+@pytest.mark.parametrize("content", [b"<html>busy</html>", b'{"error": {"message": "upstream"}}', b'{"choices": []}', LISTED, ODD])
 def test_an_answer_that_is_none_is_asked_again(server: Server, content: bytes) -> None:
     replies = iter([(200, {}, content), answer("in the end")])
     server.reply = lambda body: next(replies)

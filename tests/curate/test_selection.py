@@ -277,6 +277,13 @@ def test_controls_are_as_many_and_as_long(toy_run: Callable[..., Run]) -> None:
     assert set(json.loads(lines[0])) == {"id", "messages", "source", "meta"}  # what a run's dataset.jsonl has
 
 
+def test_a_control_of_a_random_selection_is_another_draw(toy_run: Callable[..., Run]) -> None:
+    run = toy_run([{"id": f"{number:03}"} for number in range(200)])
+    select(run, SelectConfig(budget=50, method="random", controls=True))
+    lines = (run.path / "curate" / "controls" / "random.jsonl").read_text().splitlines()
+    assert 0 < len({json.loads(line)["id"] for line in lines} & set(load_rows(run)["example_id"])) < 30  # 12.5 are expected
+
+
 def test_a_control_of_a_token_budget_spends_it_too(placed: Callable[..., Run]) -> None:
     run = placed(*range(0, 300, 7), num_tokens=10)
     select(run, SelectConfig(budget_tokens=105, controls=True))
