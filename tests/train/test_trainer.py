@@ -335,6 +335,21 @@ def test_every_run_of_a_process_is_compiled_for_its_own_shape(tiny_model: Path, 
     assert found == [2, 2]  # before attention and after it, which goes row by row here
 
 
+def test_what_is_held_out_does_not_widen_the_passes_that_train(tiny_model: Path, tmp_path: Path) -> None:
+    """All passes of compiled code have one shape; many held-out rows at once had made each pass of a small update as large as allowed."""
+    ref = resolve_model(tiny_model)
+    chat, lengths = load_chat(ref), []
+    for heldout in ([], ROWS[:16] * 8):
+        with closing(Watch(tmp_path / str(len(heldout)) / "metrics.jsonl", chat, save_minutes=60)) as watch:
+            trainer = make_trainer(
+                load_model(ref), chat, ROWS[:16], heldout, TrainConfig(batch_size=2, compile=True), checkpoints=tmp_path / "a" / "b" / "c",
+                device="cpu", half=None, batch_tokens=8192, watch=watch,
+            )  # fmt: skip
+        lengths.append(trainer.packs[0]["input_ids"].shape[1])
+    assert trainer.validation[0]["input_ids"].shape[1] == lengths[1] <= lengths[0] + 128
+    assert len(trainer.validation) > 1
+
+
 @pytest.mark.parametrize("wanted", [None, True])
 def test_where_code_cannot_be_compiled_a_run_goes_on_without(
     tiny_model: Path, tmp_path: Path, wanted: bool | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
