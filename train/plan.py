@@ -237,11 +237,18 @@ def pass_tokens(batch_tokens: int, report: DataReport, config: TrainConfig) -> i
     usual = min(config.batch_size, report.train_rows) * report.tokens / report.train_rows
     passes = math.ceil(usual / max(batch_tokens, report.longest))
     passes = math.ceil(passes / config.gpus) * config.gpus
-    return max(min(batch_tokens, math.ceil(_largest_update(report, config) / passes)), report.longest)
+    rows = math.ceil(min(config.batch_size, report.train_rows) / passes)  # of which each is whole
+    largest = max(math.ceil(_largest_update(report, config) / passes), math.ceil(rows * report.tokens / report.train_rows))
+    return max(min(batch_tokens, largest), report.longest)
 
 
 def _largest_update(report: DataReport, config: TrainConfig) -> float:
-    """Return its tokens: rows are dealt to updates by length, so that it has one of the longest rows and is else as the others."""
+    """Return its tokens: rows are dealt to updates by length, so that it has one of the longest rows and is else as the others.
+
+    Rows that come in the order of a score may be as unlike as can be: all of an update may be the longest.
+    """
+    if config.curriculum:
+        return min(config.batch_size, report.train_rows) * report.longest
     return (min(config.batch_size, report.train_rows) - 1) * report.tokens / report.train_rows + report.longest
 
 

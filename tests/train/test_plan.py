@@ -40,6 +40,17 @@ def test_passes_are_as_large_as_is_foretold(gpus: int) -> None:
             assert told <= 1.3 * largest or told == most, (batch_size, most)  # only the largest updates were split
 
 
+def test_a_pass_has_whole_rows_and_rows_in_the_order_of_a_score_may_be_the_longest() -> None:
+    assert pass_tokens(2_048, report_of([300] * 640), TrainConfig(batch_size=16)) == 6 * 300  # of three passes
+    lengths = [100] * 600 + [900] * 40
+    rows = [Row((str(place), 0), [1] * length, [True] * length) for place, length in enumerate(lengths)]
+    for row in rows:
+        row.score = float(len(row))
+    packs = Packs(rows, batch_size=16, batch_tokens=1 << 20, seed=0, pad=0)
+    largest = max(sum(lengths[row] for row in pack) for pack in packs.rows())
+    assert largest == pass_tokens(1 << 20, report_of(lengths), TrainConfig(batch_size=16, curriculum="length")) == 16 * 900
+
+
 def test_one_pass_on_each_gpu_adds_to_no_gradients() -> None:
     report = report_of([100] * 800)
     for gpus, stand in ((1, True), (8, False)):  # 800 tokens in passes of at most 128
