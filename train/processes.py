@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 JOB, STATUS, TRAINED = "job.pickle", "status.json", "trained.pt"
 FAILED = ("error", "diverged", "memory")
 GRACE = 10.0  # seconds to end in where one has failed, in which others may say a reason of their own: they would wait for it for ever
+LEAVING = 60.0  # seconds that the others have to end in where one has, after all of them were done
 ORPHANED = 600.0  # seconds that processes have whose parent was killed: they end their step and write a checkpoint
 STILL_ENDING = "the processes of the last call are still ending: waiting for them"
 
@@ -135,6 +137,8 @@ def _watch(running: Sequence[subprocess.Popen[bytes]], folders: Sequence[Path]) 
         failed = {rank: each.returncode for rank, each in enumerate(running) if each.returncode}
         if last == math.inf and (failed or any(map(_has_failed, folders))):
             last = time.monotonic() + GRACE
+        if last == math.inf and len(left) < len(running):  # all is done where one has ended well
+            last = time.monotonic() + LEAVING
         if failed:
             rank = min(failed, key=lambda each: failed[each] > 0)  # one that was killed has others lose their connection to it
             how = f"by {signal.Signals(-failed[rank]).name}" if failed[rank] < 0 else f"with exit code {failed[rank]}"
@@ -245,10 +249,12 @@ def _do(job: Job, folder: Path) -> None:
     except torch.OutOfMemoryError as error:
         ended("memory", str(error))
         sys.exit(1)
-    except RuntimeError:
-        if _told(folder):  # another process, or the parent, how it ended: this one has lost its connection to it
-            sys.exit(1)
-        raise
+    except Exception as error:  # noqa: BLE001  the parent tells of it
+        # where another process, or the parent, has told how it ended, this one has lost its connection to it
+        if not (isinstance(error, RuntimeError) and _told(folder)):
+            traceback.print_exc()
+            sys.stderr.flush()
+        os._exit(1)  # at once: an end may wait on its card for the others, who wait for this one
 
 
 def _told(folder: Path) -> bool:

@@ -126,6 +126,8 @@ CHILD = """
 import os, signal, subprocess, sys, time
 folder, rank = sys.argv[1], os.environ["RANK"]
 if len(sys.argv) > 2 and rank == "1":
+    if sys.argv[2] == "ends well":
+        sys.exit()
     sys.exit(3) if sys.argv[2] == "ends" else os.kill(os.getpid(), signal.SIGKILL) if sys.argv[2] == "is killed" else time.sleep(600)
 signal.signal(signal.SIGTERM, lambda *_: open(f"{folder}/came-{rank}", "w"))
 own = subprocess.Popen(["sleep", "600"])
@@ -193,6 +195,7 @@ class Ends:
         ("ends", "done", "as process 1 did, with exit code 3"),
         ("is killed", "stopped", "as process 1 did, by SIGKILL"),
         ("hangs while it ends", "memory", "as process 0 did, by SIGKILL"),
+        ("ends well", "done", "as process 0 did, by SIGKILL"),  # which hangs after all was done
     ],
 )
 def test_where_one_process_is_gone_the_others_do_not_wait_for_it(
@@ -200,6 +203,7 @@ def test_where_one_process_is_gone_the_others_do_not_wait_for_it(
 ) -> None:
     """They would for an hour, at the next number on which all have to agree."""
     monkeypatch.setattr(processes, "GRACE", 0.2)
+    monkeypatch.setattr(processes, "LEAVING", 0.2)
     stand_in(monkeypatch, tmp_path, how)
     (before := tmp_path / "before").mkdir()
     (before / processes.STATUS).write_text(json.dumps({"ended": known}))
@@ -248,7 +252,9 @@ def test_asked_to_stop_after_the_last_step_the_parent_saves_the_model_and_stops(
             processes.outcome(job, asked=True)
 
 
-def test_of_processes_that_end_together_the_one_with_the_reason_is_heard_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_processes_that_end_together_the_one_with_the_reason_is_heard_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Where memory runs out on one, the others lose their connection to it: a traceback of theirs told of a network."""
     job = processes.Job(room=tmp_path, start=None, data=None, config=TrainConfig(gpus=2), device="cpu", own=None, tokens=1, deadline=None)
 
@@ -262,13 +268,17 @@ def test_of_processes_that_end_together_the_one_with_the_reason_is_heard_alone(t
         processes._do(job, tmp_path)
 
     monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr("os._exit", sys.exit)  # at once, as the end may wait for the others
     lost = RuntimeError("Connection closed by peer")
-    with pytest.raises(RuntimeError, match="Connection closed"):  # nothing else says why
-        end(0, lost)
+    for error in (lost, ValueError("a fault of ours")):  # nothing else says why
+        with pytest.raises(SystemExit):
+            end(0, error)
+        assert f"{type(error).__name__}: {error}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         end(1, torch.OutOfMemoryError("no room"))
     with pytest.raises(SystemExit):
         end(0, lost)
+    assert capsys.readouterr().err == ""
     assert json.loads((tmp_path / processes.STATUS).read_text()) == {"ended": "memory", "said": "no room"}
 
 
