@@ -286,7 +286,7 @@ def _answer(meta: Row, place: str, names: tuple[str, ...] = ANSWERS, *, required
     if taken is None:
         return []
     name, value = taken
-    if name == "completion" and meta.get("label") is False:  # TRL's unpaired preferences, for KTO
+    if name == "completion" and str(meta.get("label")).lower() == "false":  # TRL's unpaired preferences, for KTO; a CSV file has texts
         raise UserError(f"{place}: label is false: its completion is an answer that is not wanted; leave such rows out")
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
         meta[f"other_{name}s"] = value[1:]

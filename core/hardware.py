@@ -119,7 +119,7 @@ def measured_peak(device: str) -> float:
 
 
 def usable_cores() -> int:
-    """Return how many processors this process may use: fewer than the machine has where a scheduler or a container gives it a part."""
+    """Return on how many processors this process may run: those it was given, not those of the machine; of all their time."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -264,7 +264,7 @@ def _result(
     counts = counted(why)
     used = [place for place, reason in enumerate(why) if reason is None]
     if not used:
-        raise UserError(f"{heldout}: none of its {amount(len(rows), 'row')} can be scored with every model: {told(counts)}")
+        raise UserError(f"{heldout}: no row of {len(rows):,} can be scored with every model: {told(counts)}")
     assert len(rows) == len(used) + sum(counts.values())
     prompts = [rows[place].prompt_id for place in used]
     sizes = np.array([rows[place].num_bytes for place in used], dtype=np.float64)

@@ -196,6 +196,10 @@ def test_an_answer_that_is_not_wanted_is_no_answer_to_learn(tmp_path: Path) -> N
     )
     with pytest.raises(UserError, match=r"kto.jsonl:2: label is false: its completion is an answer that is not wanted"):
         read_examples(path)
+    table = tmp_path / "kto.csv"
+    table.write_text("prompt,completion,label\nhi,no,False\n")
+    with pytest.raises(UserError, match="label is false"):
+        read_examples(table)
     classes = lines(tmp_path / "classes.jsonl", {"prompt": "hi", "completion": "yes", "label": 0})
     assert read_examples(classes)[0].meta == {"label": 0}
 

@@ -201,7 +201,7 @@ def test_rows_without_an_answer_end_in_one_line_that_names_the_first(tmp_path: P
         loss(heldout, {"m": str(tiny_model)}, tmp_path / "run", settings())
     assert not (tmp_path / "run").exists()
     heldout = write_rows(tmp_path / "h.jsonl", [turns("long", "the sea " * 900)])
-    with pytest.raises(UserError, match=r"h\.jsonl: none of its 1 row can be scored with every model: 1 too_long"):
+    with pytest.raises(UserError, match=r"h\.jsonl: no row of 1 can be scored with every model: 1 too_long"):
         loss(heldout, {"m": str(tiny_model)}, tmp_path / "run", settings())
 
 
