@@ -39,9 +39,11 @@ def _end_actor() -> None:
     """End the process of this actor as one that is wanted to end: Ray tells the user of any other end as of a crash."""
     import ray
 
-    ray.kill(ray.get_runtime_context().current_actor)
-    threading.Event().wait(SECONDS_TO_TELL)
-    os._exit(0)
+    try:
+        ray.kill(ray.get_runtime_context().current_actor)
+        threading.Event().wait(SECONDS_TO_TELL)
+    finally:  # whatever Ray says: an actor that stays keeps its card
+        os._exit(0)
 
 
 class RayProcess(Process):
