@@ -4,10 +4,11 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 Tool = dict[str, Any]  # {"type": "function", "function": {"name": ..., "parameters": ...}}: one that can be called
 Message = dict[str, Any]  # {"role": ..., "content": ...}, and what a format adds (tool_calls, name, ...)
+T = TypeVar("T")
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -71,6 +72,17 @@ def content_id(messages: Sequence[Message]) -> str:
 def row_id(example_id: str, sample_index: int | None) -> str:
     """Return how a row is written for people and in `witness_id`: `ID`, or `ID/INDEX` for a sample of a teacher."""
     return example_id if sample_index is None else f"{example_id}/{sample_index}"
+
+
+def evenly_spaced(rows: Sequence[T], most: int) -> list[T]:
+    """Return up to `most` of the rows, evenly spaced and in their order; the same ones each time."""
+    count = min(len(rows), most)
+    return [rows[place * len(rows) // count] for place in range(count)]
+
+
+def sent(messages: list[Message], tools: Sequence[Tool]) -> list[Message]:
+    """Return what decides an answer where a server renders: the messages, and the functions where there are any."""
+    return [*messages, {"tools": list(tools)}] if tools else messages
 
 
 def tools_of(meta: Mapping[str, Any]) -> tuple[Tool, ...]:

@@ -20,7 +20,7 @@ from ..core.engines.registry import open_engine
 from ..core.engines.replicas import replica_count
 from ..core.engines.tuning import tuned
 from ..core.errors import TooManyFailures, UserError
-from ..core.example import Decision, Sample
+from ..core.example import Decision, Sample, evenly_spaced
 from ..core.hardware import GpuBusy, visible_gpus
 from ..core.models import context_length, load_settings, model_identity, quantisation, resolve_model
 from ..core.progress import Progress, duration
@@ -201,8 +201,7 @@ class Distillation:
 
     def first_of_each(self, missing: Sequence[Wanted], most: int) -> list[Wanted]:
         """Return the first missing sample of up to so many prompts, evenly spaced."""
-        first = list({each.row[0]: each for each in reversed(missing)}.values())[::-1]
-        return [first[place * len(first) // most] for place in range(most)] if len(first) > most else first
+        return evenly_spaced(list({each.row[0]: each for each in reversed(missing)}.values())[::-1], most)
 
     def probe(self) -> Probe:
         """Look at the answers to 50 prompts, evenly spaced; those that are missing are asked now."""
@@ -441,8 +440,7 @@ class Distillation:
             gpu_busy=self._gpus.share if self._gpus else None,
         )
         if not self._told:  # of the first answers, which were too few for it
-            most = min(PROBE, stored.height)
-            some = stored[[place * stored.height // most for place in range(most)]]
+            some = stored[evenly_spaced(range(stored.height), PROBE)]
             warn_unlike(config, some.select("text", "finish_reason").iter_rows())
         untold = stored["logprob"].null_count()
         if config.logprobs and untold:

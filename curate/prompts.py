@@ -12,7 +12,7 @@ import polars as pl
 
 from ..core.chat import Chat
 from ..core.errors import UserError
-from ..core.example import Decision, Example, Message, Tool, content_id, tools_of
+from ..core.example import Decision, Example, Message, Tool, content_id, sent, tools_of
 from ..core.files import read_parquet, write_atomically
 from ..core.formats import iterate_examples, split_prompt
 from ..core.ledger import KEY
@@ -42,8 +42,8 @@ class Prompt:
 
     @property
     def sent(self) -> list[Message]:
-        """Return what decides the answers where a server renders: the messages, and the functions where there are any."""
-        return [*self.messages, {"tools": list(self.tools)}] if self.tools else self.messages
+        """Return what decides the answers where a server renders."""
+        return sent(self.messages, self.tools)
 
 
 def read_prompts(source: str | Path, limit: int | None = None) -> list[Example]:

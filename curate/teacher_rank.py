@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ..core.config import part, to_mapping
 from ..core.engines.base import Sampling
 from ..core.errors import UserError
+from ..core.example import evenly_spaced
 from ..core.files import read_json_lines, write_json, write_text
 from ..core.run import Run
 from ..core.statistics import Estimate, bootstrap_ratio, bootstrap_ratio_difference, wilson
@@ -150,8 +151,7 @@ def _choose(source: str | Path, out: Path, config: RankConfig) -> Path:
     examples = read_prompts(source)
     if not examples:
         raise UserError(f"{source}: holds no prompts")
-    count = min(config.prompts, len(examples))
-    chosen = [examples[place * len(examples) // count] for place in range(count)]
+    chosen = evenly_spaced(examples, config.prompts)
     path = out / "prompts.jsonl"
     if path.exists() and any(out.glob("teachers/*/curate/samples.sqlite")):
         before, now = [str(row["id"]) for row in read_json_lines(path)], {each.id for each in chosen}

@@ -14,7 +14,7 @@ from ..core.config import to_mapping
 from ..core.engines.base import Engine, Request, Sampling
 from ..core.engines.loading import choose
 from ..core.errors import UserError
-from ..core.example import Example, Message, Sample, Tool, content_id, tools_of
+from ..core.example import Example, Message, Sample, Tool, content_id, sent, tools_of
 from ..core.files import read_json, read_parquet, write_atomically
 from ..core.formats import iterate_examples, split_prompt
 from ..core.hardware import installed_version
@@ -254,9 +254,8 @@ def _prepare(model: NamedModel, question: Question, identity: str, config: Compa
             return _Wanted(question, error="refused_by_template")
         if model.context is not None and len(ids) + config.max_new_tokens > model.context:
             return _Wanted(question, error="too_long")
-    # where a server renders, the functions decide, too
-    sent = ids or [*question.messages, *([{"tools": list(question.tools)}] if question.tools else [])]
-    key = sample_key(prompt=sent, model_identity=identity, sampling=_sampling(config), index=0)
+    prompt = ids or sent(question.messages, question.tools)
+    key = sample_key(prompt=prompt, model_identity=identity, sampling=_sampling(config), index=0)
     return _Wanted(question, key, ids)
 
 

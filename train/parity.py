@@ -6,6 +6,7 @@ from typing import Any
 
 from ..core.chat import Chat
 from ..core.errors import UserError
+from ..core.example import evenly_spaced
 from .data import Row
 
 CHECKED_ROWS = 32
@@ -13,8 +14,7 @@ CHECKED_ROWS = 32
 
 def checked(rows: Sequence[Row]) -> Sequence[Row]:
     """Return up to 32 rows, drawn evenly: those that `check_parity` looks at."""
-    count = min(len(rows), CHECKED_ROWS)
-    return [rows[place * len(rows) // count] for place in range(count)]
+    return evenly_spaced(rows, CHECKED_ROWS)
 
 
 def check_parity(rows: Sequence[Row], chat: Chat) -> dict[str, Any]:
