@@ -63,8 +63,12 @@ class Packs(Dataset[dict[str, Any]]):
         scored = max(sum(len(self._scored[row]) for row in pack) for pack in packs)
         return _up(max(map(self._tokens, packs))), _up(scored), max(map(len, packs))
 
-    def pad_to(self, shape: tuple[int, int, int]) -> None:
-        """Give all packs one shape, which compiled code needs: the rest is pad tokens that nothing attends to or learns from."""
+    def pad_to(self, shape: tuple[int, int, int], longest: int = 0) -> None:
+        """Give all packs one shape, which compiled code needs: the rest is pad tokens that nothing attends to or learns from.
+
+        `longest` is that of all packs which are to look alike to the code, where others have longer rows.
+        """
+        self.longest = max(self.longest, longest)
         width, scored, rows = shape
         self._shape = width, scored, rows + -(-width // self.longest)  # what is filled in comes in rows of at most `longest`
 

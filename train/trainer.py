@@ -386,18 +386,17 @@ def make_trainer(
     trainer.learn(config)
     watch.token_flops = token_flops(trainer.model, sum(map(len, train)) / len(train))
     watch.peak, watch.rated = watch.peak * workers, watch.rated * workers
-    shapes = [packs.largest_shape()] if compiled else []
-    if compiled:  # all get one shape: what is held out, many rows at once, must not make each pass that trains as large as `batch_tokens`
-        told["batch_tokens"] = shapes[0][0]
+    shape: Any = packs.largest_shape() if compiled else None
+    if shape:  # all get one: what is held out, many rows at once, must not make each pass that trains as large as `batch_tokens`
+        told["batch_tokens"] = shape[0]
     trainer.validation = kind.make_packs(validation, batch_size=len(validation), seed=0, **told) if validation else None
-    if compiled:
-        both = [each for each in (packs, trainer.validation) if each]
-        shapes += [each.largest_shape() for each in both[1:]]
-        shape = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
+    if shape:
+        both = [packs]
+        if trainer.validation:
+            both, shape = [packs, trainer.validation], tuple(map(max, shape, trainer.validation.largest_shape()))
         longest = max(each.longest for each in both)
         for each in both:
-            each.longest = longest
-            each.pad_to(shape)
+            each.pad_to(shape, longest)
     base = trainer.model
     if peft_config is not None:
         base = trainer.model.get_base_model()
