@@ -234,11 +234,11 @@ def pass_tokens(batch_tokens: int, report: DataReport, config: TrainConfig) -> i
     An update's passes are of one size, and as many on each GPU. With three data sets and 8 to 512 rows an update, that was 0 to 22 % too
     much where passes are not cut short by `batch_tokens`, 1 % as a rule.
     """
-    usual = min(config.batch_size, report.train_rows) * report.tokens / report.train_rows
-    passes = math.ceil(usual / max(batch_tokens, report.longest))
+    rows = min(config.batch_size, report.train_rows)
+    passes = math.ceil(rows * report.tokens / report.train_rows / max(batch_tokens, report.longest))
     passes = math.ceil(passes / config.gpus) * config.gpus
-    rows = math.ceil(min(config.batch_size, report.train_rows) / passes)  # of which each is whole
-    largest = max(math.ceil(_largest_update(report, config) / passes), math.ceil(rows * report.tokens / report.train_rows))
+    whole = math.ceil(rows / passes) * report.tokens / report.train_rows  # each row is
+    largest = math.ceil(max(_largest_update(report, config) / passes, whole))
     return max(min(batch_tokens, largest), report.longest)
 
 
@@ -247,9 +247,9 @@ def _largest_update(report: DataReport, config: TrainConfig) -> float:
 
     Rows that come in the order of a score may be as unlike as can be: all of an update may be the longest.
     """
-    if config.curriculum:
-        return min(config.batch_size, report.train_rows) * report.longest
-    return (min(config.batch_size, report.train_rows) - 1) * report.tokens / report.train_rows + report.longest
+    rows = min(config.batch_size, report.train_rows)
+    others = (rows - 1) * report.longest if config.curriculum else (rows - 1) * report.tokens / report.train_rows
+    return others + report.longest
 
 
 def _steps(report: DataReport, config: TrainConfig) -> int:

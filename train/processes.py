@@ -93,11 +93,11 @@ def run_together(count: int, folders: Sequence[Path], *held: int) -> bool:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # where they meet
     threads = str(max(1, usable_cores() // count))
     environment = {
-        **{"OMP_NUM_THREADS": threads, "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", **os.environ},
-        **{"PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"},
-        **{"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)},
-        **{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"},  # they are clients of that store, all of them
-    }
+        "OMP_NUM_THREADS": threads, "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", **os.environ,
+        "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false",
+        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",  # they are clients of that store, all of them
+    }  # fmt: skip
     command = [sys.executable, "-m", "sftkit.train.processes", str(os.getpid()), *map(str, folders)]
     running: list[subprocess.Popen[bytes]] = []
     came: list[int] = []
@@ -130,15 +130,16 @@ def run_together(count: int, folders: Sequence[Path], *held: int) -> bool:
 
 
 def _watch(running: Sequence[subprocess.Popen[bytes]], folders: Sequence[Path]) -> None:
-    """Wait until all have ended; kill those that are left when one has failed and the time of grace is over."""
+    """Wait until all have ended; kill those that are left some time after one has failed, or has ended well."""
     last = math.inf
     while True:
         left = [each for each in running if each.poll() is None]
         failed = {rank: each.returncode for rank, each in enumerate(running) if each.returncode}
-        if last == math.inf and (failed or any(map(_has_failed, folders))):
-            last = time.monotonic() + GRACE
-        if last == math.inf and len(left) < len(running):  # all is done where one has ended well
-            last = time.monotonic() + LEAVING
+        if last == math.inf:
+            if failed or any(map(_has_failed, folders)):
+                last = time.monotonic() + GRACE
+            elif len(left) < len(running):  # all is done where one has ended well
+                last = time.monotonic() + LEAVING
         if failed:
             rank = min(failed, key=lambda each: failed[each] > 0)  # one that was killed has others lose their connection to it
             how = f"by {signal.Signals(-failed[rank]).name}" if failed[rank] < 0 else f"with exit code {failed[rank]}"
