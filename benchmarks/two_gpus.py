@@ -1,6 +1,6 @@
 """Two GPUs of one host against one of them: training by DDP and FSDP2, distillation and tasks by replicas, and what a kill costs.
 
-    python benchmarks/two_gpus.py CHATS TOKENIZER [--only equal,speed,kill,distill,tasks] [--shapes 0.5b,1.5b] [--mmlu FILE]
+    python benchmarks/two_gpus.py CHATS TOKENIZER [--only equal,speed,kill,ends,distill,tasks] [--shapes 0.5b,1.5b] [--mmlu FILE]
 
 CHATS is a data file with conversations, TOKENIZER a model folder whose tokenizer and template render them. Models have real shapes and
 random weights. The stages, with what each needs on two H200s:
@@ -8,6 +8,7 @@ random weights. The stages, with what each needs on two H200s:
     equal    the losses of eight updates on one GPU and on two, by the same rows: in float32, and in bfloat16 products       (1.5 min)
     speed    tokens a second and peak memory of one GPU and of two, at the same forward passes on each                       (3 min a shape)
     kill     `sftkit train sft --gpus 2` killed (SIGKILL), gone on with on two and on one, against a run in one piece        (8 min)
+    ends     the same command ended by Ctrl-C, by a kill of the command alone and of one of its processes, and gone on with  (3 min)
     distill  one replica and two, the same rows; then one of the two is killed on the way                                    (5 min)
     tasks    `sftkit evaluate tasks` with one replica and with two                                                           (4 min)
 
@@ -232,6 +233,62 @@ def killed(given: argparse.Namespace, report: Report, folder: Path, model: Path,
                f" gone on with two {apart[2]:.1e}, with one {apart[1]:.1e}{size}", **facts, result=result)  # fmt: skip
 
 
+def ends(given: argparse.Namespace, report: Report) -> None:
+    """End runs in other ways, beside each other, and go on with them: what was done is kept, and no process stays."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = random_model("135m" if GPU else "tiny", given.tokenizer, folder / "model")
+        settings = folder / "settings.yaml"
+        told = {
+            "limit": 1200 if GPU else 400, "batch_size": 16, "logging_steps": 1, "validation": 0.05, "stop_check": 0, "compile": GPU,
+            "batch_tokens": 4096 if GPU else 512, "parallel": given.parallel, "learning_rate": 1e-3, "save_minutes": 0.05,
+        }  # fmt: skip
+        settings.write_text(json.dumps(told))
+
+        def command(run: str) -> list[str]:
+            place = ["--model", str(model), "-o", str(folder / run), "--config", str(settings), "--gpus", "2"]
+            return [sys.executable, "-P", "-m", "sftkit", "train", "sft", given.chats, *place]
+
+        def started(run: str) -> subprocess.Popen[bytes]:
+            with open(folder / f"{run}.log", "a") as log:
+                return subprocess.Popen(command(run), stderr=log, stdout=log, cwd="/")
+
+        def done(run: str) -> list[float]:
+            if code := started(run).wait():
+                raise RuntimeError(f"{run} ended with {code}: {(folder / f'{run}.log').read_text()[-1500:]}")
+            return losses(run)
+
+        def losses(run: str) -> list[float]:
+            place = folder / run / "train" / "metrics.jsonl"
+            return [line["loss"] for line in read_json_lines(place) if "loss" in line] if place.exists() else []
+
+        def ended(name: str) -> tuple[str, int, int, float, int, list[float]]:
+            process = started(name)
+            while len(losses(name)) < 10:
+                if process.poll() is not None:
+                    raise RuntimeError(f"{name} ended by itself: {(folder / f'{name}.log').read_text()[-1500:]}")
+                time.sleep(0.02)
+            workers = psutil.Process(process.pid).children()
+            if name == "ctrl-c":
+                process.send_signal(signal.SIGINT)
+            else:
+                (process if name == "command" else workers[1]).kill()
+            seen, began = len(losses(name)), time.monotonic()
+            code = process.wait()
+            _, alive = psutil.wait_procs(workers, timeout=120)
+            seconds = time.monotonic() - began
+            assert not alive, f"{name}: processes that stayed"
+            return name, seen, newest_checkpoint(folder / name), seconds, code, done(name)
+
+        with ThreadPoolExecutor() as beside:
+            whole = beside.submit(done, "whole")
+            for name, seen, kept, seconds, code, found in beside.map(ended, ("ctrl-c", "command", "process")):
+                apart = max(abs(a - b) for a, b in zip(whole.result(), found, strict=True))
+                report.add("ends", f"{name}: after {seen} of {len(found)} updates, exit code {code}, all gone after {seconds:.1f} s, newest"
+                           f" checkpoint {kept}; gone on with, losses apart from a run in one piece by at most {apart:.1e}", name=name,
+                           seen=seen, kept=kept, seconds=seconds, code=code, apart=apart, steps=len(found))  # fmt: skip
+
+
 def shape_name(model: Path) -> str:
     return f"{read_json(model / 'config.json')['num_hidden_layers']} layers"
 
@@ -387,7 +444,7 @@ def means_of(tasks: dict[str, Any]) -> dict[tuple[str, str, str, int], float]:
 # ---------------------------------------------------------------------------------------------- all
 
 
-STAGES = {"equal": equal, "speed": speed, "kill": kill, "distill": distill, "tasks": tasks}
+STAGES = {"equal": equal, "speed": speed, "kill": kill, "ends": ends, "distill": distill, "tasks": tasks}
 
 
 def guarded(report: Report, name: str, stage: Any, *arguments: Any) -> None:
@@ -416,6 +473,7 @@ def main() -> None:
     parser.add_argument("--mmlu", help="file with MMLU's questions, which do not come along")
     parser.add_argument("--methods", default="full,lora", help="whose speed is measured")
     parser.add_argument("--kinds", default="full-fsdp,full-ddp,lora-fsdp,lora-ddp", help="of runs that are killed")
+    parser.add_argument("--parallel", default="ddp", help="of runs that are ended")
     parser.add_argument("--out", default="two_gpus.jsonl")
     given = parser.parse_args()
     given.chats, given.tokenizer = str(Path(given.chats).resolve()), str(Path(given.tokenizer).resolve())
