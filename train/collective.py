@@ -1,5 +1,6 @@
 """Numbers that all processes of a run have to agree on, and gradients that they add up."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import cache
@@ -48,6 +49,27 @@ def average_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
         if sent is not grads[0]:
             parts = sent.split([each.numel() for each in grads])
             torch._foreach_copy_(grads, [part.view(each.shape) for part, each in zip(parts, grads, strict=True)])
+
+
+def clip_gradients(weights: Iterable[torch.nn.Parameter], most: float) -> torch.Tensor:
+    """Scale gradients down where the norm of all of them is over `most`; return what it was, float32 [], on their device.
+
+    Its squares are added up in 64 bits: rounded to 32, their order is not seen in it, which depends on how processes share the weights.
+    """
+    grads = [each.grad for each in weights if each.grad is not None]
+    shares = [each.to_local() for each in grads if isinstance(each, DTensor)]
+    whole = [each for each in grads if not isinstance(each, DTensor)]
+    apart = [_squares(kind) for kind in (shares, whole) if kind]
+    if shares:
+        torch.distributed.all_reduce(apart[0])
+    norm = torch.stack(apart).sum().sqrt().float()
+    if most < math.inf:
+        torch._foreach_mul_(shares + whole, (most / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _squares(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(torch._foreach_norm(tensors, dtype=torch.float64)).square().sum()
 
 
 def sent_at_once(weights: Sequence[torch.Tensor]) -> int:

@@ -1,16 +1,18 @@
 """FSDP2: each process keeps its share of the weights, gradients and optimizer state, and borrows a layer's weights while it computes.
 
 The numbers are those of one GPU. There, autocast makes 16-bit copies of float32 weights, which stand until the way back; here a layer's
-weights are gathered in 16 bits, nothing more stands, and what goes from layer to layer is bfloat16 as there. Only the weights of norms
-lose bits by it. Gradients are added up in float32.
+weights are gathered in 16 bits, nothing more stands, and what goes from layer to layer is bfloat16 as there. Norms read their weights in
+32 bits, which therefore stand whole on each process, as biases do: they are what the optimizer does not decay, a group by itself, and
+less than a thousandth of a model. Gradients are added up in float32.
 
-An adapter is small and stands whole on each process: FSDP2 has the host handle tensor by tensor, and most of them are the adapter's.
+An adapter is small and stands whole, too: FSDP2 has the host handle tensor by tensor, and most of them are the adapter's.
 
 A checkpoint is written whole, tensor by tensor, as a run on one GPU writes it: any number of processes goes on from it. PyTorch's
 fully_shard is called here, and not accelerate's plugin, whose checkpoints only as many processes read, an adapter's with the whole base
 in it. Zhao et al. 2023, arXiv 2304.11277.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,15 @@ class ShardedTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Shard the model, then make the optimizer of its shards."""
         if not isinstance(self.model, FSDPModule):
-            shard(self.model, self.args.device.type, torch.bfloat16 if self.args.bf16 else None)
+            decayed = set(self.get_decay_parameter_names(self.model))
+            beside = {weight for name, weight in self.model.named_parameters() if name not in decayed}
+            shard(self.model, self.args.device.type, torch.bfloat16 if self.args.bf16 else None, beside)
         return super().create_optimizer(*args, **kwargs)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, _model: Any = None) -> Any:
+        """Return what one GPU's optimizer is made of. Of a model with some weights whole transformers 5.17 updates one after another."""
+        return Trainer.get_optimizer_cls_and_kwargs(args)
 
     def one_pass(self, model: Any, inputs: dict[str, Any], count: torch.Tensor) -> torch.Tensor:
         """Make a pass that can be recorded with all that FSDP2 does on streams of its own, and leaves nothing for the next to wait for.
@@ -59,10 +68,6 @@ class ShardedTrainer(Trainer):
                 torch.cuda.current_stream().wait_stream(stream)  # a recording ends with all that it began
         return loss
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        found = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return found.full_tensor() if isinstance(found, DTensor) else found
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the whole model, of an adapter's model the adapter alone."""
         weights = whole_weights(self.model, trained=hasattr(self.model, "get_base_model"))
@@ -86,21 +91,23 @@ def _recording() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def shard(model: Any, device: str, half: torch.dtype | None = None) -> None:
+def shard(model: Any, device: str, half: torch.dtype | None = None, exact: Collection[torch.nn.Parameter] = ()) -> None:
     """Give each process its share of every tensor but an adapter's, layer by layer; what stands outside of layers is gathered for a step.
 
-    `half` is the 16-bit format that layers compute in, None for their weights' own.
+    `half` is the 16-bit format that layers compute in, None for their weights' own. Weights that are not in it and `exact` stay whole.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     layers = set(base._no_split_modules or ())
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False)
-    adapter = {each for each in model.parameters() if each.requires_grad} if base is not model else set()
-    for each in adapter:
+    whole = {each for each in model.parameters() if each.requires_grad} if base is not model else set()
+    if half:
+        whole |= {each for each in exact if each.dtype is not half}
+    for each in whole:
         each.data = each.data.to(device)
     for each in [module for module in base.modules() if type(module).__name__ in layers]:
-        fully_shard(each, mesh=mesh, mp_policy=policy, ignored_params=adapter)
-    fully_shard(model, mesh=mesh, ignored_params=adapter)
+        fully_shard(each, mesh=mesh, mp_policy=policy, ignored_params=whole)
+    fully_shard(model, mesh=mesh, ignored_params=whole)
 
 
 def whole_weights(model: Any, *, trained: bool = False) -> dict[str, torch.Tensor]:

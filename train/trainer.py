@@ -31,7 +31,7 @@ from ..core.progress import Progress
 from .adapters import fuse_adapters
 from .attention import attends_packed, keeps_rows_apart, use_own_attention, use_packed_attention
 from .checkpoints import mark_whole
-from .collective import average_gradients, begin_alike, over_processes, whole_on_each
+from .collective import average_gradients, begin_alike, clip_gradients, over_processes, whole_on_each
 from .compiling import COMPILED_STEPS, can_compile
 from .config import TrainConfig
 from .data import Row
@@ -105,6 +105,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         """Make a pass forward and back: add to the gradients, return the loss."""
         loss: torch.Tensor = super().training_step(model, inputs, count)
         return loss
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        self.accelerator.unscale_gradients()
+        return clip_gradients(self.learned(), self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the norm before it was clipped, or as it is where it is not."""
+        return clip_gradients(self.learned(), math.inf) if grad_norm is None else grad_norm
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the optimizer. By then a checkpoint is in the model, and several processes get the first one's weights."""

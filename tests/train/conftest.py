@@ -2,11 +2,13 @@
 
 import gc
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 Chats = Callable[..., Path]
 
@@ -40,3 +42,17 @@ def chats(tmp_path: Path) -> Chats:
         return path
 
     return write
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """Be the only one of some processes."""
+    from sftkit.train import collective
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    former = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in former.items():  # one of several leaves them to its parent
+        signal.signal(number, handler)
+    torch.distributed.destroy_process_group()
+    collective._processors.cache_clear()

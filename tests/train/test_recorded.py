@@ -1,6 +1,5 @@
 """Recorded passes, on a stand-in for CUDA's graphs: what is recorded reads the next inputs, adds to the same gradients, and is dropped."""
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,20 +175,6 @@ def test_memory_that_runs_out_while_recording_is_told_as_anywhere(graphs: Graphs
     weight.grad = None
     with pytest.raises(torch.OutOfMemoryError):
         passes({"x": torch.ones(3)}, torch.tensor(1.0))
-
-
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[None]:
-    """Be the only one of some processes."""
-    from sftkit.train import collective
-
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    former = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in former.items():  # one of several leaves them to its parent
-        signal.signal(number, handler)
-    torch.distributed.destroy_process_group()
-    collective._processors.cache_clear()
 
 
 @pytest.mark.parametrize(("lora", "shards"), [(False, False), (True, False), (False, True), (True, True)])
