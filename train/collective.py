@@ -27,6 +27,11 @@ def whole_on_each(weights: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parame
     return [each for each in weights if each.requires_grad and not isinstance(each, DTensor)]
 
 
+def held_here(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this process's share of a tensor; PyTorch computes with no list that has shares and whole tensors in it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def begin_alike(weights: Sequence[torch.nn.Parameter]) -> None:
     """Give all processes the first one's weights."""
     for each in weights:
@@ -57,7 +62,7 @@ def clip_gradients(weights: Iterable[torch.nn.Parameter], most: float) -> torch.
     Its squares are added up in 64 bits: rounded to 32, their order is not seen in it, which depends on how processes share the weights.
     """
     grads = [each.grad for each in weights if each.grad is not None]
-    shares = [each.to_local() for each in grads if isinstance(each, DTensor)]
+    shares = [held_here(each) for each in grads if isinstance(each, DTensor)]
     whole = [each for each in grads if not isinstance(each, DTensor)]
     apart = [_squares(kind) for kind in (shares, whole) if kind]
     if shares:

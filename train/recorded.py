@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..core.errors import UserError
+from .collective import held_here
 from .config import PreferenceConfig, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class Recorded:
         """Put zeroed gradients back where they were, once the optimizer's zero_grad has taken them off; return whether it had."""
         if self._learned[0][0].grad is not None:
             return False
-        torch._foreach_zero_([grad for _, grad in self._learned])
+        torch._foreach_zero_([held_here(grad) for _, grad in self._learned])
         for parameter, grad in self._learned:
             parameter.grad = grad
         return True

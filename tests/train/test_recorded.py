@@ -178,8 +178,16 @@ def test_memory_that_runs_out_while_recording_is_told_as_anywhere(graphs: Graphs
 
 
 @pytest.mark.parametrize(("lora", "shards"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
 def test_a_run_from_recordings_learns_what_a_run_learns(
-    tiny_model: Path, tmp_path: Path, graphs: Graphs, lora: bool, shards: bool, alone: None, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path,
+    tmp_path: Path,
+    graphs: Graphs,
+    lora: bool,
+    shards: bool,
+    half: torch.dtype | None,
+    alone: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from sftkit.train.adapters import adapter_config
 
@@ -197,7 +205,7 @@ def test_a_run_from_recordings_learns_what_a_run_learns(
         chat, place = load_chat(ref), tmp_path / str(records)
         watch = Watch(place / "metrics.jsonl", chat, save_minutes=1e9)
         trainer = make_trainer(
-            load_model(ref, dtype="float32"), chat, rows[:80], rows[80:], config, checkpoints=place, device="cpu", half=None,
+            load_model(ref, dtype="float32"), chat, rows[:80], rows[80:], config, checkpoints=place, device="cpu", half=half,
             batch_tokens=256, watch=watch, peft_config=adapter_config(config) if lora else None, kind=sharing(Trainer) if shards else Trainer,
         )  # fmt: skip
         assert trainer.records is False  # on a CPU
