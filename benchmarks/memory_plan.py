@@ -33,7 +33,8 @@ from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row
 from sftkit.train.local import load_start
 from sftkit.train.memory import Load, predict
-from sftkit.train.trainer import Watch, make_trainer
+from sftkit.train.trainer import make_trainer
+from sftkit.train.watch import Watch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 

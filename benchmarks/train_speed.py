@@ -45,7 +45,8 @@ from sftkit.train.attention import packed_attention
 from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row
 from sftkit.train.memory import token_flops
-from sftkit.train.trainer import Watch, make_trainer
+from sftkit.train.trainer import make_trainer
+from sftkit.train.watch import Watch
 from torch.nn.attention.flex_attention import flex_attention
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, TrainerCallback

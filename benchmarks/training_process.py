@@ -53,7 +53,8 @@ def trained(rows: list[Row], chat: Chat, task: dict[str, Any], parallel: str) ->
     """Train in this process; return rates, peak memory, losses."""
     from sftkit.train.adapters import adapter_config
     from sftkit.train.sharded import sharing
-    from sftkit.train.trainer import Trainer, Watch, make_trainer
+    from sftkit.train.trainer import Trainer, make_trainer
+    from sftkit.train.watch import Watch
 
     gpus, lora, shape = task["gpus"], task["lora"], task["shape"]
     mean = sum(len(row) for row in rows) / len(rows)

@@ -24,7 +24,8 @@ from .plan import rated_flops
 from .preference import PreferenceTrainer
 from .sampling import Sampler
 from .sharded import sharing
-from .trainer import Trainer, Watch, make_trainer
+from .trainer import Trainer, make_trainer
+from .watch import Watch
 
 log = logging.getLogger(__name__)
 

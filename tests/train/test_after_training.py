@@ -29,7 +29,8 @@ from sftkit.train.packing import Packs
 from sftkit.train.parity import check_parity, checked
 from sftkit.train.sampling import check_stops
 from sftkit.train.sft import TrainResult, _check_settings, train
-from sftkit.train.trainer import Watch, make_trainer
+from sftkit.train.trainer import make_trainer
+from sftkit.train.watch import Watch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 

@@ -21,7 +21,8 @@ from sftkit.train.data import Row, fingerprint
 from sftkit.train.final import answer_loss
 from sftkit.train.preference import PairPacks, PreferenceTrainer
 from sftkit.train.sft import train
-from sftkit.train.trainer import Watch, make_trainer
+from sftkit.train.trainer import make_trainer
+from sftkit.train.watch import Watch
 from trl import DPOConfig, DPOTrainer
 
 

@@ -28,7 +28,7 @@ from sftkit.train import processes
 from sftkit.train.checkpoints import last_checkpoint
 from sftkit.train.config import PreferenceConfig, TrainConfig
 from sftkit.train.sft import train
-from sftkit.train.trainer import Watch
+from sftkit.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -295,7 +295,7 @@ def test_a_stop_that_comes_while_the_others_are_waited_for_is_not_lost(tmp_path:
             told.append(numbers)
             return numbers
 
-        monkeypatch.setattr("sftkit.train.trainer.over_processes", wait)
+        monkeypatch.setattr("sftkit.train.watch.over_processes", wait)
         control = SimpleNamespace(should_save=False, should_training_stop=False)
         watch.on_step_end(None, state, control)
         assert control.should_save == control.should_training_stop

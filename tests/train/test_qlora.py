@@ -55,7 +55,8 @@ def test_float16_trains_the_adapter_in_float32(tmp_path, tiny_model) -> None:
 
     from sftkit.train.adapters import adapter_config
     from sftkit.train.data import Row
-    from sftkit.train.trainer import Watch, make_trainer
+    from sftkit.train.trainer import make_trainer
+    from sftkit.train.watch import Watch
 
     settings = TrainConfig(**SETTINGS, qlora=True)
     ref = resolve_model(tiny_model)

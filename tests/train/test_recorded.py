@@ -14,7 +14,8 @@ from sftkit.core.models import load_model, resolve_model
 from sftkit.train.config import TrainConfig
 from sftkit.train.recorded import Recorded
 from sftkit.train.sharded import sharing
-from sftkit.train.trainer import Trainer, Watch, make_trainer, unwrapped
+from sftkit.train.trainer import Trainer, make_trainer, unwrapped
+from sftkit.train.watch import Watch
 
 from .test_trainer import row
 

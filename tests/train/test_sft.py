@@ -212,7 +212,7 @@ def last_step(run: Path) -> int:
 
 def test_experts_that_were_trained_are_gone_on_from(tmp_path: Path, tiny_model: Path, chats, monkeypatch) -> None:
     """Checkpoints of transformers name each expert as the Hub's files do, by names that its trainer reads none of."""
-    from sftkit.train.trainer import Watch
+    from sftkit.train.watch import Watch
     from transformers import MixtralConfig, MixtralForCausalLM
 
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}

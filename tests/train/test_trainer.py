@@ -17,7 +17,8 @@ from sftkit.train.config import TrainConfig
 from sftkit.train.data import Row
 from sftkit.train.head import LinearCrossEntropy, _losses, _losses_in_place, loss_sum, piece_rows
 from sftkit.train.packing import Packs
-from sftkit.train.trainer import Watch, compile_layers, keeps_rows_apart, learn_from_packs, make_trainer
+from sftkit.train.trainer import compile_layers, keeps_rows_apart, learn_from_packs, make_trainer
+from sftkit.train.watch import Watch
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
