@@ -41,7 +41,6 @@ FREE = (  # settings that do not decide what the model becomes
 PREVIEW_ROWS = 20
 CPU_TOKENS, GPU_TOKENS = 2048, 32_768  # in one forward pass, to begin with
 HIGH_RATE = 0.01
-KEPT_RATE = 1e-3  # a step of it changes 99 % of SmolLM2-135M's weights in bfloat16, one of 2e-5 4 %, one of 1e-6 0.2 %
 SAVED = "saved.json"  # the final model stands and was held against the trained one; gone when all is done
 
 
@@ -147,11 +146,6 @@ def _check_settings(config: TrainConfig, device: str, half: Any) -> None:
         if device != "cpu":
             raise UserError("dtype bfloat16: this GPU does not compute in it; leave dtype out (float32 weights, float16 in the products)")
         log.warning("dtype bfloat16: this processor only imitates it, slowly; leave dtype out to compute in float32")
-    if config.dtype == "bfloat16" and not config.adapter and config.rate < KEPT_RATE:
-        log.warning(
-            "dtype bfloat16: steps of a learning rate of %g are smaller than the last digit of most of its weights, and are lost; leave"
-            " dtype out (float32 weights, computed in bfloat16 all the same), or train an adapter: --lora", config.rate,
-        )  # fmt: skip
     _check_gpus(config, device, half)
     for each in config.trackers:
         if importlib.util.find_spec(each) is None:

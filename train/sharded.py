@@ -40,11 +40,6 @@ class ShardedTrainer(Trainer):
             shard(self.model, self.args.device.type, torch.bfloat16 if self.args.bf16 else None, beside)
         return super().create_optimizer(*args, **kwargs)
 
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args: Any, _model: Any = None) -> Any:
-        """Return what one GPU's optimizer is made of. Of a model with some weights whole transformers 5.17 updates one after another."""
-        return Trainer.get_optimizer_cls_and_kwargs(args)
-
     def one_pass(self, model: Any, inputs: dict[str, Any], count: torch.Tensor) -> torch.Tensor:
         """Make a pass that can be recorded with all that FSDP2 does on streams of its own, and leaves nothing for the next to wait for.
 

@@ -32,6 +32,7 @@ from .head import loss_sum
 from .memory import decoder_layers, expert_weights, token_flops
 from .packing import Packs
 from .recorded import Recorded, can_record
+from .rounding import RoundedAdamW
 from .watch import Watch
 
 log = logging.getLogger(__name__)
@@ -99,11 +100,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         self.accelerator.unscale_gradients()
-        return clip_gradients(self.learned(), self.args.max_grad_norm)
+        return clip_gradients(self.learned(), self.args.max_grad_norm or math.inf)
 
     def _get_grad_norm(self, model: Any, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
         """Return the norm before it was clipped, or as it is where it is not."""
-        return clip_gradients(self.learned(), math.inf) if grad_norm is None else grad_norm
+        return self._clip_grad_norm(model) if grad_norm is None else grad_norm
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the optimizer. By then a checkpoint is in the model, and several processes get the first one's weights."""

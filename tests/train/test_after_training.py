@@ -241,21 +241,15 @@ def test_learning_rates_and_formats_that_cannot_work_are_said(said: pytest.LogCa
         _check_settings(config(dtype="bfloat16"), "cuda", torch.float16)
     _check_settings(config(dtype="bfloat16"), "cpu", None)
     assert "this processor only imitates it" in said.text
-    said.clear()
-    _check_settings(config(dtype="bfloat16", learning_rate=1e-3), "cuda", torch.bfloat16)
-    _check_settings(config(dtype="bfloat16", learning_rate=2e-5, lora=True), "cuda", torch.bfloat16)
-    assert not said.text
-    _check_settings(config(dtype="bfloat16", learning_rate=2e-5), "cuda", torch.bfloat16)
-    assert "steps of a learning rate of 2e-05 are smaller than the last digit of most of its weights, and are lost" in said.text
 
 
-def test_small_steps_are_lost_in_bfloat16_and_not_in_float32(tmp_path: Path, tiny_model: Path, chats) -> None:
+def test_small_steps_are_not_lost_in_bfloat16(tmp_path: Path, tiny_model: Path, chats) -> None:
     learned = {}
     for dtype in ("float32", "bfloat16"):
         settings = {"learning_rate": 2e-5, "dtype": dtype, "validation": 0.2, "stop_check": 0}
         before, after = train(chats(60), str(tiny_model), tmp_path / dtype, config(**settings)).validation
         learned[dtype] = before - after
-    assert 0 < 3 * learned["bfloat16"] < learned["float32"]
+    assert learned["bfloat16"] == pytest.approx(learned["float32"], rel=0.3)  # rounded to the nearest number it was less than a third
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path, tiny_model: Path, chats) -> None:

@@ -3,6 +3,7 @@
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -434,6 +435,29 @@ def test_a_run_that_goes_on_evaluates_first_only_what_was_not(
     with closing(Watch(tmp_path / "metrics.jsonl", SimpleNamespace(configure=lambda _: None), save_minutes=60)) as watch:
         watch.on_train_begin(arguments, state, None)
     assert arguments.eval_on_start is wanted
+
+
+def test_gradients_are_unscaled_before_their_norm_is_told_clipped_or_not(tiny_model: Path, tmp_path: Path) -> None:
+    """In float16 they stand scaled up, and the norm in metrics.jsonl was 65,536 times what it is where max_grad_norm is 0."""
+    ref, found = resolve_model(tiny_model), []
+    chat = load_chat(ref)
+    for most in (0.0, 1e9):
+        config = TrainConfig(batch_size=8, logging_steps=1, max_grad_norm=most)
+        with closing(Watch(tmp_path / str(most) / "metrics.jsonl", chat, save_minutes=60)) as watch:
+            trainer = make_trainer(
+                load_model(ref), chat, ROWS[:16], [], config, checkpoints=tmp_path / "a" / "b" / "c", device="cpu", half=None,
+                batch_tokens=4096, watch=watch,
+            )  # fmt: skip
+
+            def unscale(trainer: Any = trainer) -> None:
+                torch._foreach_mul_([each.grad for each in trainer.learned()], 1 / 1024)
+
+            trainer.accelerator.backward = lambda loss, **_: (loss * 1024).backward()
+            trainer.accelerator.unscale_gradients = unscale
+            trainer.train()
+        found.append([(line["loss"], line["grad_norm"]) for line in read_json_lines(watch.metrics) if "loss" in line])
+    assert len(found[0]) == 2
+    assert found[0] == found[1]
 
 
 def test_losses_are_those_of_trls_own_trainer(tmp_path: Path, tiny_model: Path) -> None:
