@@ -46,7 +46,10 @@ def merged(options: dict[str, Any], settings: Path | None) -> dict[str, Any]:
     base = read_yaml(settings) if settings else {}
     chosen = given(options)
     engine = {name: chosen.pop(name) for name in OF_ENGINE if name in chosen}
-    return {**base, **chosen, **({"engine": {**base.get("engine", {}), **engine}} if engine else {})}
+    section = base.get("engine") or {}
+    if engine and isinstance(section, dict):  # a section that is something else is for the loader to refuse
+        section = {**section, **engine}
+    return {**base, **chosen, **({"engine": section} if section else {})}
 
 
 @evaluate.command(short_help="Answers to the same questions side by side, and who stops.")
@@ -127,7 +130,7 @@ def judge(answers: tuple[str, ...], out: Path | None, verdicts: str | None, sett
 
     \b
     sftkit evaluate judge runs/b --judge org/name
-    sftkit evaluate judge new.jsonl old.jsonl --judge gpt-x --engine openai --base-url https://host/v1 --references gold.jsonl
+    sftkit evaluate judge old.jsonl new.jsonl --judge gpt-x --engine openai --base-url https://host/v1 --references gold.jsonl
     sftkit evaluate judge --verdicts judge_verdicts.jsonl.gz --judge GPT-4
     """
     chosen = merged(options, settings)

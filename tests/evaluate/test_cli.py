@@ -75,6 +75,14 @@ def test_an_unknown_setting_names_the_nearest(tmp_path: Path, tiny_model: Path, 
     assert "compare.yaml: unknown setting 'max_tokens': did you mean 'max_new_tokens'?" in err
 
 
+def test_a_section_that_is_none_is_named_beside_an_option_of_it(tmp_path: Path, tiny_model: Path, cli: Cli) -> None:
+    config = tmp_path / "compare.yaml"
+    config.write_text("engine: transformers\n")
+    code, _, err = cli("evaluate", "compare", "--model", f"a={tiny_model}", "--config", config, "--device", "cpu")
+    assert code == 1
+    assert "compare.yaml: engine: expected settings like 'key: value', found 'transformers'" in err
+
+
 def test_compare_prints_the_answers_and_options_win_over_the_file(tmp_path: Path, tiny_model: Path, trained_model: Path, cli: Cli) -> None:
     config = tmp_path / "compare.yaml"
     config.write_text("max_new_tokens: 50\nengine: {dtype: float32, device: cpu}\n")
