@@ -38,6 +38,9 @@ def read_verdicts(source: str, *, judge: str, prompt: str | None = None) -> list
     if not chosen:
         known = ", ".join(sorted({str(row["judge"]) for row in verdicts}))
         raise UserError(f"{source}: no verdicts of {judge!r}{f' with the prompt {prompt!r}' if prompt else ''}; there are {known}")
+    winners = {str(row[name]) for row in chosen for name in ("winner_orig", "winner_swapped")}
+    if not any(map(_side, winners)):
+        raise UserError(f"{source}: the winners are {', '.join(sorted(winners)[:5])}; expected 1 or 2, the number of the better output")
     prompts: dict[str, list[dict[str, Any]]] = {}
     for row in chosen:
         prompts.setdefault(str(row.get("prompt") or "no prompt"), []).append(row)
@@ -52,7 +55,7 @@ def _labelled(source: str, needed: Sequence[str], known: list[dict[str, Any]] | 
     rows = [row for _, row in iterate_rows(source)] if known is None else known
     for number, row in enumerate(rows, 1):
         missing = [name for name in needed if name not in row]
-        if missing or str(row["label"]) not in ("1", "2"):
+        if missing or _side(row["label"]) is None:
             what = f"no column {missing[0]!r}" if missing else f"the label {row['label']!r}"
             raise UserError(f"{source}: row {number} has {what}; expected {', '.join(needed)}, with label 1 or 2 for the better output")
     if not rows:
@@ -69,7 +72,7 @@ def _subsets(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _side(value: Any) -> int | None:
-    return int(value) if str(value) in ("1", "2") else None
+    return {"1": 1, "2": 2, "1.0": 1, "2.0": 2}.get(str(value))  # beside a null, tables hold whole numbers as 1.0
 
 
 def _agreements(rows: Sequence[Mapping[str, Any]], said: Sequence[tuple[int | None, int | None]]) -> list[Agreement]:
@@ -80,7 +83,7 @@ def _agreements(rows: Sequence[Mapping[str, Any]], said: Sequence[tuple[int | No
         for group in dict.fromkeys((name, name.rpartition("/")[0] if name.count("/") > 1 else name)):
             groups.setdefault(group, []).append(place)
     return [
-        agreement(name, [int(rows[place]["label"]) for place in places], [said[place] for place in places])
+        agreement(name, [_side(rows[place]["label"]) or 0 for place in places], [said[place] for place in places])
         for name, places in sorted(groups.items())
     ]
 

@@ -123,6 +123,15 @@ def test_llmbars_verdicts_give_llmbars_accuracies(shared_data: Path) -> None:
         read_verdicts(source, judge="GPT-5")
 
 
+def test_numbers_of_outputs_may_be_written_as_fractions_are(tmp_path: Path) -> None:
+    rows = [{"judge": "j", "label": 1.0, "winner_orig": 1.0, "winner_swapped": None}, {"judge": "j", "label": 2.0, "winner_orig": 2.0}]
+    (found,) = read_verdicts(str(write(tmp_path / "v.jsonl", [{"winner_swapped": 2.0, **row} for row in rows])), judge="j")
+    assert (found.accuracy, found.both) == (0.75, 0.5)
+    others = write(tmp_path / "o.jsonl", [{"judge": "j", "label": 1, "winner_orig": "A", "winner_swapped": "B"}])
+    with pytest.raises(UserError, match=r"o.jsonl: the winners are A, B; expected 1 or 2, the number of the better output"):
+        read_verdicts(str(others), judge="j")
+
+
 def test_agreement_counts_both_orders_and_silence_as_wrong() -> None:
     found = agreement("toy", [1, 2, 1, 1], [(1, 1), (1, 2), (None, 1), (2, 2)])
     assert (found.accuracy, found.both, found.same) == (0.5, 0.25, 0.5)
