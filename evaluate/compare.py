@@ -208,14 +208,18 @@ def _void_judgements(folder: Path, answers: pl.DataFrame) -> None:
 
 
 def read_questions(source: str | Path | None, config: CompareConfig) -> list[Question]:
-    """Return the questions of a file, up to their last user turn, with the system message; the three of QUESTIONS without a file."""
+    """Return the questions of a file, up to their last user turn, with the system message; the three of QUESTIONS without a file.
+
+    Rules: `no_user_turn`, and `repeated` for a question that stood there before.
+    """
     if source is None:
         texts = QUESTIONS[: config.limit]
         conversations: list[list[Message]] = [[{"role": "user", "content": text}] for text in texts]
         examples = [Example(content_id(each), each, "built in") for each in conversations]
     else:
         examples = list(islice(iterate_examples(source), config.limit))
-    questions = []
+    questions: list[Question] = []
+    before: set[str] = set()
     for example in examples:
         if not any(each["role"] == "user" for each in example.messages):
             questions.append(Question(example.id, example.messages, example.source, "no_user_turn"))
@@ -223,7 +227,11 @@ def read_questions(source: str | Path | None, config: CompareConfig) -> list[Que
         messages, _ = split_prompt(example)
         if config.system is not None and not any(each["role"] == "system" for each in messages):
             messages = [{"role": "system", "content": config.system}, *messages]
-        questions.append(Question(example.id, messages, example.source, tools=tools_of(example.meta)))
+        tools = tools_of(example.meta)
+        # a greedy answer is the same each time: a question that stands there twice tells no more than once
+        asked = content_id(sent(messages, tools))
+        questions.append(Question(example.id, messages, example.source, "repeated" if asked in before else None, tools))
+        before.add(asked)
     return questions
 
 

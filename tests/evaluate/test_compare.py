@@ -20,6 +20,7 @@ from sftkit.core.run import is_done, read_done
 from sftkit.evaluate import compare as compare_module
 from sftkit.evaluate.compare import QUESTIONS, Answer, CompareResult, Question, compare
 from sftkit.evaluate.config import CompareConfig
+from sftkit.evaluate.judge import read_run
 from sftkit.evaluate.results import counted, left_out
 from sftkit.evaluate.show import show_answers
 
@@ -170,6 +171,14 @@ def test_questions_of_a_file_lose_their_answers_and_keep_their_system(tmp_path: 
     assert second == own
     assert result.folder is None
     assert len(compare({"m": str(tiny_model)}, questions, None, settings(limit=1)).questions) == 1
+
+
+def test_a_question_that_stands_there_again_counts_once(tmp_path: Path, tiny_model: Path, trained_model: Path) -> None:
+    rows = [{"prompt": text, "completion": answer} for text, answer in (("One?", "a"), ("One?", "b"), ("Two?", "a"), ("One?", "a"))]
+    result = compare({"a": str(tiny_model), "b": str(trained_model)}, write_rows(tmp_path / "q.jsonl", rows), tmp_path / "run", settings())
+    assert (result.models[0].n, result.left_out) == (2, {"repeated": 2})
+    _, (first, _) = read_run(tmp_path / "run")
+    assert len(first.texts) == 2  # nor is it judged again
 
 
 def test_a_model_whose_template_changed_since_training_is_refused(tmp_path: Path, tiny_model: Path) -> None:
