@@ -77,7 +77,7 @@ def iterate_examples(
         if name is None:
             name = found[columns] = _format_of(row, columns, place)
         meta = dict(row)
-        messages = _with_system(meta, readers[name](meta, place))
+        messages = with_system(meta, readers[name](meta, place))
         return Example(_unused(content_id(messages), used), messages, place, meta)
 
     for place, row in iterate_rows(source, revision=revision, split=split, faulty=faulty):
@@ -231,7 +231,8 @@ def _turns(value: Any, place: str, column: str) -> list[Message]:
     return [_message(turn, f"{place}: {column}[{number}]") for number, turn in enumerate(value)]
 
 
-def _with_system(meta: Row, messages: list[Message]) -> list[Message]:
+def with_system(meta: Row, messages: list[Message]) -> list[Message]:
+    """Put a row's column `system` before its messages, and take it out of the row."""
     name = next((name for name in SYSTEMS if isinstance(meta.get(name), str) and meta[name].strip()), None)
     if name is None or any(message["role"] == "system" for message in messages):
         return messages

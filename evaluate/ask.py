@@ -11,7 +11,7 @@ import polars as pl
 
 from ..core.engines.base import ChoiceRequest, Engine, Request, Sampling, ScoreRequest, choice_logprobs
 from ..core.errors import UserError
-from ..core.example import Message
+from ..core.example import Message, Tool, sent
 from ..core.named_models import NamedModel
 from ..core.progress import Progress
 from ..core.store import SampleStore, decisive_settings, sample_key, sample_seed
@@ -55,6 +55,7 @@ class _Wanted:
     key: str = ""
     ids: tuple[int, ...] = ()
     messages: tuple[Message, ...] = ()
+    tools: tuple[Tool, ...] = ()
     error: str | None = None
 
 
@@ -231,14 +232,16 @@ def _prepare(asked: Asked, item: Item, index: int, sampling: Sampling, identity:
     ids: tuple[int, ...] = ()
     if model.chat is not None:
         try:
-            ids = tuple(model.chat.prompt(item.messages) if asked.chat else model.chat.tokenizer(item.completion)["input_ids"])
+            ids = tuple(
+                model.chat.prompt(item.messages, tools=item.tools) if asked.chat else model.chat.tokenizer(item.completion)["input_ids"]
+            )
         except UserError as error:
             log.warning("%s: %s", item.id, error)
             return _Wanted(item, index, error="refused_by_template")
         if model.context is not None and len(ids) + sampling.max_new_tokens > model.context:
             return _Wanted(item, index, error="too_long")
-    key = sample_key(prompt=ids or item.messages, model_identity=identity, sampling=sampling, index=index)
-    return _Wanted(item, index, key, ids, tuple(item.messages))
+    key = sample_key(prompt=ids or sent(item.messages, item.tools), model_identity=identity, sampling=sampling, index=index)
+    return _Wanted(item, index, key, ids, tuple(item.messages), item.tools)
 
 
 def _generate(
@@ -260,7 +263,9 @@ def _generate(
 
     def requests() -> Iterator[Request]:
         for key, each in list(missing.items()):
-            yield Request(key=key, prompt_ids=each.ids, messages=list(each.messages), sampling=sampling, seed=sample_seed(key))
+            yield Request(
+                key=key, prompt_ids=each.ids, messages=list(each.messages), tools=each.tools, sampling=sampling, seed=sample_seed(key)
+            )
 
     places = {key: (each.item.id, each.index) for key, each in missing.items()}
     told = f"{label}: ask {asked.name}"

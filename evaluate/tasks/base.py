@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ...core.example import Message
+from ...core.example import Message, Tool
 
 PENDING = "\x00"
 JUDGED = "judge"  # the scoring of a question whose answers a model grades: see `graded`
@@ -20,6 +20,7 @@ class Item:
     target: Mapping[str, Any] = field(default_factory=dict)  # what the scorer needs
     group: str | None = None  # questions of one subject or conversation are not independent
     choices: tuple[str, ...] = ()  # texts to go on with, of which the most probable is the answer
+    tools: tuple[Tool, ...] = ()  # the functions that can be called
     after: str = ""  # the item whose answer, each model's own, stands where PENDING does: a second turn. It stands before this one
 
     @property

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ from ...core.checks.code import extract_program, run_tests
 from ...core.checks.numbers import canonical, extract_number
 from ...core.checks.schema import check_schema
 from ...core.errors import UserError, unknown_name
-from ...core.example import Example, Message, content_id
-from ...core.formats import FORMATS, detect_format, split_prompt
+from ...core.example import Example, Message, Tool, content_id, tools_of
+from ...core.formats import FORMATS, detect_format, split_prompt, with_system
 from ...core.patterns import Pattern
 from ...core.sources import iterate_rows
 from ..config import TasksConfig
@@ -50,6 +50,7 @@ def _several(value: Any) -> list[Any]:
 
 
 OWN = ("id", "group", "scoring", "answer", "pattern", "schema", "tests", "entry_point")  # columns that are no part of the question
+BLANK = ("id", "group", "scoring", "entry_point")  # of these an empty text, as the cells of a CSV file are, is none
 SCORING: dict[str, tuple[Callable[[Mapping[str, Any], str], Mark] | None, str]] = {  # the scorer, and the column that it needs
     "exact": (_exact, "answer"),
     "numeric": (_numeric, "answer"),
@@ -73,8 +74,8 @@ def load(source: str, config: TasksConfig) -> Task:
     places: dict[str, str] = {}
     items = []
     for place, row in iterate_rows(path):
-        target = {name: row[name] for name in OWN if row.get(name) is not None}
-        messages, gold = _question({name: value for name, value in row.items() if name not in OWN and value is not None}, place)
+        target = {name: row[name] for name in OWN if row.get(name) is not None and not (name in BLANK and row[name] == "")}
+        messages, gold, tools = _question({name: value for name, value in row.items() if name not in OWN and value is not None}, place)
         if gold is not None:
             target.setdefault("answer", gold)
         scoring = str(target.setdefault("scoring", default))
@@ -89,8 +90,8 @@ def load(source: str, config: TasksConfig) -> Task:
         if name in places:
             raise UserError(f"{place}: the id {name!r} is that of {places[name]} too; give each question its own")
         places[name] = place
-        question = f"Question: {messages[-1]['content']}\nAnswer:"
-        items.append(Item(name, messages, question, target, str(target["group"]) if "group" in target else None))
+        group = str(target.get("group", content_id(messages)))  # the same question again is answered alike
+        items.append(Item(name, messages, _shown(messages), target, group, tools=tools))
 
     def score(item: Item, answer: str) -> dict[str, Mark]:
         scorer = SCORING[item.target["scoring"]][0]
@@ -107,19 +108,26 @@ def load(source: str, config: TasksConfig) -> Task:
     return Task(name=Path(path).name, items=items, metrics=("score",), score=score, code="unit-test" in kinds, judged=JUDGED in kinds)
 
 
-def _question(rest: dict[str, Any], place: str) -> tuple[list[Message], str | None]:
-    """Return a row's conversation up to its last question, and the answer that stands behind it, if one does."""
+def _question(rest: dict[str, Any], place: str) -> tuple[list[Message], str | None, tuple[Tool, ...]]:
+    """Return a row's conversation up to its last question, the answer that stands behind it, if one does, and its functions."""
     if not rest:
         raise UserError(
             f"{place}: has no question, only what the answer is held against; expected a column prompt or question, or messages"
         )
-    messages = FORMATS[detect_format(frozenset(rest), place)](rest, place)
+    format = detect_format(frozenset(rest), place)
+    messages = with_system(rest, FORMATS[format](rest, place))
     if not any(each["role"] == "user" for each in messages):
         raise UserError(f"{place}: has no question; expected a column prompt or question, or messages of a user")
     asked, gold = split_prompt(Example("", messages))
     if asked[-1]["role"] == "user" and not str(asked[-1].get("content") or "").strip():
         raise UserError(f"{place}: its question is empty; expected a text")
-    return asked, gold
+    return asked, gold, tools_of(rest)
+
+
+def _shown(messages: Sequence[Message]) -> str:
+    """Write a conversation as a text that goes on with the answer to its last question."""
+    told = {"user": "Question: ", "assistant": "Answer: "}
+    return "\n\n".join(f"{told.get(each['role'], '')}{each['content']}" for each in messages) + "\nAnswer:"
 
 
 def _parsed(schema: str, place: str) -> Any:

@@ -107,7 +107,8 @@ def test_new_weights_under_the_same_path_are_asked_anew(
 
 def test_several_samples_give_pass_at_k_and_the_majority(mine: Path, trained_model: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in mine.read_text().splitlines()]
-    numeric = write_rows(tmp_path / "numbers.jsonl", [row for row in rows if row["scoring"] == "numeric"])
+    numbers = [row for row in rows if row["scoring"] == "numeric"]
+    numeric = write_rows(tmp_path / "numbers.jsonl", [{**row, "prompt": QUESTIONS[place]} for place, row in enumerate(numbers)])
     result = evaluate_tasks({"sft": str(trained_model)}, [str(numeric)], None, settings(samples=3, temperature=0.2))
     (metric,) = result.tasks[0].metrics["sft"]
     assert sorted(metric.pass_at) == [1, 2, 3]
@@ -280,6 +281,31 @@ BAD: list[tuple[list[dict[str, Any]], str]] = [
 def test_bad_rows_are_named(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         open_task(str(write_rows(tmp_path / "rows.jsonl", rows)), settings())
+
+
+def test_empty_cells_of_a_table_are_none(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,answer,id,group,scoring,entry_point\nA?,1,,,,\nB?,2,,,numeric,\n")
+    first, second = open_task(f"{tmp_path / 'rows.csv'}:exact", settings()).items
+    assert [each.target["scoring"] for each in (first, second)] == ["exact", "numeric"]
+    assert "entry_point" not in first.target
+    assert first.group != second.group
+    assert "" not in (first.id, second.id)
+
+
+def test_a_question_keeps_its_system_message_and_its_functions_and_is_one_cluster(tmp_path: Path, tiny_model: Path, watch: Watch) -> None:
+    tools = [{"name": "look", "parameters": {"type": "object", "properties": {}}}]
+    row = {"prompt": "B?", "system": "Be brief.", "tools": tools, "scoring": "exact", "answer": "1"}
+    said = [{"role": each, "content": text} for each, text in (("user", "A?"), ("assistant", "Yes."), ("user", "B?"))]
+    rows = [row, {**row, "answer": "2"}, {"messages": said, "scoring": "exact", "answer": "1"}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    first, again, turns = open_task(str(path), settings()).items
+    assert [each["content"] for each in first.messages] == ["Be brief.", "B?"]
+    assert first.tools[0]["function"] == tools[0]
+    assert first.completion == "Be brief.\n\nQuestion: B?\nAnswer:"
+    assert turns.completion == "Question: A?\n\nAnswer: Yes.\n\nQuestion: B?\nAnswer:"
+    assert (first.group == again.group, first.id == again.id) == (True, False)
+    (metric,) = evaluate_tasks({"a": str(tiny_model)}, [str(path)], None, settings()).tasks[0].metrics["a"]
+    assert (metric.n, metric.clusters) == (3, 2)
 
 
 def test_a_schema_may_be_a_text(tmp_path: Path) -> None:
