@@ -14,7 +14,7 @@ from .growth import ASKS_A_ROUND
 from .prompts import Prompt, unasked
 from .rows import message_text
 
-SPEAKER = re.compile(r"^\s*\**(?:the\s+)?(?:user|human)\**\s*:\**\s*", re.IGNORECASE)
+SPEAKER = re.compile(r"^\s*\**(?:the\s+)?(?:user|human)\**\s*[:：]\**\s*", re.IGNORECASE)
 ROUNDS = 1  # user turns that are added when the config does not say
 
 NEXT = (  # what the next turn does, by turn and by chance; the words are our own

@@ -9,13 +9,20 @@ from pathlib import Path
 from ..core.chat import Chat
 from ..core.errors import UserError
 from ..core.example import Message
+from ..core.ngrams import CHINESE_WORD
 from .config import GrowConfig
 
 ASKS_A_ROUND = 32  # fixed, so that a larger count goes on where a smaller one ended
 SHOWN_SEEDS, SHOWN_NEW = 6, 2  # of the tasks in a request of Self-Instruct (Wang et al. 2022, arXiv 2212.10560)
-NUMBERED = re.compile(r"^\s*(?:#+\s*)?\d+\s*[.):]\s+", re.MULTILINE)
+# "1. ", and as Chinese writes it: "1、", "（1）", or "1." with no space behind it
+NUMBERED = re.compile(r"^\s*(?:#+\s*)?(?:\d+\s*(?:[.):](?:\s+|(?=[^\x00-\x7f]))|[、．：]\s*)|[(（]\d+[)）]\s*)", re.MULTILINE)
 BULLET = re.compile(r"^\s*[-*\u2022]\s+", re.MULTILINE)
-LABEL = re.compile(r"^\s*(?:#\s*)?(?:(?:new|rewritten|created|given)\s+)?(?:prompt|task|question|instruction)\s*#?\s*:\s*", re.IGNORECASE)
+LABEL = re.compile(
+    r"^\s*(?:#\s*)?(?:(?:new|rewritten|created|given)\s+)?(?:prompt|task|question|instruction)\s*#?\s*[:：]\s*", re.IGNORECASE
+)
+QUOTED = re.compile(r'"([^"]*)"|“([^“”]*)”', re.DOTALL)  # as a whole; what is quoted within keeps its marks
+# a word of a passage: what stands between spaces, in scripts without them a character
+PIECE = re.compile(rf"{CHINESE_WORD}|(?:(?!{CHINESE_WORD})\S)+")
 TEXT_FILES = (".txt", ".md", ".markdown", ".rst")
 
 
@@ -158,9 +165,9 @@ def read_answer(config: GrowConfig, text: str) -> list[str]:
         items = [match.span() for match in NUMBERED.finditer(text)] or [match.span() for match in BULLET.finditer(text)]
         ends = [*(start for start, _ in items[1:]), len(text)]
         parts = [text[begin:end] for (_, begin), end in zip(items, ends, strict=False)]  # of an answer without a list, none
-    cleaned = [LABEL.sub("", part).strip().strip("\u201c\u201d").strip() for part in parts]
-    cleaned = [each[1:-1].strip() if len(each) > 1 and each[0] == each[-1] == '"' else each for each in cleaned]
-    return [each for each in cleaned if each]
+    cleaned = [LABEL.sub("", part).strip() for part in parts]
+    bare = [(quoted[1] or quoted[2] or "").strip() if (quoted := QUOTED.fullmatch(each)) else each for each in cleaned]
+    return [each for each in bare if each]
 
 
 FAULTS: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -171,7 +178,7 @@ FAULTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ),
     ("talks_of_itself", re.compile(r"\b(?:(?:given|rewritten|new|original|created) prompt|(?:the|this) (?:passage|excerpt))\b", re.I)),
     ("placeholder", re.compile(r"\[(?:insert|your|name|topic|text)[^\]]*\]|<(?:insert|your)[^>]*>|\b(?:lorem ipsum|TODO)\b", re.I)),
-    ("begins_with_punctuation", re.compile(r"^[^\w\"'(\[{<$#`*¿¡«“‘-]")),
+    ("begins_with_punctuation", re.compile(r"^[^\w\"'(\[{<$#`*¿¡«“‘「『《〈（【〔-]")),
 )
 
 
@@ -198,7 +205,7 @@ def read_passages(source: Path, chunk_words: int) -> list[Text]:
     passages = []
     for path in files:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read as text: {getattr(error, 'strerror', None) or error}") from None
         name = str(path.relative_to(source)) if source.is_dir() else path.name
@@ -222,15 +229,15 @@ def chunks(text: str, most: int) -> list[str]:
         size = 0
 
     for paragraph in re.split(r"\n\s*\n", text):
-        parts = paragraph.split()
+        parts = [match.span() for match in PIECE.finditer(paragraph)]
         if not parts:
             continue
         alone = len(current) == 1 and current[0].lstrip().startswith("#")  # a heading stays with what follows it
         if (size and size + len(parts) > most and not alone) or (paragraph.lstrip().startswith("#") and size >= most / 2):
             end()
         for first in range(0, len(parts), most):
-            piece = paragraph.strip() if len(parts) <= most else " ".join(parts[first : first + most])
-            current.append(piece)
+            within = parts[first : first + most]
+            current.append(paragraph[within[0][0] : within[-1][1]])
             size += min(most, len(parts) - first)
             if size >= most:
                 end()

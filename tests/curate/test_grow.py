@@ -24,7 +24,7 @@ from sftkit.curate import distill as distill_module
 from sftkit.curate import show as show_module
 from sftkit.curate.config import GrowConfig
 from sftkit.curate.grow import GrowResult, grow
-from sftkit.curate.growth import chunks, pre_query, read_answer, read_passages
+from sftkit.curate.growth import chunks, fault, pre_query, read_answer, read_passages
 from sftkit.curate.rouge import RougePool, longest_common_subsequence
 
 SEEDS = ["Name three rivers of Europe.", "Write a haiku about snow.", "Explain recursion to a child."]
@@ -400,6 +400,35 @@ def test_passages_keep_paragraphs_whole(tmp_path: Path) -> None:
     (tmp_path / "x.md").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read as text"):
         read_passages(tmp_path / "x.md", 100)
+
+
+def test_chinese_is_cut_into_passages_of_the_size_asked_for(tmp_path: Path) -> None:
+    """Each character counts as a word: between spaces there are whole paragraphs."""
+    long = "人工智慧正在改變世界。" * 60
+    text = "\n\n".join(["# 標題", long, *(f"第{number}句話說明一件事情。" for number in range(40))])
+    (tmp_path / "x.md").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    found = [each.text for each in read_passages(tmp_path / "x.md", 100)]
+    assert len(found) > 10
+    assert max(map(len, found)) < 140
+    assert found[0].startswith("# 標題\n\n人工")
+    assert "".join("".join(found).split()) == "".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("answer", "prompts"),
+    [
+        ("1、《紅樓夢》的作者是誰？\n2、「一帶一路」是什麼？", ["《紅樓夢》的作者是誰？", "「一帶一路」是什麼？"]),
+        ("1.什麼是量子力學？\n2.圓周率是3.14嗎？\n", ["什麼是量子力學？", "圓周率是3.14嗎？"]),
+        ("（1）什麼是量子力學？\n（2）請寫一首詩。", ["什麼是量子力學？", "請寫一首詩。"]),
+        ("1. “海底撈”是什麼意思？\n2. “什麼是量子力學？”", ["“海底撈”是什麼意思？", "什麼是量子力學？"]),
+        ('1. "Rest" or "rust"?\n2. "What is rust?"\n', ['"Rest" or "rust"?', "What is rust?"]),
+        ("1. Which number is larger,\n3.5 or 3.50?", ["Which number is larger,\n3.5 or 3.50?"]),
+    ],
+)
+def test_prompts_are_read_as_they_were_written(answer: str, prompts: list[str]) -> None:
+    found = read_answer(config(), answer)
+    assert found == prompts
+    assert [fault(config(), each, 9) for each in found] == [None] * len(found)
 
 
 def test_the_seed_tasks_of_self_instruct_can_be_read(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
