@@ -38,8 +38,10 @@ class TrainConfig:
     validation: float = setting(0.05, "Share of the rows that are not trained on and give eval_loss; 0 for none.")
     limit: int | None = setting(None, "Only the first rows.")
     seed: int = setting(0, "Decides the order of the rows and the start of LoRA's weights.")
-    dtype: str = setting("auto", "Number format: auto is float32 weights, computed in bfloat16 where the processor can.",
-                         choices=("auto", "float32", "bfloat16"))  # fmt: skip
+    dtype: str = setting(
+        "auto", "Number format: auto is float32 weights, computed in bfloat16 where the processor can; bfloat16 weights take half.",
+        choices=("auto", "float32", "bfloat16"),
+    )  # fmt: skip
     gradient_checkpointing: bool | None = setting(
         None, "Compute activations twice to save memory; a fifth slower. Where memory is short, by itself."
     )

@@ -87,7 +87,7 @@ def run_trainer(
 def formats(config: TrainConfig, own: Any, device: str) -> tuple[Any, Any]:
     """Return the number format of the weights, and the 16-bit one that the forward pass computes in (None: that of the weights).
 
-    Weights that are trained are float32 unless bfloat16 is asked for: steps of a small learning rate are lost in 8 bits of mantissa.
+    Weights that are trained are float32 unless bfloat16 is asked for, whose 8 bits keep small steps on average alone (train.rounding).
     """
     if config.dtype != "auto":
         return getattr(torch, config.dtype), None
