@@ -1,15 +1,18 @@
 """What this machine computes with: which device, which number format is fast there, and which packages."""
 
 import importlib.metadata
+import math
 import os
 import shutil
 import subprocess
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .errors import UserError
 
+CONTROL = Path("/sys/fs/cgroup")  # of this process's container
 SECONDS_BETWEEN_LOOKS = 1.0  # at what a GPU does
 
 
@@ -119,8 +122,18 @@ def measured_peak(device: str) -> float:
 
 
 def usable_cores() -> int:
-    """Return on how many processors this process may run: those it was given, not those of the machine; of all their time."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return on how many processors this process may run: those it was given, not those of the machine, and a container's share of time."""
+    given = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(given, math.ceil(_share_of_time())))
+
+
+def _share_of_time() -> float:
+    """Return how many processors' time a container has, as Docker and Kubernetes limit it (cgroups v2, v1)."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        if all((CONTROL / name).is_file() for name in names):
+            quota, period = " ".join((CONTROL / name).read_text() for name in names).split()
+            return int(quota) / int(period) if quota not in ("max", "-1") else math.inf
+    return math.inf
 
 
 def installed_version(package: str) -> str | None:
