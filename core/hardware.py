@@ -124,7 +124,7 @@ def measured_peak(device: str) -> float:
 def usable_cores() -> int:
     """Return on how many processors this process may run: those it was given, not those of the machine, and a container's share of time."""
     given = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(given, math.ceil(_share_of_time())))
+    return max(1, math.ceil(min(given, _share_of_time())))
 
 
 def _share_of_time() -> float:
