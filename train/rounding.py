@@ -7,7 +7,7 @@ Loshchilov and Hutter's, arXiv 1711.05101.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,12 +52,12 @@ class RoundedAdamW(torch.optim.Optimizer):
         state["step"] = step = int(state["step"]) + 1  # PyTorch's is a tensor
         (mean_decay, square_decay), rate = group["betas"], float(group["lr"])
         first, second = 1 - mean_decay**step, math.sqrt(1 - square_decay**step)
-        held = [held_here(each).view(-1) for each in (weight, state["exp_avg"], state["exp_avg_sq"])]
+        kinds: list[Any] = [weight, state["exp_avg"], state["exp_avg_sq"], weight.grad]
+        held = [held_here(each) for each in kinds]
         random = self._random.setdefault(held[0].device, torch.Generator(held[0].device))
         random.manual_seed(step * 1_000_003 + place)  # a processor's generator reads 32 bits of it
-        grads = held_here(weight.grad).reshape(-1).split(PIECE)  # type: ignore[arg-type]
-        for kept, mean_kept, square_kept, grad in zip(*(each.split(PIECE) for each in held), grads, strict=True):
-            own, mean, square, grad = kept.float(), mean_kept.float(), square_kept.float(), grad.float()
+        for kept, mean_kept, square_kept, grad_kept in zip(*_pieces(held), strict=True):
+            own, mean, square, grad = (each.float() for each in (kept, mean_kept, square_kept, grad_kept))
             mean.lerp_(grad, 1 - mean_decay)
             square.mul_(square_decay).addcmul_(grad, grad, value=1 - square_decay)
             own.mul_(1 - rate * group["weight_decay"])
@@ -66,6 +66,14 @@ class RoundedAdamW(torch.optim.Optimizer):
                 kept.copy_(rounded(own, random))
                 mean_kept.copy_(mean)
                 square_kept.copy_(rounded(square, random))
+
+
+def _pieces(tensors: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+    """Return views of pieces of tensors of one shape, as small as their places in memory allow."""
+    if all(each.is_contiguous() for each in tensors):
+        return [each.view(-1).split(PIECE) for each in tensors]
+    rows = max(1, PIECE * len(tensors[0]) // tensors[0].numel())
+    return [each.split(rows) for each in tensors]
 
 
 def rounded(values: torch.Tensor, random: torch.Generator) -> torch.Tensor:

@@ -33,7 +33,8 @@ def test_what_is_a_bfloat16_and_what_is_not_finite_stays() -> None:
 @pytest.mark.parametrize("piece", [1 << 22, 7])
 def test_float32_weights_are_updated_as_by_pytorch(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "PIECE", piece)
-    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator())) for shape in ((3, 5), (4,), (2,))]
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator())) for shape in ((3, 5), (4,), (), (5, 4, 3), (2,))]
+    ours[3].data = ours[3].data.transpose(0, 2)
     theirs = copy.deepcopy(ours)
     settings = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6}
     optimizers = [
@@ -42,7 +43,7 @@ def test_float32_weights_are_updated_as_by_pytorch(piece: int, monkeypatch: pyte
     ]
     random = generator()
     for _ in range(5):
-        for one, other in zip(ours[:2], theirs[:2], strict=True):  # the last one has no gradient
+        for one, other in zip(ours[:-1], theirs[:-1], strict=True):  # the last one has no gradient
             one.grad = torch.randn(one.shape, generator=random)
             other.grad = one.grad.clone()
         for each in optimizers:
