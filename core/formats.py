@@ -258,6 +258,17 @@ def _lacks(meta: Row, place: str, names: tuple[str, ...]) -> UserError:
     return UserError(f"{place}: found the columns {', '.join(meta)}; expected {' or '.join(names)}")
 
 
+def _refuse_unwanted(meta: Row, place: str, column: str) -> None:
+    """Raise UserError for an answer in unpaired preferences, TRL's and LLaMA-Factory's, that is marked as not wanted.
+
+    A CSV file has texts. Beside messages, where a text may be a class, `label` is a mark as a truth value only.
+    """
+    labelled = column == "completion" or (column in CONVERSATIONS and meta.get("label") is False)
+    for mark in ("kto_tag", "label") if labelled else ("kto_tag",):
+        if str(meta.get(mark)).lower() == "false":
+            raise UserError(f"{place}: {mark} is false: its answer, in {column}, is one that is not wanted; leave such rows out")
+
+
 # Each reader takes the columns that it uses out of the row; what it leaves is the example's meta.
 
 
@@ -265,6 +276,7 @@ def _conversation(meta: Row, place: str) -> list[Message]:
     taken = _take(meta, CONVERSATIONS)
     if taken is None:
         raise _lacks(meta, place, CONVERSATIONS)
+    _refuse_unwanted(meta, place, taken[0])
     return _turns(taken[1], place, taken[0])
 
 
@@ -274,9 +286,13 @@ def _question(
     taken = _take(meta, prompts)
     if taken is None:
         raise _lacks(meta, place, prompts)
-    name, value = taken
-    messages = _turns(value, place, name) if isinstance(value, list) else [_user(_text(value, place, name))]
-    return [*messages, *_answer(meta, place, answers, required=answered)]
+    return [*_asked(meta, place, *taken), *_answer(meta, place, answers, required=answered)]
+
+
+def _asked(meta: Row, place: str, name: str, value: Any) -> list[Message]:
+    """Return a prompt, a text or messages, behind the pairs of a column `history`, as ms-swift and ChatGLM have it."""
+    before = _history(meta.pop("history"), place) if isinstance(meta.get("history"), list) else []
+    return [*before, *(_turns(value, place, name) if isinstance(value, list) else [_user(_text(value, place, name))])]
 
 
 def _answer(meta: Row, place: str, names: tuple[str, ...] = ANSWERS, *, required: bool = False) -> list[Message]:
@@ -287,8 +303,7 @@ def _answer(meta: Row, place: str, names: tuple[str, ...] = ANSWERS, *, required
     if taken is None:
         return []
     name, value = taken
-    if name == "completion" and str(meta.get("label")).lower() == "false":  # TRL's unpaired preferences, for KTO; a CSV file has texts
-        raise UserError(f"{place}: label is false: its completion is an answer that is not wanted; leave such rows out")
+    _refuse_unwanted(meta, place, name)
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
         meta[f"other_{name}s"] = value[1:]
         value = value[0]
@@ -313,7 +328,7 @@ def _instruction(meta: Row, place: str, *, answered: bool = True) -> list[Messag
     taken = _take(meta, INPUTS)
     given = _text(taken[1], place, taken[0]) if taken and taken[1] is not None else ""
     messages = _history(meta.pop("history", None), place)
-    messages.append(_user(f"{instruction}\n\n{given}" if given.strip() else instruction))
+    messages.append(_user("\n\n".join(each for each in (instruction, given) if each.strip()) or instruction))
     return [*messages, *(_answer(meta, place) if answered else [])]
 
 
@@ -354,7 +369,7 @@ def _preference(meta: Row, place: str) -> list[Message]:
         taken = _take(meta, PROMPTS)
         if taken is None:
             raise UserError(f"{place}: chosen is an answer without its prompt; expected also {', '.join((*PROMPTS, *CONVERSATIONS))}")
-        prompt = _turns(taken[1], place, taken[0]) if isinstance(taken[1], list) else [_user(_text(taken[1], place, taken[0]))]
+        prompt = _asked(meta, place, *taken)
     meta["rejected"] = rejected
     return [*prompt, *chosen]
 

@@ -17,6 +17,7 @@ COLUMNS = {  # what it calls a column in its `columns`, and what that column is 
     "tools": "tools",
     "chosen": "chosen",
     "rejected": "rejected",
+    "kto_tag": "kto_tag",
 }
 TAGS = {"role_tag": "from", "content_tag": "value"}
 ROLES = {

@@ -89,14 +89,19 @@ def kind_of(path: Path) -> str | None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON; NaN and infinities, which are no JSON, become None. Raises ValueError in one short line."""
+    """Parse JSON; NaN and infinities, which are no JSON, become None, and so do numbers too large. Raises ValueError in one short line."""
     try:
-        return json.loads(text, parse_constant=lambda _: None)
+        return json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         raise ValueError(f"{error.msg} at {where}") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _finite(text: str) -> float | None:
+    number = float(text)
+    return number if abs(number) < float("inf") else None
 
 
 def mend_text(value: Any) -> Any:

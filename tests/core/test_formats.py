@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sftkit.core.errors import UserError
 from sftkit.core.example import ROLES, content_id
-from sftkit.core.formats import FORMATS, ROLE_NAMES, calls_of, detect_format, read_examples, split_prompt
+from sftkit.core.formats import FORMATS, ROLE_NAMES, calls_of, detect_format, iterate_examples, read_examples, split_prompt
 
 
 def lines(path: Path, *rows: Any) -> Path:
@@ -42,6 +42,9 @@ ROWS = {
     "alpaca with input": ({"instruction": "Add", "input": "1 2", "output": "3", "n": 7}, [("user", "Add\n\n1 2"), ("assistant", "3")], {"n": 7}),
     "dolly": ({"instruction": "Who?", "context": "Ada.", "response": "Ada", "category": "qa"}, [("user", "Who?\n\nAda."), ("assistant", "Ada")], {"category": "qa"}),
     "alpaca without an answer": ({"instruction": "hi"}, [HI], {}),
+    "history before a query": ({"query": "hi", "response": "yes", "history": [["a", "b"]]}, [("user", "a"), ("assistant", "b"), HI, YES], {}),
+    "a history in words": ({"question": "hi", "answer": "yes", "history": "ill"}, [HI, YES], {"history": "ill"}),
+    "an empty instruction": ({"instruction": "", "input": "hi", "output": "yes"}, [HI, YES], {}),
     "history": ({"instruction": "hi", "output": "yes", "history": [["a", "b"]]}, [("user", "a"), ("assistant", "b"), HI, YES], {}),
     "instances": (
         {"instruction": "hi", "instances": [{"input": "", "output": "yes"}, {"input": "", "output": "no"}]},
@@ -194,7 +197,7 @@ def test_an_answer_that_is_not_wanted_is_no_answer_to_learn(tmp_path: Path) -> N
     path = lines(
         tmp_path / "kto.jsonl", {"prompt": "hi", "completion": "yes", "label": True}, {"prompt": "hi", "completion": "no", "label": False}
     )
-    with pytest.raises(UserError, match=r"kto.jsonl:2: label is false: its completion is an answer that is not wanted"):
+    with pytest.raises(UserError, match=r"kto.jsonl:2: label is false: its answer, in completion, is one that is not wanted"):
         read_examples(path)
     table = tmp_path / "kto.csv"
     table.write_text("prompt,completion,label\nhi,no,False\n")
@@ -202,6 +205,15 @@ def test_an_answer_that_is_not_wanted_is_no_answer_to_learn(tmp_path: Path) -> N
         read_examples(table)
     classes = lines(tmp_path / "classes.jsonl", {"prompt": "hi", "completion": "yes", "label": 0})
     assert read_examples(classes)[0].meta == {"label": 0}
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}]
+    for row in (
+        {"messages": chat, "label": False},
+        {"conversations": chat, "kto_tag": False},
+        {"instruction": "hi", "output": "no", "kto_tag": False},
+    ):
+        with pytest.raises(UserError, match=r"unpaired.jsonl:1: \w+ is false: its answer, in \w+, is one that is not wanted"):
+            read_examples(lines(tmp_path / "unpaired.jsonl", row))
+    assert read_examples(lines(tmp_path / "liar.jsonl", {"messages": chat, "label": "false"}))[0].meta == {"label": "false"}
 
 
 def test_what_sftkit_wrote_keeps_its_id_source_and_meta(tmp_path: Path) -> None:
@@ -270,7 +282,14 @@ def test_real_data_is_read_whole(name: str, shared_data: Path) -> None:
     files = files_of(shared_data / name)
     assert files
     names = {*ROLE_NAMES, "text", "reasoning"}  # of roles and of parts: a turn says them in its own way
+    unwanted: list[str] = []
     for path, count in files:
+        if path.name.startswith("kto"):  # half of its answers are marked as not wanted
+            wanted = list(iterate_examples(path, faulty=lambda place, error: unwanted.append(str(error))))
+            assert (len(wanted), len(unwanted)) == (150, 150)
+            assert all("label is false" in each for each in unwanted)
+            assert all(each.meta == {"label": True} for each in wanted)
+            continue
         examples = read_examples(path)
         assert len(examples) == count, path.name
         assert len({each.id for each in examples}) == count
