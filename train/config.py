@@ -8,6 +8,7 @@ from ..core.errors import UserError, unknown_name
 from ..core.parts import THINKING, TOOL_CALLS
 
 MOST_RATE = 1.0  # AdamW moves each weight by so much a step: no model bears that
+MOST_SEED = 2**32 - 1  # that numpy takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise UserError(f"{name}: expected {lowest} or more, found {value}")
+        if self.seed > MOST_SEED:
+            raise UserError(f"seed: expected at most {MOST_SEED}, found {self.seed}")
         if not self.save_minutes > 0:
             raise UserError(f"save_minutes: expected more than 0, found {self.save_minutes:g}")
         if self.memory_gb is not None and not self.memory_gb > 0:

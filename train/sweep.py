@@ -95,14 +95,18 @@ def parse_variations(texts: Sequence[str]) -> dict[str, list[Any]]:
     for text in texts:
         name, equals, values = text.partition("=")
         name = name.strip().replace("-", "_")
-        if not equals or not values.strip():
+        # an init may list layers, as prune:3,5
+        parts = re.split(r",(?=\s*prune:)" if name == "init" else ",", values)
+        if not equals or not all(each.strip() for each in parts):
             raise UserError(f"vary {text!r}: expected NAME=VALUE,VALUE, as learning_rate=1e-5,5e-5")
         if name not in VARIED:
             raise unknown_name("setting", name, VARIED, "vary (what leaves rows and tokens as they are)")
         if name in found:
             raise UserError(f"vary: {name} is given twice; give all its values at once, as {name}=VALUE,VALUE")
-        # an init may list layers, as prune:3,5
-        found[name] = [yaml.safe_load(each) for each in re.split(r",(?=\s*prune:)" if name == "init" else ",", values)]
+        try:
+            found[name] = [yaml.safe_load(each) for each in parts]
+        except yaml.YAMLError:
+            raise UserError(f"vary {text!r}: expected values as YAML has them, found {values!r}") from None
     if not found:
         raise UserError("vary: nothing to compare; give --vary learning_rate=1e-5,5e-5")
     return found

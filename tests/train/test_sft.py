@@ -329,7 +329,8 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path, tiny_model: Pat
         with pytest.raises(UserError, match=message):
             train(chats(20), str(tiny_model), tmp_path / "run", config(**settings))
         assert not (tmp_path / "run").exists()
-    for settings in ({"epochs": 0.0}, {"learning_rate": -1.0}, {"validation": 1.0}, {"batch_size": 0}, {"max_grad_norm": -1.0}):
+    wrong = {"epochs": 0.0, "learning_rate": -1.0, "validation": 1.0, "batch_size": 0, "max_grad_norm": -1.0, "seed": 2**32}
+    for settings in ({name: value} for name, value in wrong.items()):
         with pytest.raises(UserError, match=next(iter(settings))):
             config(**settings)
 

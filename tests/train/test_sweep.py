@@ -105,6 +105,8 @@ def test_what_is_not_a_comparison_is_refused(tmp_path, tiny_model, chats) -> Non
     for texts, message in (
         (["epochs=1,2"], "what leaves rows and tokens as they are.*unknown setting 'epochs'"),
         (["learning_rate"], "expected NAME=VALUE"),
+        (["learning_rate=1e-5,,2e-5"], "expected NAME=VALUE"),  # which ran the default beside them
+        (["learning_rate=1e-5,'2e-5"], "expected values as YAML has them"),
         (["lora_rank=8", "lora-rank=16"], "lora_rank is given twice"),
         ([], "nothing to compare"),
     ):
