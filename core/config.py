@@ -13,6 +13,7 @@ import yaml
 from .errors import UserError, unknown_name
 
 T = TypeVar("T")
+MERGE = "tag:yaml.org,2002:merge"
 
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] = ()) -> Any:
@@ -39,12 +40,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice: YAML would keep the last of them without a word."""
+    """Takes keys as they are written, as texts: `on` and `no` are true and false to YAML 1.1.
+
+    Refuses a key that is given twice: YAML would keep the last of them without a word.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if str(key.value) in seen and key.tag != "tag:yaml.org,2002:merge":
+            if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
+                key.tag = "tag:yaml.org,2002:str"
+            if str(key.value) in seen and key.tag != MERGE:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)

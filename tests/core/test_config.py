@@ -145,6 +145,12 @@ def test_a_fault_is_one_line_with_place_and_cure(name: str, tmp_path: Path) -> N
         assert word in told
 
 
+def test_keys_are_texts_as_they_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("base: &base {on: prompt, no: 1}\nshares: {<<: *base, 2024: 2, null: 3}")
+    assert read_yaml(path)["shares"] == {"on": "prompt", "no": 1, "2024": 2, "null": 3}
+
+
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none.yaml: cannot be read: No such file or directory"):
         read_yaml(tmp_path / "none.yaml")
