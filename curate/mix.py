@@ -192,11 +192,24 @@ def _gathered(sources: Sequence[str]) -> pl.DataFrame:
     seen: set[str] = set()
     for number, (name, source) in enumerate(zip(names, sources, strict=True), start=1):
         table = _rows_of(source)
-        again = {each: f"{each}~m{number}" for each in table["example_id"].unique() if each in seen}
+        again = _renamed(table["example_id"].unique().to_list(), seen, f"~m{number}")
         table = table.with_columns(pl.col("example_id").replace(again), part=_file_of(table) if len(sources) == 1 else pl.lit(name))
         seen.update(table["example_id"])
         tables.append(table)
     return pl.concat(tables)
+
+
+def _renamed(names: Sequence[str], seen: set[str], mark: str) -> dict[str, str]:
+    """Return another id for each of a source's ids that was seen before, or that of a repeat: it is a row like any other here."""
+    others = {}
+    used = seen.union(names)
+    for name in names:
+        if name in seen or re.search(REPEAT, name):
+            others[name] = name + mark
+            while others[name] in used:
+                others[name] += mark
+            used.add(others[name])
+    return others
 
 
 def _rows_of(source: str) -> pl.DataFrame:

@@ -185,3 +185,15 @@ def test_other_shares_and_budgets_take_anew_from_the_rows_that_are_there(tmp_pat
 
 def test_the_smallest_temperature_takes_the_largest_source() -> None:
     assert shares_of({"a": 10.0, "b": 60.0}, MixConfig(temperature=1e-9)) == {"a": 0.0, "b": 1.0}
+
+
+def test_a_mixture_is_mixed_again_with_its_repeats_as_rows(tmp_path: Path) -> None:
+    a, b = file(tmp_path / "a.jsonl", "a", 10), file(tmp_path / "b.jsonl", "b", 30)
+    mix([a, b], tmp_path / "first", MixConfig(shares={"a": 1.0, "b": 1.0}, repeat=2, budget=40))
+    assert mix([str(tmp_path / "first"), b], tmp_path / "all", MixConfig()).kept.height == 70
+    assert mix([str(tmp_path / "first")], tmp_path / "alone", MixConfig()).kept.height == 40
+    mix([str(tmp_path / "first"), b], tmp_path / "more", MixConfig(shares={"first": 4.0, "b": 1.0}, repeat=2, budget=100))
+    assert taken(tmp_path / "more") == {"a": 40, "b": 60}
+    mix([str(tmp_path / "all"), b], tmp_path / "last", MixConfig())  # a row that was called ID~m2 there, and another that would be here
+    for name in ("all", "more", "last"):
+        holds(tmp_path / name)
