@@ -5,8 +5,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import polars as pl
-
 from ..core.engines.loading import choose
 from ..core.errors import UserError
 from ..core.models import resolve_model
@@ -15,7 +13,7 @@ from ..core.run import Run
 from .best import best
 from .config import BuildConfig, ImportConfig
 from .decide_config import parse_gate
-from .decided import Outcome, record
+from .decided import Outcome, take_back
 from .decontaminate import decontaminate, open_benchmark
 from .dedup import dedup
 from .filters import filter_rows, read_conditions, text_rules
@@ -129,7 +127,5 @@ def _begin_anew(run: Run, planned: list[str]) -> None:
     later = stages[first + 1 :]
     if first < 0 or later == planned[: len(later)]:
         return
-    base = run.ledger.read().filter(pl.col("stage") == stages[first]).drop("step")
-    run.ledger.record(stages[first], base, base)
-    record(run, stages[first], base, base)
+    take_back(run, later[0])
     log.info("%s: the former decisions of %s are taken back; this build decides anew", run.path, ", ".join(later))

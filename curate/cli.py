@@ -12,7 +12,7 @@ from ..core.config import load_config, read_yaml
 from ..core.errors import UserError
 from .config import BuildConfig, DistillConfig, ImportConfig, ScoreConfig
 from .data_cli import export, mix
-from .decide_cli import NO_SEMANTIC, best, decontaminate, dedup, filter_, select, tell
+from .decide_cli import NO_SEMANTIC, best, decontaminate, dedup, filter_, select, tell, with_model
 from .decide_config import BestConfig, DecontaminateConfig, DedupConfig, EmbedConfig, FilterConfig, HeldoutConfig, SelectConfig
 from .distill_cli import cache, distill
 from .prompts_cli import prompts, teacher_rank, tune
@@ -125,12 +125,11 @@ def build_sections(chosen: dict[str, Any], sections: dict[str, Any]) -> dict[str
     merged = dict(sections)
     for name in ("dedup", "select"):
         section = merged.get(name, {} if name == "dedup" or {"budget", "budget_tokens"} & set(chosen) else None)
-        if section is None:
+        if not isinstance(section, dict):  # none, or what the loader refuses
             continue
         known = {setting.name for setting in fields(STEPS[name])}
-        merged[name] = {**section, **{key: value for key, value in chosen.items() if key in known}}
-        if "model" in chosen:
-            merged[name]["embed"] = {**section.get("embed", {}), "model": chosen["model"]}
+        own = {key: value for key, value in chosen.items() if key in known}
+        merged[name] = with_model({**section, **own}, chosen.get("model"))
     return merged
 
 

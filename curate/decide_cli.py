@@ -204,9 +204,14 @@ def select(run: str, out: Path | None, settings: Path | None, **options: Any) ->
 def _with_embedder(options: dict[str, Any], settings: Path | None) -> dict[str, Any]:
     base = read_yaml(settings) if settings else {}
     chosen = given(options)
-    if "model" in chosen:
-        base["embed"] = {**base.get("embed", {}), "model": chosen.pop("model")}
-    return {**base, **chosen}
+    model = chosen.pop("model", None)
+    return with_model({**base, **chosen}, model)
+
+
+def with_model(section: dict[str, Any], model: str | None) -> dict[str, Any]:
+    """Return settings of a step with this embedder, if one is given; an `embed` that is no mapping is left for the loader to refuse."""
+    embed = section.get("embed", {})
+    return {**section, "embed": {**embed, "model": model}} if model is not None and isinstance(embed, dict) else section
 
 
 def number(text: str, place: str) -> float:

@@ -131,6 +131,11 @@ class EmbedConfig:
     executor: str = setting("local", "Where such processes run: local, or ray, on the machines of a Ray cluster.", choices=EXECUTORS)
     ray_address: str | None = setting(None, "Address of the Ray cluster, as auto or ray-head:6379; this machine's own when not given.")
 
+    def __post_init__(self) -> None:
+        for name in ("max_seq_length", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: expected a whole number above 0, found {getattr(self, name)}")
+
 
 def _check_memory(memory_gb: float | None) -> None:
     if memory_gb is not None and not 0 < memory_gb < float("inf"):

@@ -43,8 +43,7 @@ def record(
             (run.room("curate") / name).unlink(missing_ok=True)
         void = run.ledger.record(stage, rows, decided)
         if void:
-            for name in void:  # they were drawn beside rows that are no longer chosen
-                clear_controls(run, "" if name == "select" else f"{name}_")
+            _clear_files_of(run, void)
             log.info(
                 "%s: %s stood on the former rows and %s void now: run again", stage, ", ".join(void), "is" if len(void) == 1 else "are"
             )
@@ -57,6 +56,30 @@ def record(
         rule, count = next(iter(removed.items()))
         log.warning("%s kept none of %s rows; the rule %r alone removed %s", stage, f"{len(decided):,}", rule, f"{count:,}")
     return Outcome(stage, len(decided), kept, removed, tuple(notes))
+
+
+def take_back(run: Run, stage: str) -> list[str]:
+    """Take back the decisions of a stage and of those after it; return their names. What the stage before kept is the data set again."""
+    stages = run.ledger.stages()
+    place = stages.index(stage)
+    base = run.ledger.scan().filter(pl.col("stage") == stages[place - 1]).drop("step").collect()
+    for name in DATASET:
+        (run.room("curate") / name).unlink(missing_ok=True)
+    _clear_files_of(run, stages[place:])
+    run.ledger.record(stages[place - 1], base, base)
+    record(run, stages[place - 1], base, base)
+    return stages[place:]
+
+
+FILES = {"heldout": "heldout.jsonl", "select": "selection.parquet", "decontaminate": "contamination.parquet"}
+
+
+def _clear_files_of(run: Run, void: Sequence[str]) -> None:
+    """Remove what stages wrote that are void: controls drawn beside rows no longer chosen, held-out rows that are in the data set again."""
+    for stage in void:
+        clear_controls(run, "" if stage == "select" else f"{stage}_")
+        if stage in FILES:
+            (run.room("curate") / FILES[stage]).unlink(missing_ok=True)
 
 
 def _write_card(run: Run, kept: pl.DataFrame) -> None:

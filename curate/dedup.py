@@ -15,7 +15,7 @@ from ..core.hardware import pick_device
 from ..core.run import Run
 from .cover import cover
 from .decide_config import DedupConfig
-from .decided import Outcome, decision_table, record
+from .decided import Outcome, decision_table, record, take_back
 from .embed import embed_rows
 from .memory import GB, cover_bytes, hold_to, least_dimensions
 from .rows import KEY, TEXT, input_rows, row_name, split_texts
@@ -30,11 +30,18 @@ def dedup(run: Run, config: DedupConfig) -> list[Outcome]:
 
     Rows are visited in the order of the scores `by`, best first, without any in input order. A row stays unless a row that
     stayed before it stands for it; that row is its witness. The rows of a second set, `against`, are visited before all others
-    and all of them stay; as witnesses they are called FILE:ID.
+    and all of them stay; as witnesses they are called FILE:ID. What an earlier dedup removed in a way that is not asked for is
+    taken back, with the stages after it.
     """
     second = read_second(config.against, config.on) if config.against is not None else pl.DataFrame(schema=COMPARED)
     outcomes = []
+    columns_for(run, config.by)  # before anything is taken back
     run.configure("dedup", to_mapping(config), free=("*",))
+    asked = {"dedup_exact": config.exact, "dedup_minhash": config.minhash is not None, "dedup_semantic": config.semantic is not None}
+    unasked = [stage for stage in run.ledger.stages() if not asked.get(stage, True)]
+    if unasked:
+        void = take_back(run, unasked[0])
+        log.info("dedup: %s is not asked for now: the former decisions of %s are taken back", " and ".join(unasked), ", ".join(void))
     if config.exact:
         stage = _Stage(run, "dedup_exact", "exact_duplicate", second, config.by, TEXT)
         outcomes.append(stage.decided(exact_witnesses(stage.all, config.on, stage.order, given=len(second))))

@@ -79,7 +79,7 @@ def filter_rows(run: Run, config: FilterConfig) -> Outcome:
     bounds = [(name, "min", bound) for name, bound in config.min_score.items()]
     bounds += [(name, "max", bound) for name, bound in config.max_score.items()]
     tokens = ["num_tokens"] if config.min_tokens is not None or config.max_tokens is not None else []
-    scores = [name for name in (*tokens, *(name for name, _, _ in bounds)) if name]
+    scores = [*tokens, *(name for name, _, _ in bounds)]
     named = [name for condition in conditions for name in condition.names]
     kinds = condition_kinds(run)
     scores = list(dict.fromkeys([*scores, *(name for name in named if kinds.get(name) == "number" and name != "sample_index")]))

@@ -170,6 +170,4 @@ def _frame(rows: Sequence[Candidate]) -> pl.DataFrame:
 def _embed_config(on: str, model: str, max_seq_length: int, device: str | None) -> EmbedConfig:
     if on not in TEXTS:
         raise unknown_name("value for on", on, TEXTS)
-    if max_seq_length < 1:
-        raise UserError(f"max_seq_length: expected a whole number above 0, found {max_seq_length}")
     return EmbedConfig(model=model, max_seq_length=max_seq_length, device=device)

@@ -2,17 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+from sftkit.core.config import load_config
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate import cover as covering
+from sftkit.curate.certificate import check_run
 from sftkit.curate.cover import cover
-from sftkit.curate.decide_config import DedupConfig
+from sftkit.curate.decide_config import DedupConfig, SelectConfig
 from sftkit.curate.dedup import dedup, exact_witnesses, normalised, normalised_column
 from sftkit.curate.rows import load_rows, row_ids
+from sftkit.curate.selection import select
 from sftkit.curate.similarity import Candidates, Vectors, exact_cosines, nearest, unit_vectors
 
 
@@ -258,11 +262,26 @@ def test_tool_calls_and_pictures_tell_rows_apart(toy_run: Callable[..., Run]) ->
         ({"semantic": 0.0}, "semantic: expected a cosine above 0"),
         ({"semantic": 90.0}, "semantic: expected a cosine above 0 and up to 1, found 90"),
         ({"exact": False, "semantic": None}, "neither exact nor semantic"),
+        ({"embed": {"max_seq_length": 0}}, "embed: max_seq_length: expected a whole number above 0, found 0"),
+        ({"embed": {"batch_tokens": -1}}, "embed: batch_tokens: expected a whole number above 0, found -1"),
+        ({"embed": None}, "embed: expected settings like 'key: value', found None"),
     ],
 )
 def test_bad_settings(settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        DedupConfig(**settings)
+        load_config(DedupConfig, settings)
+
+
+@pytest.mark.parametrize("command", ["build", "dedup"])
+@pytest.mark.parametrize("embed", ["3", "null"])
+def test_an_embedder_beside_a_section_of_another_type_is_one_line(
+    command: str, embed: str, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    (tmp_path / "c.yaml").write_text(f"dedup: {{embed: {embed}}}" if command == "build" else f"embed: {embed}")
+    code, _, err = cli("curate", command, tmp_path / "rows.jsonl", "-o", tmp_path / "run", "--config", tmp_path / "c.yaml", "--model", "x")
+    assert code == 1
+    assert "embed: expected settings like 'key: value', found " in err
 
 
 @pytest.mark.parametrize("command", ["build", "dedup"])
@@ -276,3 +295,22 @@ def test_duplicates_by_meaning_are_left_out_of_it_by_an_option(
     assert code == 0, err
     assert "exact_duplicate 1" in out
     assert "dedup_semantic" not in out
+
+
+def test_what_is_not_asked_for_any_more_is_taken_back_with_all_that_stood_on_it(toy_run: Callable[..., Run], caplog: Any) -> None:
+    words = "one two three four five six seven eight nine ten eleven twelve"
+    run = toy_run([{"prompt": words, "response": f"{words} {end}"} for end in ("a", "b")] + [{"prompt": f"q{n}"} for n in range(9)])
+    dedup(run, DedupConfig(minhash=0.5, semantic=None))
+    select(run, SelectConfig(budget=5, method="random", controls=True))
+    assert run.ledger.stages()[1:] == ["dedup_exact", "dedup_minhash", "select"]
+    with caplog.at_level("INFO"):
+        dedup(run, DedupConfig(semantic=None))
+    assert run.ledger.stages()[1:] == ["dedup_exact"]
+    assert "dedup_minhash is not asked for now: the former decisions of dedup_minhash, select are taken back" in caplog.text
+    assert len((run.path / "curate" / "dataset.jsonl").read_text().splitlines()) == 11
+    assert not list((run.path / "curate" / "controls").iterdir())
+    assert not (run.path / "curate" / "selection.parquet").exists()
+    assert not any(check.faults for check in check_run(run))
+    with pytest.raises(UserError, match="unknown score 'nope'"):
+        dedup(run, DedupConfig(exact=False, minhash=0.5, semantic=None, by=("nope",)))
+    assert run.ledger.stages()[1:] == ["dedup_exact"]  # what is refused takes nothing back

@@ -154,6 +154,7 @@ def test_conditions_over_scores_columns_and_meta(toy_run: Callable[..., Run], re
         ({"presets": ("corect",)}, "unknown preset 'corect': did you mean 'correct'?"),
         ({"presets": ("alpagasus",)}, "the rows have no score 'judge' yet; `sftkit curate score RUN --with judge` adds it"),
         ({"min_score": {"nothing": 1.0}}, "unknown score 'nothing'"),
+        ({"min_score": {"": 1.0}}, "unknown score ''"),
         ({"exclude": ("(",)}, "is not a regular expression"),
         ({"languages": ("eng",)}, "unknown language 'eng'"),
     ],

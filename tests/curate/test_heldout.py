@@ -6,7 +6,10 @@ from collections.abc import Callable
 import pytest
 from sftkit.core.errors import UserError
 from sftkit.core.run import Run
-from sftkit.curate.decide_config import HeldoutConfig
+from sftkit.curate.build import build
+from sftkit.curate.config import BuildConfig
+from sftkit.curate.decide_config import FilterConfig, HeldoutConfig
+from sftkit.curate.filters import filter_rows
 from sftkit.curate.heldout import hold_out
 
 
@@ -59,3 +62,14 @@ def test_conversations_without_a_prompt_are_not_one(toy_run: Callable[..., Run])
 def test_something_has_to_be_left(toy_run: Callable[..., Run]) -> None:
     with pytest.raises(UserError, match="5 prompts are left, too few to hold out 5"):
         hold_out(toy_run(rows(range(5))), HeldoutConfig(prompts=5))
+
+
+def test_rows_that_are_in_the_data_set_again_are_not_left_as_held_out(toy_run: Callable[..., Run]) -> None:
+    run = toy_run(rows(range(20)))
+    hold_out(run, HeldoutConfig(prompts=5))
+    filter_rows(run, FilterConfig(where=("sample_index == 0",)))
+    assert (run.path / "curate" / "heldout.jsonl").exists()  # a step after it leaves it be
+    run.close()
+    build(None, run.path, BuildConfig(decontaminate=None, dedup=None, filter=FilterConfig()))
+    assert len(ids(run, "dataset.jsonl")) == 40
+    assert not (run.path / "curate" / "heldout.jsonl").exists()
