@@ -23,12 +23,11 @@ import scipy.sparse
 
 from ..core.errors import UserError
 from ..core.example import row_id
-from ..core.files import read_parquet
 from ..core.formats import iterate_examples
 from ..core.ngrams import WORD
 from ..core.run import Run
 from ..core.text import counted
-from .embed import embedded_text
+from .embed import embedded_text, stored_vectors
 from .rows import load_rows, split_texts
 
 RULES = {"dedup_exact": "exact_duplicate", "dedup_minhash": "near_duplicate", "dedup_semantic": "semantic_duplicate"}
@@ -350,10 +349,10 @@ def _compared(rows: pl.DataFrame, part: pl.DataFrame, settings: Any) -> _Compare
 
 def _stored_vectors(run: Run, messages: Sequence[str], on: str) -> npt.NDArray[np.float64]:
     """Return the vectors that curate/embeddings.npy has of these conversations, scaled to length 1 in float64."""
-    told, folder = run.config().get("embed", {}), run.path / "curate"
-    if not (folder / "embeddings.npy").exists() or not told:
+    told, stored = run.config().get("embed", {}), stored_vectors(run.path / "curate")
+    if stored is None or not told:
         raise UserError(f"{run.path}: the embeddings that dedup decided by are gone (curate/embeddings.npy); run dedup again")
-    place = {name: number for number, name in enumerate(read_parquet(folder / "embeddings.parquet", ["name"])["name"])}
+    place = {name: number for number, name in enumerate(stored[0]["name"])}
     settings = json.dumps([told["identity"], told["max_seq_length"], told["dtype"]])
     wanted = []
     for conversation in messages:
@@ -361,7 +360,7 @@ def _stored_vectors(run: Run, messages: Sequence[str], on: str) -> npt.NDArray[n
         if name not in place:
             raise UserError(f"{run.path}: curate/embeddings.npy has other vectors than those that dedup decided by; run dedup again")
         wanted.append(place[name])
-    vectors = np.load(folder / "embeddings.npy", mmap_mode="r")[wanted].astype(np.float64)
+    vectors = stored[1][wanted].astype(np.float64)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(lengths == 0, 1, lengths)
 

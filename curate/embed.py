@@ -17,7 +17,7 @@ from ..core.config import to_mapping
 from ..core.engines.base import EmbeddingEngine, EmbedRequest, EngineConfig
 from ..core.engines.embedder import open as open_here
 from ..core.engines.registry import open_embedder
-from ..core.errors import UserError
+from ..core.errors import DamagedFile, UserError
 from ..core.files import read_parquet, write_atomically
 from ..core.hardware import half_precision, pick_device
 from ..core.models import model_identity, resolve_model
@@ -59,6 +59,24 @@ def embedded_text(messages: str, on: str) -> str:
     return prompt if on == "prompt" or response is None else f"{prompt}\n{response}"
 
 
+def stored_vectors(folder: Path) -> tuple[pl.DataFrame, Vectors] | None:
+    """Return the names (columns name, model) and the vectors that a run's folder keeps, read from disk as they are used; None without.
+
+    Raises DamagedFile for vectors that were cut short.
+    """
+    matrix = folder / "embeddings.npy"
+    if not matrix.exists() or not (folder / "embeddings.parquet").exists():
+        return None
+    table = read_parquet(folder / "embeddings.parquet")
+    try:
+        vectors = np.load(matrix, mmap_mode="r")
+    except (ValueError, EOFError):
+        vectors = None
+    if vectors is None or len(vectors) < len(table):
+        raise DamagedFile(f"{matrix}: damaged or cut short; take it from a copy, or remove it: what is needed is embedded again")
+    return table, vectors[: len(table)]
+
+
 class EmbeddingStore:
     """Vectors of one embedder by name, in embeddings.npy and embeddings.parquet. They are only ever added to.
 
@@ -69,11 +87,10 @@ class EmbeddingStore:
         self._matrix_path, self._names_path, self._identity = folder / "embeddings.npy", folder / "embeddings.parquet", identity
         self.places: dict[str, int] = {}
         self._parts: list[Vectors] = []
-        if self._names_path.exists() and self._matrix_path.exists():
-            table = read_parquet(self._names_path)
-            if table["model"].unique().to_list() == [identity]:
-                self.places = {name: place for place, name in enumerate(table["name"])}
-                self._parts = [np.load(self._matrix_path)[: len(table)]]
+        stored = stored_vectors(folder)
+        if stored is not None and stored[0]["model"].unique().to_list() == [identity]:
+            self.places = {name: place for place, name in enumerate(stored[0]["name"])}
+            self._parts = [stored[1]]
 
     def add(self, names: Sequence[str], vectors: Vectors) -> None:
         """Add vectors to the store, in memory until `save`."""

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from ..core.files import read_parquet, write_text
+from ..core.files import write_text
 from ..core.run import Run
 from .rows import scan_rows, text_columns
 
@@ -58,14 +58,16 @@ def _some(run: Run, rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def _clusters(run: Run, rows: pl.DataFrame) -> tuple[str, str] | None:
-    folder, told = run.path / "curate", run.config().get("embed")
-    if not told or not (folder / "embeddings.npy").exists():
+    told = run.config().get("embed")
+    if not told:
         return None
-    from .embed import embedded_text
+    from .embed import embedded_text, stored_vectors
 
+    stored = stored_vectors(run.path / "curate")
+    if stored is None:
+        return None
     rows = _some(run, rows)
-    names = read_parquet(folder / "embeddings.parquet", ["name"])["name"]
-    place = dict(zip(names, range(len(names)), strict=True))
+    place = {name: number for number, name in enumerate(stored[0]["name"])}
     settings = json.dumps([told["identity"], told["max_seq_length"], told["dtype"]])
     found: dict[int, int] = {}
     for row, messages in enumerate(rows["messages"]):
@@ -77,7 +79,7 @@ def _clusters(run: Run, rows: pl.DataFrame) -> tuple[str, str] | None:
                 break
     if len(found) < 3:
         return None
-    vectors = np.load(folder / "embeddings.npy", mmap_mode="r")[list(found.values())].astype(np.float64)
+    vectors = stored[1][list(found.values())].astype(np.float64)
     svg = scatter(two_directions(vectors), rows["kept"].gather(list(found)).to_numpy())
     return svg, f"{len(found):,} rows by the two directions in which their embeddings differ most: grey removed, blue kept"
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pytest
+from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate.decide_config import DecontaminateConfig, FilterConfig
 from sftkit.curate.decontaminate import decontaminate
@@ -61,6 +63,13 @@ def test_rows_that_were_embedded_are_drawn_by_their_vectors(toy_run: Callable[..
     circles = [each.attrib["fill"] for each in ElementTree.parse(folder / "clusters.svg").getroot() if each.tag.endswith("circle")]
     assert (circles.count("#c3c9d4"), circles.count("#1f6feb")) == (4, 8)
     assert "](clusters.svg)" in card(run)
+
+    (folder / "embeddings.npy").write_bytes((folder / "embeddings.npy").read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"embeddings\.npy: damaged or cut short"):
+        filter_rows(run, FilterConfig(repetition=False))
+    (folder / "embeddings.parquet").unlink()  # as after a kill while another embedder's vectors are written
+    filter_rows(run, FilterConfig(repetition=False, min_chars=3))
+    assert not (folder / "clusters.svg").exists()
 
 
 def test_plots_are_whole_and_in_their_frame() -> None:
