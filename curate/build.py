@@ -94,7 +94,7 @@ def check_early(out: Path, config: BuildConfig) -> None:
         conditions = read_conditions(Run(out), config.filter, list(scorers))
     for benchmark in config.decontaminate.benchmarks if config.decontaminate else ():
         open_benchmark(benchmark)
-    names = [name for step in (config.best, config.dedup, config.select) if step for name in step.by]
+    names = [name for step in (config.best, config.dedup, config.select) if step for name in step.by if name.removeprefix("-") != "random"]
     names += [parse_gate(text).name for text in config.best.gate] if config.best else []
     names += [*config.filter.min_score, *config.filter.max_score] if config.filter else []
     names += [config.best.answers] if config.best and config.best.majority else []

@@ -60,7 +60,7 @@ def sort_columns(run: Run, rows: pl.DataFrame, by: Sequence[str], seed: int = 0)
     """Return a column per name in `by`, turned so that higher is better: `-NAME` is negated, `random` is drawn by row and seed."""
     columns = []
     for place, name in enumerate(by):
-        if name == "random":
+        if name.removeprefix("-") == "random":
             values = pl.Series(random_numbers(rows, seed))
         else:
             values = score_values(run, rows, name.removeprefix("-"))

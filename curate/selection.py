@@ -64,7 +64,7 @@ def select(run: Run, config: SelectConfig) -> Outcome:
     _write_ranking(run, rows, picks)
     taken = [row for row, _, _ in picks]
     notes = _budget_notes(len(rows), len(eligible), len(taken), size, spent, config)
-    if config.by and not config.by[0].endswith("random"):
+    if config.by and config.by[0].removeprefix("-") != "random":
         notes.append(_told_correlation(config.by[0], columns["0"], lengths))
     clear_controls(run)
     if config.controls:

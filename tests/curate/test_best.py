@@ -148,6 +148,10 @@ def test_random_is_a_control_that_only_the_seed_moves(toy_run: Callable[..., Run
         chosen.append(kept(run))
     assert chosen[0] == chosen[1] != chosen[2]
     assert {name.split("/")[1] for name in chosen[0]} == set("0123")
+    best(run, BestConfig(by=("-random",)))
+    assert not set(kept(run)) & set(chosen[0])  # the other end of the same draw
+    with pytest.raises(UserError, match="random is an order to choose by"):
+        best(run, BestConfig(gate=("random",), keep_all=True))
 
 
 def test_rows_that_are_no_samples_stand_alone(toy_run: Callable[..., Run]) -> None:
