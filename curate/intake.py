@@ -85,9 +85,8 @@ def _take_in(
     if "grow" in run.ledger.stages():  # the rows of two would hide each other from later steps
         raise UserError(f"{run.path}: holds the prompts that `curate prompts` has grown; give another folder for the rows of {source}")
     rows = pl.DataFrame(columns, schema=STORED)
-    digest = hashlib.sha256(
-        "\n".join(rows.select(pl.concat_str(pl.all().fill_null("\x00"), separator="\x1f")).to_series()).encode()
-    ).hexdigest()
+    told = pl.exclude("source").fill_null("\x00")  # the same rows may have been moved
+    digest = hashlib.sha256("\n".join(rows.select(pl.concat_str(told, separator="\x1f")).to_series()).encode()).hexdigest()
     settings = {name: value for name, value in to_mapping(config).items() if value not in (None, [])}
     before = run.config().get("intake", {})
     if before and before["content"] != digest[:16]:

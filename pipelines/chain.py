@@ -14,6 +14,7 @@ from ..core.formats import read_examples, split_prompt
 from ..core.models import resolve_model
 from ..core.progress import duration, timed
 from ..core.run import Run, is_done, mark_done, read_done
+from ..core.sources import iterate_rows
 from ..curate.build import build, check_early
 from ..evaluate.benchmark import evaluate_tasks
 from ..evaluate.compare import compare, read_questions
@@ -79,17 +80,42 @@ def _fetch_models(recipe: RecipeConfig, accept_licence: bool) -> None:
 
 def _curate(recipe: RecipeConfig, out: Path) -> None:
     room = out / "curate"
-    path = Path(recipe.data)
-    content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None  # a folder or a Hub id goes by its name
-    settings = {"data": recipe.data, "content": content, **to_mapping(recipe.curate)}
+    settings = {"data": _content(recipe.data), **to_mapping(recipe.curate)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    if is_done(room) and read_done(room).get("settings") == digest:
+    before = read_done(room) if is_done(room) else {}
+    if before.get("settings") == digest and before.get("made") == _made(room):
         log.info("curate: done already")
         return
-    if is_done(out / "train"):
-        raise UserError(f"{out}: its model was trained on other data than this recipe makes; give another folder with -o")
+    if before.get("settings") != digest:
+        if is_done(out / "train"):
+            raise UserError(f"{out}: its model was trained on other data than this recipe makes; give another folder with -o")
+        (room / "done.json").unlink(missing_ok=True)  # else a stop on the way would leave files that it does not tell of
     build(recipe.data, out, recipe.curate)
-    mark_done(room, settings=digest)
+    mark_done(room, settings=digest, made=_made(room))
+
+
+def _content(data: str) -> str:
+    """Return a hash of the rows of a file or a folder, wherever it lies; `-` and a data set of the Hub go by their names."""
+    path = Path(data).expanduser()
+    if path.is_file():
+        return _hash(path)
+    if not path.is_dir():
+        return data
+    rows = hashlib.sha256()
+    for _, row in iterate_rows(path, faulty=lambda *_: None):
+        rows.update(json.dumps(row, default=str).encode())
+    return rows.hexdigest()
+
+
+def _made(room: Path) -> str:
+    """Return a hash of the data set and the held-out rows: a step that was run by hand has made others."""
+    files = [room / name for name in ("dataset.jsonl", "heldout.jsonl")]
+    return " ".join(_hash(each)[:16] for each in files if each.exists())
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _train(recipe: RecipeConfig, out: Path) -> None:

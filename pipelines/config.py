@@ -120,6 +120,6 @@ def load_recipe(path: Path) -> RecipeConfig:
     for section in (values, values.get("evaluate", {}).get("compare", {}) if isinstance(values.get("evaluate"), dict) else {}):
         for name in ("data", "questions"):
             text = section.get(name) if isinstance(section, dict) else None
-            if isinstance(text, str) and text != "-" and (path.parent / text).exists():
+            if isinstance(text, str) and text.strip() not in ("", "-") and (path.parent / text).exists():
                 section[name] = str((path.parent / text).resolve())
     return load_config(RecipeConfig, values, str(path))

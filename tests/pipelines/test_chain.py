@@ -12,7 +12,10 @@ import pytest
 import yaml
 from sftkit.core.errors import UserError
 from sftkit.core.files import write_json
+from sftkit.core.run import Run
 from sftkit.core.text import visible
+from sftkit.curate.decide_config import SelectConfig
+from sftkit.curate.selection import select
 from sftkit.evaluate.config import JudgeConfig, LossConfig
 from sftkit.evaluate.judge import judge
 from sftkit.evaluate.loss import loss
@@ -139,6 +142,62 @@ def test_what_is_refused_is_refused_before_anything_is_fetched(
         run_chain(load_recipe(recipe(curate=curate, train={"model": student})), tmp_path / "run")
 
 
+@pytest.fixture
+def only_curate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the chain end with its first step."""
+    for name in ("_train", "_evaluate", "write_report"):
+        monkeypatch.setattr(f"sftkit.pipelines.chain.{name}", lambda *_: None)
+    monkeypatch.setattr("sftkit.pipelines.chain.headline", lambda *_: [])
+
+
+@pytest.mark.usefixtures("only_curate")
+def test_a_data_set_that_another_hand_has_changed_is_made_again(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build of other settings that was stopped on the way, a step by hand: the recipe's own rows are trained on all the same."""
+    out = tmp_path / "run"
+    files = [out / "curate" / name for name in ("heldout.jsonl", "dataset.jsonl")]
+    run_chain(load_recipe(recipe()), out)
+    made = [each.read_bytes() for each in files]
+
+    def stops(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    other = {"dedup": {"semantic": None}, "heldout": {"prompts": 3}, "select": {"budget": 45, "method": "random"}}
+    with monkeypatch.context() as broken:
+        broken.setattr("sftkit.curate.build.select", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run_chain(load_recipe(recipe(curate=other)), out)
+    assert files[0].read_bytes() != made[0]
+    run_chain(load_recipe(recipe()), out)
+    assert [each.read_bytes() for each in files] == made
+    with Run.create(out) as run:
+        select(run, SelectConfig(budget=5, method="random"))
+    write_json(out / "train" / "done.json", {})
+    run_chain(load_recipe(recipe()), out)
+    assert [each.read_bytes() for each in files] == made
+
+
+@pytest.mark.usefixtures("only_curate")
+def test_rows_are_known_wherever_they_lie(recipe: Any, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    path = recipe()
+    run_chain(load_recipe(path), tmp_path / "run")
+    write_json(tmp_path / "run" / "train" / "done.json", {})
+    (tmp_path / "folder").mkdir()
+    rows = rows.rename(tmp_path / "folder" / "moved.jsonl")
+    moved = load_recipe(recipe(data="folder/moved.jsonl"))
+    run_chain(moved, tmp_path / "run")
+    (tmp_path / "run" / "curate" / "done.json").unlink()
+    (tmp_path / "run" / "train" / "done.json").unlink()
+    run_chain(moved, tmp_path / "run")  # imported again, from elsewhere
+    whole = load_recipe(recipe(data="folder"))
+    run_chain(whole, tmp_path / "run2")
+    (tmp_path / "folder" / "more.jsonl").write_text(json.dumps({"prompt": "One more?", "answer": "Yes."}))
+    with pytest.raises(UserError, match="holds other rows"):
+        run_chain(whole, tmp_path / "run2")
+    with pytest.raises(UserError, match="the name of the data is empty"):
+        run_chain(load_recipe(recipe(data="")), tmp_path / "run3")
+
+
 def test_recipes_are_found_by_name_or_path(tmp_path: Path) -> None:
     assert set(known_recipes()) == {"quickstart", "quickstart-full"}
     with pytest.raises(UserError, match="unknown recipe 'quikstart': did you mean 'quickstart'"):
@@ -163,8 +222,6 @@ def test_the_recipes_that_come_with_sftkit_are_sound(name: str) -> None:
 
 
 def test_a_report_of_nothing_is_an_error(tmp_path: Path) -> None:
-    from sftkit.core.run import Run
-
     Run.create(tmp_path / "run").close()
     with pytest.raises(UserError, match="holds nothing to report yet"):
         write_report(tmp_path / "run")
