@@ -215,6 +215,8 @@ def read_heldout(heldout: str | Path, config: LossConfig) -> list[HeldOut]:
     rows = [row for example in examples for row in (read_texts(example) if config.text else [read_row(example)])]
     if all(row.error for row in rows):
         reasons = told(counted(row.error for row in rows))
+        if config.text:
+            raise UserError(f"{rows[0].example.source}: this and all other rows hold no text ({reasons})")
         raise UserError(
             f"{rows[0].example.source}: this and all other rows have no answer to score ({reasons}); expected conversations with an"
             " assistant turn, or a column completion, response, output or answer; --text scores plain texts"

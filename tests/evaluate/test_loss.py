@@ -258,6 +258,9 @@ def test_plain_texts_are_scored_as_they_stand_and_leave_the_answers_losses_alone
     (tmp_path / "general.txt").write_text("The waves are high, the wind is low.\n世界。 這是一個測試。\n" + "the sea " * 200 + "\n")
     models = {"chat": str(tiny_model), "base": str(tiny_base_model)}
     loss(heldout, models, tmp_path / "run", settings())
+    blank = write_rows(tmp_path / "blank.jsonl", [{"text": " "}])
+    with pytest.raises(UserError, match=r"blank.jsonl:1: this and all other rows hold no text \(1 empty_text\)$"):
+        loss(blank, models, None, settings(text=True))
     result = loss(tmp_path / "general.txt", models, tmp_path / "run", settings(text=True))
     assert (result.used, result.prompts, result.models[0].end_loss) == (4, 3, None)  # the long one is scored in two pieces
     assert "3 texts, 1,666 bytes of text" in result.summary()
