@@ -125,9 +125,10 @@ def _shaped(source: str, known: DataSet, shape: Callable[[Row, str], list[Row]])
             except UserError as error:
                 raise UserError(f"{place}: {error}") from None
             for shaped in several:
-                missing = [each for each in known.columns if each not in shaped]
+                missing = [each for each in known.columns if shaped.get(each) is None]
                 if missing:
-                    raise UserError(f"{place}: found the columns {', '.join(row)}; expected {', '.join(known.columns)}")
+                    had = ", ".join(name for name, value in row.items() if value is not None)
+                    raise UserError(f"{place}: has no {missing[0]}; found the columns {had}; expected {', '.join(known.columns)}")
                 yield shaped
 
 

@@ -3,6 +3,7 @@
 import logging
 import re
 
+from ...core.errors import UserError
 from ..config import TasksConfig
 from ..task_data import LETTERS, Row, read_data
 from .base import Item, Mark, Task, asked
@@ -35,7 +36,9 @@ def _items(num_shots: int) -> list[Item]:
     for row in rows:
         if row["split"] == "dev":
             shots.setdefault(row["subject"], []).append(row)
-    fewest = min((len(shots.get(str(row["subject"]), [])) for row in rows if row["split"] == "test"), default=0)
+    if all(row["split"] != "test" for row in rows):
+        raise UserError("mmlu: no row of its data has the split test, and those are asked; `sftkit evaluate data get mmlu` takes others")
+    fewest = min(len(shots.get(str(row["subject"]), [])) for row in rows if row["split"] == "test")
     if fewest < num_shots:
         log.warning("mmlu: some subject has %d worked examples (rows with the split dev), fewer than the %d of shots", fewest, num_shots)
     counts: dict[str, int] = {}

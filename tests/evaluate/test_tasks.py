@@ -182,7 +182,7 @@ def test_data_sets_come_along_or_are_fetched(cache: Path, tmp_path: Path) -> Non
     assert len(task_data.read_data("mt_bench")) == 80
     with pytest.raises(UserError, match="mmlu does not come with sftkit: `sftkit evaluate data get mmlu SOURCE`"):
         open_task("mmlu", settings())
-    with pytest.raises(UserError, match=r"rows.jsonl:1: found the columns question; expected split, subject, question, A, B, C, D, answer"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: has no split; found the columns question; expected split, subject, question, A, B, C, D, answer"):
         task_data.fetch_data("mmlu", str(write_rows(tmp_path / "rows.jsonl", [{"question": "a"}])))
     hub = {"question": "What?", "subject": "a_subject", "choices": ["1", "2", "3", "4"], "answer": 2}
     for wrong, message in (
@@ -281,6 +281,15 @@ BAD: list[tuple[list[dict[str, Any]], str]] = [
 def test_bad_rows_are_named(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         open_task(str(write_rows(tmp_path / "rows.jsonl", rows)), settings())
+
+
+def test_data_without_what_is_asked_is_named(cache: Path, tmp_path: Path) -> None:
+    rows = mmlu_rows()
+    with pytest.raises(UserError, match=r"rows.jsonl:1: has no question; found the columns split, subject, A, B, C, D, answer; expected"):
+        task_data.fetch_data("mmlu", str(write_rows(tmp_path / "rows.jsonl", [{**rows[0], "question": None}])))
+    task_data.fetch_data("mmlu", str(write_rows(tmp_path / "rows.jsonl", [row for row in rows if row["split"] == "dev"])))
+    with pytest.raises(UserError, match="mmlu: no row of its data has the split test"):
+        open_task("mmlu", settings())
 
 
 def test_empty_cells_of_a_table_are_none(tmp_path: Path) -> None:
