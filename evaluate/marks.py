@@ -167,7 +167,7 @@ def measure(marks: Sequence[Marks], metric: str, groups: Sequence[str | None], d
         steps = sorted({1, samples, *(2**power for power in range(1, samples.bit_length()) if 2**power < samples)})
         right = [round(sum(each[metric].value for each in item)) for item in marks]
         pass_at = {k: _estimate([pass_at_k(samples, correct, k) for correct in right], clusters, binary, drawn) for k in steps}
-        if any(each.answer for each in every):
+        if any(each.answer and each.votes for each in every):
             majority = _estimate([_majority([each[metric] for each in item]) for item in marks], clusters, binary, drawn)
     return Metric(
         name=metric,
@@ -203,10 +203,15 @@ def _estimate(values: Sequence[float], clusters: Sequence[str] | None, binary: b
         return Estimate(sum(values) / len(values), wilson(round(sum(values)), len(values)))
     found = bootstrap_mean(values, clusters=clusters, **drawn)
     span = found.interval
-    if span is not None and binary and span.low == span.high and found.value in (0.0, 1.0):
-        count = len(set(clusters)) if clusters else len(values)  # all alike: resamples cannot show that others may differ
+    if _alike(span) and 0 <= found.value <= 1:  # resamples cannot show that others may differ
+        count = len(set(clusters)) if clusters else len(values)
         return Estimate(found.value, wilson(round(found.value * count), count))
     return found
+
+
+def _alike(span: Interval | None) -> bool:
+    """Say whether all clusters gave one value, but for rounding."""
+    return span is not None and span.high - span.low < 1e-9
 
 
 def _majority(marks: Sequence[Mark]) -> float:
@@ -256,8 +261,9 @@ def compare_marks(
         else:
             interval = bootstrap_mean(change, clusters=clusters, **drawn).interval
             sums = cluster_sums([change], clusters)[:, 0]
-            if interval is not None and np.ptp(change) == 0:  # all alike: resamples cannot show that others may differ
-                up, down = (round(len(sums) * max(0.0, each)) for each in (change[0], -change[0]))
+            mean = float(change.mean())
+            if _alike(interval) and abs(mean) <= 1:  # resamples cannot show that others may differ
+                up, down = (round(len(sums) * max(0.0, each)) for each in (mean, -mean))
                 interval = paired_difference(down, up, len(sums))
             p_value = sign_flip(sums, **drawn)
             width = 0.0 if interval is None else interval.high - interval.low

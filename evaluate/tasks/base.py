@@ -36,6 +36,7 @@ class Mark:
     value: float
     found: bool = True
     answer: str = ""  # what was read out of it: equal ones are one answer to a majority
+    votes: bool = True  # False where `answer` says something else, as how a program ended: there is no majority then
 
 
 Score = Callable[[Item, str], dict[str, Mark]]  # by metric, the headline first

@@ -31,7 +31,7 @@ def scorer(config: TasksConfig) -> Score:
         program = extract_program(answer, prompt=item.target["prompt"], entry_point=item.target["entry_point"])
         verdict = run_tests(program, item.target["test"], entry_point=item.target["entry_point"], unsafe=config.unsafe)
         found = verdict.ended not in ("no_code", "syntax")
-        return {"passed": Mark(float(verdict.passed), found, told(verdict.ended, verdict.message, verdict.attempts))}
+        return {"passed": Mark(float(verdict.passed), found, told(verdict.ended, verdict.message, verdict.attempts), False)}
 
     return score
 

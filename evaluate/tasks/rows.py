@@ -32,7 +32,7 @@ def _numeric(target: Mapping[str, Any], answer: str) -> Mark:
 
 def _regex(target: Mapping[str, Any], answer: str) -> Mark:
     found = Pattern("pattern ", target["pattern"], re.MULTILINE).search(answer)
-    return Mark(float(found is not None), True, found[0][:200] if found else "")
+    return Mark(float(found is not None), True, found[0][:200] if found else "", False)
 
 
 def _contains(target: Mapping[str, Any], answer: str) -> Mark:
@@ -42,7 +42,7 @@ def _contains(target: Mapping[str, Any], answer: str) -> Mark:
 
 def _schema(target: Mapping[str, Any], answer: str) -> Mark:
     reason = check_schema(answer, target["schema"])
-    return Mark(float(reason is None), not (reason or "").startswith("not JSON"), reason or "")
+    return Mark(float(reason is None), not (reason or "").startswith("not JSON"), reason or "", False)
 
 
 def _several(value: Any) -> list[Any]:
@@ -102,7 +102,7 @@ def load(source: str, config: TasksConfig) -> Task:
         program = extract_program(answer, entry_point=item.target.get("entry_point"))
         verdict = run_tests(program, item.target["tests"], entry_point=item.target.get("entry_point"), unsafe=config.unsafe)
         found = verdict.ended not in ("no_code", "syntax")
-        return {"score": Mark(float(verdict.passed), found, told(verdict.ended, verdict.message, verdict.attempts))}
+        return {"score": Mark(float(verdict.passed), found, told(verdict.ended, verdict.message, verdict.attempts), False)}
 
     kinds = {item.target["scoring"] for item in items}
     return Task(name=Path(path).name, items=items, metrics=("score",), score=score, code="unit-test" in kinds, judged=JUDGED in kinds)

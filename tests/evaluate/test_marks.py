@@ -45,6 +45,16 @@ def test_where_all_subjects_are_alike_the_difference_is_not_certain() -> None:
         assert "nan" not in compared[0].told()
 
 
+def test_where_all_scores_are_alike_they_are_not_certain() -> None:
+    for values, groups in (([0.6] * 7, [None] * 7), ([1.0, 0.0] * 7, [f"subject {number // 2}" for number in range(14)])):
+        found = measure(marks(*values), "m", groups, DRAWN)
+        assert found.interval is not None
+        assert (found.interval.low < found.mean - 0.1, found.interval.high > found.mean + 0.1) == (True, True)
+    pairs = [f"subject {number // 2}" for number in range(14)]
+    (compared,) = compare_marks("t", "m", {"a": marks(*[0.0] * 14), "b": marks(*[1.0, 0.0] * 7)}, [("a", "b")], pairs, DRAWN)
+    assert compared.interval == paired_difference(0, 4, 7)
+
+
 def test_comparisons_are_paired_and_adjusted_over_tasks() -> None:
     first, second = marks(*[0.0] * 30), marks(*[1.0] * 10, *[0.0] * 20)
     compared = compare_marks("t", "m", {"a": first, "b": second, "c": first}, [("a", "b"), ("a", "c")], [None] * 30, DRAWN)
@@ -76,3 +86,4 @@ def test_the_majority_answers_and_ties_are_shared() -> None:
     assert majority([item]) == 1.0
     assert majority([tied]) == 0.5
     assert majority([silent, item]) == 0.5
+    assert majority([[{"m": Mark(value, True, "ended", False)} for value in (1.0, 0.0, 1.0)]]) is None  # how programs ended

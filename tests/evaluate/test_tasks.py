@@ -182,7 +182,9 @@ def test_data_sets_come_along_or_are_fetched(cache: Path, tmp_path: Path) -> Non
     assert len(task_data.read_data("mt_bench")) == 80
     with pytest.raises(UserError, match="mmlu does not come with sftkit: `sftkit evaluate data get mmlu SOURCE`"):
         open_task("mmlu", settings())
-    with pytest.raises(UserError, match=r"rows.jsonl:1: has no split; found the columns question; expected split, subject, question, A, B, C, D, answer"):
+    with pytest.raises(
+        UserError, match=r"rows.jsonl:1: has no split; found the columns question; expected split, subject, question, A, B, C, D, answer"
+    ):
         task_data.fetch_data("mmlu", str(write_rows(tmp_path / "rows.jsonl", [{"question": "a"}])))
     hub = {"question": "What?", "subject": "a_subject", "choices": ["1", "2", "3", "4"], "answer": 2}
     for wrong, message in (
