@@ -75,14 +75,8 @@ class TasksResult:
         return "\n\n".join([*(each.summary() for each in self.tasks), *place])
 
 
-def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | None, config: TasksConfig) -> TasksResult:
-    """Ask all models (name: reference) the questions of tasks, mark the answers, and compare with the first model, paired.
-
-    Into the run folder `out` go evaluate/task_answers.parquet, task_scores.parquet and the section `tasks` of results.json.
-    Answers are stored under keys of what decides them and apart from their marks: marking again generates nothing, new weights
-    generate all anew. Without `out` nothing is kept. Raises UserError for a task or a model that is not there, for programs
-    where there is no sandbox, and where no question is left that every model answered.
-    """
+def open_tasks(names: Sequence[str], config: TasksConfig) -> tuple[list[Task], list[str]]:
+    """Return the tasks of these names, and the names of those that are lm-eval's. Raises UserError for what cannot be asked here."""
     handed = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
     tasks = [_limited(open_task(name, config), config) for name in names if not name.startswith(PREFIX)]
     known = [*(each.name for each in tasks), *handed]
@@ -94,6 +88,18 @@ def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | 
         raise UserError(f"{', '.join(each.name for each in tasks if each.code)}: runs programs that models wrote, and {refusal}")
     if handed and importlib.util.find_spec("lm_eval") is None:
         raise missing_package("lm-eval", "lm-eval")
+    return tasks, handed
+
+
+def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | None, config: TasksConfig) -> TasksResult:
+    """Ask all models (name: reference) the questions of tasks, mark the answers, and compare with the first model, paired.
+
+    Into the run folder `out` go evaluate/task_answers.parquet, task_scores.parquet and the section `tasks` of results.json.
+    Answers are stored under keys of what decides them and apart from their marks: marking again generates nothing, new weights
+    generate all anew. Without `out` nothing is kept. Raises UserError for a task or a model that is not there, for programs
+    where there is no sandbox, and where no question is left that every model answered.
+    """
+    tasks, handed = open_tasks(names, config)
     judge = _judge_of(tasks, config)
     held = {task.name: contaminated(task.items, config.train_data) for task in tasks} if config.train_data else {}
     found = find_models(models, config.engine)

@@ -16,7 +16,7 @@ from ..core.progress import duration, timed
 from ..core.run import Run, is_done, mark_done, read_done
 from ..core.sources import iterate_rows
 from ..curate.build import build, check_early
-from ..evaluate.benchmark import evaluate_tasks
+from ..evaluate.benchmark import evaluate_tasks, open_tasks
 from ..evaluate.compare import compare, read_questions
 from ..evaluate.config import CompareConfig, TasksConfig
 from ..evaluate.loss import loss
@@ -54,6 +54,8 @@ def run_chain(recipe: RecipeConfig, out: Path, *, name: str = "", accept_licence
     Run.create(out).close()  # a folder of something else is refused before anything is fetched
     if recipe.evaluate.compare.questions:
         read_questions(recipe.evaluate.compare.questions, CompareConfig())
+    if recipe.evaluate.tasks:
+        open_tasks(recipe.evaluate.tasks.names, recipe.evaluate.tasks)
     _fetch_models(recipe, accept_licence)
     check_early(out, recipe.curate)
     for step, do in (("curate", _curate), ("train", _train), ("evaluate", _evaluate)):

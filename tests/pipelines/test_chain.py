@@ -117,6 +117,7 @@ def test_what_is_done_is_not_done_again_and_a_failed_step_is(recipe: Any, tmp_pa
         ({"train": {"model": "x", "epoch": 1}}, r"recipe\.yaml: train: unknown setting 'epoch': did you mean 'epochs'"),
         ({"train": {}}, r"recipe\.yaml: train: missing setting model"),
         ({"curate": {"dedup": {"semantic": None}}}, r"needs rows that are not trained on"),
+        ({"evaluate": {"tasks": {"names": ["gsm8"]}}}, r"unknown task 'gsm8': did you mean 'gsm8k'"),
         (
             {"curate": {"score": {"scorers": {"numerik": {}}}, "heldout": {"prompts": 5}}},
             r"unknown scorer 'numerik': did you mean 'numeric'",
