@@ -16,6 +16,8 @@ def show_answers(result: CompareResult, *, console: Console | None = None) -> No
     console = console or Console()
     beside = console.width // len(result.answers) >= MIN_COLUMN
     for place, question in enumerate(result.questions):
+        if question.error == "repeated":  # it stands there already
+            continue
         earlier = sum(each["role"] != "system" for each in question.messages) - 1
         after = f"  (after {earlier} earlier messages)" if earlier > 0 else ""
         number = f"question {place + 1} of {len(result.questions)}: "

@@ -194,9 +194,20 @@ def _tasks(path: Path) -> str:
                 numbers = [f"{each['mean']:.1%}", told, f"{each['n']:,}", f"{each['not_found']:.1%}", apart]
                 rows.append([model, task["asked"][model], each["name"], *numbers])
         head = ["model", "asked", "metric", "score", "95 %", "questions", "no answer found", "without what was trained on"]
+        draws = [_of_samples(each) for metrics in task["metrics"].values() for each in metrics]
+        if any(draws):
+            head, rows = [*head, "of several samples"], [[*row, told] for row, told in zip(rows, draws, strict=True)]
         changes = "".join(f"<li>{_text(each)}" for each in _changes(task))
         parts.append(f"<h3>{_text(name)}</h3>{_table(head, rows, first=3)}{_health(task['health'])}<ul class=soft>{changes}</ul>")
     return f"<h2>Tasks</h2>{''.join(parts)}" if parts else ""
+
+
+def _of_samples(metric: dict[str, Any]) -> str:
+    """Return a metric's pass@k and majority with their intervals; nothing where each question was answered once."""
+    found = {f"pass@{k}": each for k, each in metric["pass_at"].items()} | ({"maj": metric["majority"]} if metric["majority"] else {})
+    return ", ".join(
+        f"{name} {each['value']:.1%}" + (f" ({_share_span(each['interval'])})" if each["interval"] else "") for name, each in found.items()
+    )
 
 
 def _health(models: dict[str, Any]) -> str:
@@ -282,9 +293,14 @@ def _answers(path: Path) -> str:
         shares = [f"{each[key]:.0%}" for key in ("stop_rate", "truncated_share", "empty_share")]
         span = each["stop_interval"]
         rows.append([name, shares[0], f"{span['low']:.0%} to {span['high']:.0%}", *shares[1:], f"{each['mean_tokens']:.1f}"])
+    left = f"; left out for all models: {told_reasons(results['left_out'])}" if results["left_out"] else ""
+    counts = counted(next(iter(results["models"].values()))["n"], "question")
+    note = f"{counts} answered by every model, greedily, in at most {results['max_new_tokens']} tokens{left}"
     answers = read_parquet(file)
     articles = []
     for _, group in answers.group_by("example_id", maintain_order=True):
+        if group["error"][0] == "repeated":  # it stands there already
+            continue
         turns = [
             f"<span{' class=soft' if each.get('role') == 'system' else ''}>{_text(each.get('content') or '')}</span>"
             for each in json.loads(group["question"][0])
@@ -292,7 +308,7 @@ def _answers(path: Path) -> str:
         cells = [_answer(each) for each in group.iter_rows(named=True)]
         grid = f"<div class=answers style='--models:{len(cells)}'>{''.join(cells)}</div>"
         articles.append(f"<p class=question>{'<br>'.join(turns)}</p>{grid}")
-    return f"<h2>The same questions to each model</h2>{_table(head, rows, first=1)}{''.join(articles)}"
+    return f"<h2>The same questions to each model</h2>{_table(head, rows, first=1)}<p class=soft>{_text(note)}</p>{''.join(articles)}"
 
 
 def _answer(row: dict[str, Any]) -> str:
@@ -302,7 +318,7 @@ def _answer(row: dict[str, Any]) -> str:
         mark = f"<span class=stop>ended by itself after {row['num_tokens']} tokens</span>"
     else:
         mark = f"<span class=cut>cut at {row['num_tokens']} tokens</span>"
-    return f"<div class=answer><h4>{_text(row['model'])} · {mark}</h4><div class=text>{_text(row['text'])}</div></div>"
+    return f"<div class=answer><h4>{_text(row['model'])} · {mark}</h4><div class=text>{_text(row['text'] or '')}</div></div>"
 
 
 def _training(path: Path) -> str:

@@ -23,6 +23,7 @@ from sftkit.evaluate.config import CompareConfig
 from sftkit.evaluate.judge import read_run
 from sftkit.evaluate.results import counted, left_out
 from sftkit.evaluate.show import show_answers
+from sftkit.pipelines.report import write_report
 
 CPU = {"engine": {"engine": "transformers", "dtype": "float32", "device": "cpu"}}
 
@@ -151,6 +152,7 @@ def test_a_question_counts_for_all_models_or_for_none(tmp_path: Path, tiny_model
     assert [each.n for each in result.models] == [1, 1]
     assert [each.error for each in result.answers["long"]] == [None, None, "no_user_turn"]
     assert result.answers["long"][1].num_tokens == 12  # it is still there to be read
+    assert ">None<" not in write_report(tmp_path / "run").read_text()
     table = pl.read_parquet(tmp_path / "run" / "evaluate" / "answers.parquet").filter(pl.col("error").is_not_null())
     assert table.select("model", "error", "text").rows() == [
         ("long", "no_user_turn", None),
@@ -177,6 +179,10 @@ def test_a_question_that_stands_there_again_counts_once(tmp_path: Path, tiny_mod
     rows = [{"prompt": text, "completion": answer} for text, answer in (("One?", "a"), ("One?", "b"), ("Two?", "a"), ("One?", "a"))]
     result = compare({"a": str(tiny_model), "b": str(trained_model)}, write_rows(tmp_path / "q.jsonl", rows), tmp_path / "run", settings())
     assert (result.models[0].n, result.left_out) == (2, {"repeated": 2})
+    page = write_report(tmp_path / "run").read_text()
+    assert page.count("One?") == 1
+    assert "2 questions answered by every model, greedily, in at most " in page
+    assert "; left out for all models: 2 repeated" in page
     _, (first, _) = read_run(tmp_path / "run")
     assert len(first.texts) == 2  # nor is it judged again
 

@@ -1,6 +1,7 @@
 """Tasks with answers that rules judge: asked once, marked as often as one likes, compared question by question."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +25,7 @@ from sftkit.evaluate.compare import Answer
 from sftkit.evaluate.health import health
 from sftkit.evaluate.tasks import open_task
 from sftkit.evaluate.tasks.base import Item, Mark, Task, asked
+from sftkit.pipelines.report import write_report
 
 from .conftest import ANSWER, QUESTIONS, Watch, mmlu_rows, settings, write_rows
 
@@ -109,7 +111,8 @@ def test_several_samples_give_pass_at_k_and_the_majority(mine: Path, trained_mod
     rows = [json.loads(line) for line in mine.read_text().splitlines()]
     numbers = [row for row in rows if row["scoring"] == "numeric"]
     numeric = write_rows(tmp_path / "numbers.jsonl", [{**row, "prompt": QUESTIONS[place]} for place, row in enumerate(numbers)])
-    result = evaluate_tasks({"sft": str(trained_model)}, [str(numeric)], None, settings(samples=3, temperature=0.2))
+    result = evaluate_tasks({"sft": str(trained_model)}, [str(numeric)], tmp_path / "run", settings(samples=3, temperature=0.2))
+    assert re.search(r"pass@3 [\d.]+% \(\d+% to \d+%\), maj [\d.]+%", write_report(tmp_path / "run").read_text())
     (metric,) = result.tasks[0].metrics["sft"]
     assert sorted(metric.pass_at) == [1, 2, 3]
     assert metric.pass_at[1].value == pytest.approx(metric.mean)
