@@ -53,7 +53,7 @@ def best(run: Run, config: BestConfig) -> Outcome:
 
     without = table.group_by("example_id").agg((pl.col("rule").is_null()).any().alias("kept"))["kept"].not_().sum()
     num_prompts = rows["example_id"].n_unique()
-    notes = [*([f"{without:,} of {num_prompts:,} prompts have no eligible sample"] if without else []), *unscored]
+    notes = [*([f"{without:,} of {num_prompts:,} prompts keep no sample"] if without else []), *unscored]
     if rows["sample_index"].null_count() == len(rows):
         notes.append("these rows are not samples of one prompt each: every row stood alone")
     told = {name: pl.col(name) for name in ("score", "threshold", "witness_id")}

@@ -70,7 +70,7 @@ def test_truncated_gate_and_unscored_are_named_and_reported(toy_run: Callable[..
         "b/0": ("gate:numeric", 0, 1, None),
         "c/0": ("unscored", None, 1, None),
     }
-    assert outcome.notes == ("2 of 3 prompts have no eligible sample",)
+    assert outcome.notes == ("2 of 3 prompts keep no sample",)
 
 
 def test_the_duplicated_best_row_is_kept_once(toy_run: Callable[..., Run], rejections: Callable) -> None:
@@ -96,7 +96,7 @@ def test_rows_without_the_score_come_last_and_are_said(
     (note,) = [each for each in outcome.notes if "logprob" in each]
     assert note.startswith("3 of 4 eligible rows have no score 'logprob' and come last by it: the teacher told none")
     assert all(not check.faults for check in check_run(run))
-    assert best(run, BestConfig(by=("num_chars",))).notes == ("1 of 3 prompts have no eligible sample",)
+    assert best(run, BestConfig(by=("num_chars",))).notes == ("1 of 3 prompts keep no sample",)
 
     stored = toy_run(samples("a", "1", "2", "no", reference=["1", None, "1"]), "stored")
     numeric(stored)
@@ -125,7 +125,7 @@ def test_majority(toy_run: Callable[..., Run], rejections: Callable) -> None:
     assert found["a/1"] == ("not_best", None, None, "a/2")
     assert found["a/3"][0] == found["c/0"][0] == "no_answer"
     assert found["b/0"] == ("not_majority", 0.5, 0.5, "b/1")
-    assert outcome.notes == ("1 of 3 prompts have no eligible sample",)
+    assert outcome.notes == ("1 of 3 prompts keep no sample",)
 
 
 def test_majority_needs_its_share_and_cut_answers_do_not_vote(toy_run: Callable[..., Run], rejections: Callable) -> None:
