@@ -13,8 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 OPERATORS = (
-    "__len__", "__getitem__", "__setitem__", "__contains__", "__iter__", "__next__", "__eq__", "__str__", "__repr__",
-    "__enter__", "__exit__",
+    "__len__", "__getitem__", "__setitem__", "__contains__", "__iter__", "__next__", "__str__", "__repr__",
+    "__enter__", "__exit__", "__neg__", "__abs__",
+)  # fmt: skip
+# of two objects of the program; with a value of the tests as the other one, a program could judge what its answer is held against
+BETWEEN_OBJECTS = (
+    "__eq__", "__lt__", "__le__", "__gt__", "__ge__", "__add__", "__sub__", "__mul__", "__matmul__", "__truediv__", "__floordiv__",
+    "__mod__", "__and__", "__or__", "__xor__",
 )  # fmt: skip
 TRIED = {
     "network": ("socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "socket.gethostbyname"),
@@ -280,8 +285,8 @@ class Remote:
 
 def _operator(name: str) -> Callable[..., Any]:
     def operator(self: Remote, *arguments: Any) -> Any:
-        if name == "__eq__" and not isinstance(arguments[0], Remote):
-            return False  # a program does not say itself what its answer equals
+        if name in BETWEEN_OBJECTS and not isinstance(arguments[0], Remote):
+            return NotImplemented
         try:
             return self._peer.ask(self._number, name, arguments, {})
         except AttributeError as error:
@@ -290,7 +295,7 @@ def _operator(name: str) -> Callable[..., Any]:
     return operator
 
 
-for _each in OPERATORS:
+for _each in (*OPERATORS, *BETWEEN_OBJECTS):
     setattr(Remote, _each, _operator(_each))
 
 

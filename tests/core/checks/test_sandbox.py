@@ -187,6 +187,16 @@ def test_a_silent_child_that_holds_the_output_open_does_not_hold_us_up() -> None
     assert outcome.output == "gone\n"
 
 
+VECTOR = """
+class V:
+    def __init__(self, x): self.x = x
+    def __eq__(self, other): return self.x == other.x
+    def __lt__(self, other): return self.x < other.x
+    def __add__(self, other): return V(self.x + other.x)
+    def __neg__(self): return V(-self.x)
+"""
+
+
 @needs_sandbox
 @pytest.mark.parametrize(
     ("program", "tests", "entry_point", "ended", "message"),
@@ -232,6 +242,15 @@ def test_a_silent_child_that_holds_the_output_open_does_not_hold_us_up() -> None
         ),
         ("import threading, time\nthreading.Thread(target=time.sleep, args=(1e6,)).start()\ndef f(x): return 1", "assert f(1) == 1", "f", "passed", ""),
         ("class Yes:\n    def __eq__(self, other): return True\ndef f(x): return Yes()", "assert f(1) == 3", None, "wrong", "AssertionError"),
+        (VECTOR, "assert (V(1) + V(2)).x == 3 and V(1) < V(2) and -V(1) == V(-1) and sorted([V(2), V(1)])[0].x == 1", None, "passed", ""),
+        (VECTOR, "assert V(1) + V(2) == V(4)", None, "wrong", "AssertionError"),
+        (
+            "class Yes:\n    def __sub__(self, other): return self\n    def __abs__(self): return 0\ndef f(x): return Yes()",
+            "assert abs(f(1) - 3) < 1e-6",  # the other side of the minus is what the program should not see
+            None,
+            "error",
+            "TypeError: unsupported operand type(s) for -: 'Remote' and 'int'",
+        ),
     ],
 )  # fmt: skip
 def test_verdicts(program: str, tests: str, entry_point: str | None, ended: str, message: str) -> None:
