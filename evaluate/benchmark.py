@@ -81,8 +81,10 @@ def open_tasks(names: Sequence[str], config: TasksConfig) -> tuple[list[Task], l
     tasks = [_limited(open_task(name, config), config) for name in names if not name.startswith(PREFIX)]
     known = [*(each.name for each in tasks), *handed]
     repeated = [each for each in known if known.count(each) > 1]
-    if not known or repeated:
-        raise UserError(f"tasks: {f'{repeated[0]} is given twice' if repeated else 'none was given'}; expected --tasks NAME,NAME")
+    if repeated:
+        raise UserError(f"tasks: {repeated[0]} is given twice (a file goes by its name, without its folder); expected each once")
+    if not known:
+        raise UserError("tasks: none was given; expected --tasks NAME,NAME")
     refusal = available() if any(each.code for each in tasks) and not config.unsafe else None
     if refusal:
         raise UserError(f"{', '.join(each.name for each in tasks if each.code)}: runs programs that models wrote, and {refusal}")

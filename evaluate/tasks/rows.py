@@ -71,6 +71,8 @@ def load(source: str, config: TasksConfig) -> Task:
     path, default = source, ""
     if not Path(source).expanduser().exists() and ":" in source:
         path, _, default = source.rpartition(":")
+        if default not in SCORING:
+            raise unknown_name("scoring", default, SCORING, source)
     places: dict[str, str] = {}
     items = []
     for place, row in iterate_rows(path):

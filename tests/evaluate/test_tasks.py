@@ -359,7 +359,9 @@ def test_an_endless_answer_is_marked_all_the_same(answer: str, cache: Path, tmp_
 def test_bad_settings_are_named(mine: Path, tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown task 'gsm8': did you mean 'gsm8k'"):
         evaluate_tasks({"a": str(tiny_model)}, ["gsm8"], None, settings())
-    with pytest.raises(UserError, match=r"mine.jsonl is given twice"):
+    with pytest.raises(UserError, match="unknown scoring 'numerc': did you mean 'numeric'"):
+        open_task(f"{mine}:numerc", settings())  # all its rows name theirs, and yet it is no scoring
+    with pytest.raises(UserError, match=r"mine.jsonl is given twice \(a file goes by its name, without its folder\)"):
         evaluate_tasks({"a": str(tiny_model)}, [str(mine), str(mine)], None, settings())
     with pytest.raises(UserError, match="temperature: 2 samples need one above 0"):
         settings(samples=2, temperature=0)
