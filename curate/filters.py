@@ -223,10 +223,14 @@ def _values(run: Run, rows: pl.DataFrame, scores: Sequence[str], named: Sequence
         elif name.endswith(DETAIL) and not name.startswith("meta."):
             columns[name] = read_score(run, rows, name.removesuffix(DETAIL))["detail"].alias(name)
         elif name.startswith("meta."):
-            columns[name] = rows["meta"].str.json_path_match("$." + name.removeprefix("meta.")).alias(name)
+            path = name.removeprefix("meta.")
+            paths = [f"$.{path}", f"$['{path}']"] if "." in path else [f"$.{path}"]  # within an object, or a key with a dot
+            found = pl.coalesce(pl.col("meta").str.json_path_match(each) for each in paths)
+            columns[name] = rows.select(found.alias(name)).to_series()
             if columns[name].null_count() == len(rows):
                 keys = {f"meta.{key}" for text in rows["meta"].head(1000) for key in json.loads(text or "{}")}
-                raise unknown_name("column", name, keys or ["(meta is empty)"], f"{run.path}: where")
+                if name not in keys:
+                    raise unknown_name("column", name, keys or ["(meta is empty)"], f"{run.path}: where")
     return list(columns.values())
 
 

@@ -216,3 +216,10 @@ def test_a_pattern_that_would_backtrack_for_years_is_an_error(toy_run: Callable[
     ):
         filter_rows(run, FilterConfig(exclude=(r"(x+x+)+y",)))
     assert "filter" not in run.ledger.stages()
+
+
+def test_keys_of_meta_that_hold_a_dot_or_nothing_are_known(toy_run: Callable[..., Run]) -> None:
+    more = [{"a.b": 1, "c": {"d": 1}, "none": None}, {"a.b": 2, "c": {"d": 2}, "none": None}]
+    run = toy_run([{"prompt": f"p{place}", "response": "r", "meta": meta} for place, meta in enumerate(more)])
+    filter_rows(run, FilterConfig(where=("meta.a.b == 1 and meta.c.d == 1 and meta.none is None",)))
+    assert load_rows(run)["prompt"].to_list() == ["p0"]
