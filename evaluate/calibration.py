@@ -18,7 +18,11 @@ def calibrate(judging: Judge, source: str, limit: int | None) -> list[Agreement]
 
     The source is a file, or "llmbar", whose pairs come along. Of each subset the first `limit` pairs. Zeng et al. 2023, arXiv 2310.07641.
     """
-    rows = _labelled(source, ("input", "output_1", "output_2", "label"), read_data(source) if source == "llmbar" else None)
+    texts = ("input", "output_1", "output_2")
+    rows = _labelled(source, (*texts, "label"), read_data(source) if source == "llmbar" else None)
+    for number, row in enumerate(rows, 1):
+        if empty := [name for name in texts if row[name] is None]:
+            raise UserError(f"{source}: row {number} has no {empty[0]}; expected a text")
     chosen = [row for subset in _subsets(rows) for row in [each for each in rows if _subset(each) == subset][:limit]]
     verdicts = judging.compare([Pair(str(row["input"]), str(row["output_1"]), str(row["output_2"])) for row in chosen])
     said: list[tuple[int | None, int | None]] = []

@@ -281,6 +281,7 @@ def test_a_judge_that_writes_nonsense_is_an_error_with_its_words(tmp_path: Path,
         (("A", "B", "--judge", "TINY"), "none of 2 questions was answered by both"),
         (("A", "A2", "--judge", "TINY", "--rubric", "nice"), "rubric 'nice': expected one of helpfulness"),
         (("A", "A2", "--judge", "TINY", "--calibrate", "A"), "row 1 has no column 'input'"),
+        (("A", "A2", "--judge", "TINY", "--calibrate", "NULL"), "null.jsonl: row 1 has no output_2; expected a text"),
         (("A", "A2", "--judge", "TINY", "--limit", "0"), "limit: expected 1 or more, found 0"),
     ],
 )
@@ -291,6 +292,7 @@ def test_mistakes(arguments: tuple[str, ...], words: str, cli: Cli, tmp_path: Pa
         "A": answers(tmp_path / "a.jsonl", ["one"]),
         "A2": answers(tmp_path / "a2.jsonl", ["two"]),
     }
+    places["NULL"] = write(tmp_path / "null.jsonl", [{"input": "a", "output_1": "b", "output_2": None, "label": 1}])
     places["B"] = write(tmp_path / "b.jsonl", [{"prompt": "Another?", "response": "Yes"}])
     code, _, error = cli("evaluate", "judge", *(places.get(each, each) for each in arguments))
     assert code == 1
