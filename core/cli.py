@@ -23,6 +23,7 @@ MENDABLE = {
     **dict.fromkeys(FULL, "make room or name another place"),
     **dict.fromkeys((errno.EACCES, errno.EPERM), "give this user the right to it, or name another place"),
     errno.EROFS: "name another place",
+    errno.ENAMETOOLONG: "give a shorter one",
 }
 SECONDS_TO_ASK_AGAIN = 0.05
 NO_TEMPORARY = "No usable temporary directory"  # Python's words, where torch is imported at the latest

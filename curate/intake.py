@@ -90,7 +90,8 @@ def _take_in(
     settings = {name: value for name, value in to_mapping(config).items() if value not in (None, [])}
     before = run.config().get("intake", {})
     if before and before["content"] != digest[:16]:
-        raise UserError(f"{run.path}: holds other rows, those of {before['source']} as they were then; give another folder for {source}")
+        other = f"holds other rows, those of {before['source']} as they were then or by other settings"
+        raise UserError(f"{run.path}: {other}; give another folder for {source}")
     run.configure("intake", {"source": str(source), **settings, "content": digest[:16]}, free=("*",))
     path = run.room("curate") / "rows.parquet"
     if path.exists() and "import" in run.ledger.stages() and (path.with_name("README.md")).exists():  # the card is written last

@@ -48,6 +48,11 @@ ENDINGS: dict[str, tuple[Callable[[], Any], int, list[str]]] = {
         1,
         ["error: /cd/x: Read-only file system; name another place: the same command goes on from here"],
     ),
+    "a name that no disk takes": (
+        fails(OSError(errno.ENAMETOOLONG, "File name too long", "aaaa")),
+        1,
+        ["error: aaaa: File name too long; give a shorter one: the same command goes on from here"],
+    ),
     "no place for what is passing": (
         fails(FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/work']")),
         1,
