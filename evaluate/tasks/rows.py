@@ -46,7 +46,9 @@ def _schema(target: Mapping[str, Any], answer: str) -> Mark:
 
 
 def _several(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    """Return the right answers. Tables hold whole numbers beside a null as 3.0, which an answer writes as 3."""
+    every = value if isinstance(value, (list, tuple)) else [value]
+    return [int(each) if isinstance(each, float) and each.is_integer() else each for each in every]
 
 
 OWN = ("id", "group", "scoring", "answer", "pattern", "schema", "tests", "entry_point")  # columns that are no part of the question
@@ -157,6 +159,8 @@ def _check(target: Mapping[str, Any], scoring: str, place: str, columns: list[st
             raise UserError(f"{place}: answer is {str(target['answer'])[:60]!r}; expected a text, a number or a list of them, none empty")
     elif column not in ("", "schema") and not (isinstance(target[column], str) and target[column].strip()):
         raise UserError(f"{place}: {column} is {str(target[column])[:60]!r}; expected a text")
+    if scoring == "exact" and any(isinstance(each, bool) for each in _several(target["answer"])):
+        raise UserError(f"{place}: answer is true or false, which can be written in many ways; expected the text that is right")
     if not isinstance(target.get("entry_point", ""), str):
         raise UserError(f"{place}: entry_point is {str(target['entry_point'])[:60]!r}; expected the name of a function")
     if scoring == "numeric" and any(extract_number(str(each)) is None for each in _several(target["answer"])):

@@ -272,6 +272,7 @@ BAD: list[tuple[list[dict[str, Any]], str]] = [
     ([{"prompt": "a", "scoring": "unit-test", "tests": "f()", "entry_point": 5}], r"entry_point is '5'; expected the name of a function"),
     ([{"prompt": "a", "scoring": "contains", "answer": []}], r"answer is '\[\]'; expected a text, a number or a list of them, none empty"),
     ([{"prompt": "a", "scoring": "contains", "answer": ""}], r"answer is ''; expected a text, a number or a list of them, none empty"),
+    ([{"prompt": "a", "scoring": "exact", "answer": ["b", True]}], r"rows.jsonl:1: answer is true or false, which can be written in many"),
     ([{"prompt": "a", "answer": "b"}], r"rows.jsonl:1: says no scoring; add a column scoring, or give .*rows.jsonl:SCORING"),
     ([{"prompt": "a", "answer": "b", "scoring": "exat"}], r"rows.jsonl:1: unknown scoring 'exat': did you mean 'exact'"),
     ([{"answer": "b", "scoring": "exact"}], r"rows.jsonl:1: has no question, only what the answer is held against"),
@@ -320,6 +321,13 @@ def test_a_question_keeps_its_system_message_and_its_functions_and_is_one_cluste
     assert (first.group == again.group, first.id == again.id) == (True, False)
     (metric,) = evaluate_tasks({"a": str(tiny_model)}, [str(path)], None, settings()).tasks[0].metrics["a"]
     assert (metric.n, metric.clusters) == (3, 2)
+
+
+def test_whole_numbers_of_a_table_are_written_as_answers_write_them(tmp_path: Path) -> None:
+    rows = [{"prompt": "A?", "scoring": each, "answer": answer} for each in ("exact", "contains") for answer in (3.0, 2.5)]
+    task = open_task(str(write_rows(tmp_path / "rows.jsonl", rows)), settings())
+    said = zip(task.items, ["3", "2.5", "it is 3", "2"], strict=True)
+    assert [task.score(item, answer)["score"].value for item, answer in said] == [1.0, 1.0, 1.0, 0.0]
 
 
 def test_a_schema_may_be_a_text(tmp_path: Path) -> None:
