@@ -191,7 +191,9 @@ class RankConfig(Sampling):
     )
     prompts: int = setting(200, "Prompts that all of them answer, evenly spaced over the file.")
     k: int = setting(1, "Answers to each.")
-    scorers: dict[str, Any] = field(default_factory=dict, metadata={"help": "Scores by name, as for `score`: what can accept an answer."})
+    scorers: dict[str, dict[str, Any] | None] = field(
+        default_factory=dict, metadata={"help": "Scores by name, as for `score`: what can accept an answer."}
+    )
     accept: str | None = setting(
         None,
         "Which answers count: NAME (1 or more), NAME>=x, NAME<=x, NAME>x, NAME<x; else the first scorer's; else all that ended.",
@@ -247,7 +249,7 @@ class ImportConfig:
 class ScoreConfig:
     """Which scores to attach."""
 
-    scorers: dict[str, Any] = field(
+    scorers: dict[str, dict[str, Any] | None] = field(
         default_factory=dict,
         metadata={
             "help": "Scores by name: the options of the scorer of that name, or of the one under `scorer:`; {numeric: {rule: strict}}."

@@ -90,6 +90,8 @@ def open_scorer(name: str, options: Mapping[str, Any] | None) -> Scorer | Column
     arguments = dict(options or {})
     kind = str(arguments.pop("scorer", name))
     if kind not in SCORERS:
+        if kind in GROUPS:
+            raise UserError(f"{kind} is several scores: name each, {', '.join(GROUPS[kind])}; `--with {kind}` takes them all")
         raise unknown_name("scorer", kind, {*SCORERS, *GROUPS})
     if name in TAKEN or (name in COLUMNS and kind != name):
         raise UserError(f"a score of {kind} cannot be called {name!r}, which means something else of a row; give another name=…")

@@ -1,6 +1,7 @@
 """The command of `sftkit curate` that attaches scores."""
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -52,7 +53,8 @@ def score(run: str, out: Path | None, settings: Path | None, scorers: tuple[str,
     from .score import parse_scorers, score, summary
 
     base = read_yaml(settings) if settings else {}
-    config = load_config(ScoreConfig, {**base, "scorers": {**base.get("scorers", {}), **parse_scorers(list(scorers))}})
+    config = load_config(ScoreConfig, base)
+    config = replace(config, scorers={**config.scorers, **parse_scorers(list(scorers))})
     with closing(open_run(run, out)) as opened:
         for name, scores in score(opened, config).items():
             click.echo(summary(name, scores))

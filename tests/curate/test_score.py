@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from sftkit.core import patterns
@@ -122,6 +123,26 @@ def test_bad_scorers_are_one_clear_line(toy_run: Callable[..., Run], texts: list
     with pytest.raises(UserError, match=message) as caught:
         score(run, ScoreConfig(scorers=parse_scorers(texts)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("scorers: numeric", "scorers: expected a mapping, found 'numeric'"),
+        ("scorers: [numeric]", "scorers: expected a mapping, found ['numeric']"),
+        ("scorers: {numeric: 3}", "scorers.numeric: expected a mapping, found 3"),
+        ("scorers: {length: {}}", "length is several scores: name each, num_chars, num_words, num_tokens"),
+    ],
+)
+def test_settings_of_another_type_are_one_clear_line(
+    settings: str, message: str, tmp_path: Path, toy_run: Callable[..., Run], cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    run = toy_run([{"prompt": "a", "response": "b"}])
+    run.close()
+    (tmp_path / "score.yaml").write_text(settings)
+    code, _, err = cli("curate", "score", run.path, "--config", tmp_path / "score.yaml")
+    assert code == 1
+    assert message in err
 
 
 ENDLESS = r"(x+x+)+y"  # which tries all ways to part a run of x
