@@ -38,7 +38,7 @@ def mix(sources: Sequence[str], out: Path | None, config: MixConfig) -> Outcome:
     those of the config, or sizes to the power 1/temperature (Raffel et al. 2020, T5). Rows are taken in the order of a number
     drawn from the seed and their id; what is left over is rejected as over_share. A row that is taken again has a row of its own,
     ID~rN, which the ledger says is a repeat of the first. Other shares, budget or seed take anew from the rows that are there.
-    Raises UserError for a source too small for its share, and in a folder of other sources.
+    Raises UserError for a source too small for its share, and in a folder of other sources, or of sources that have changed since.
     """
     if out is None:
         if len(sources) != 1:
@@ -58,6 +58,8 @@ def mix(sources: Sequence[str], out: Path | None, config: MixConfig) -> Outcome:
         before = {} if is_new or config.repeat > 1 else run.config().get("mix", {})
         gathered = {**settings, **{name: before[name] for name in REDRAWN if name in before}}
         run.configure("mix", gathered, free=("*",) if is_new else ())
+        if not is_new and all(Path(each).exists() for each in sources) and not _as_gathered(read_parquet(path), _gathered(sources)):
+            raise UserError(f"{out}: holds the rows of its sources as they were then, and they have others now; give another folder")
         if rows is not None:
             with write_atomically(path) as temporary:
                 rows.drop("tokens", "first").write_parquet(temporary)
@@ -197,6 +199,12 @@ def _gathered(sources: Sequence[str]) -> pl.DataFrame:
         seen.update(table["example_id"])
         tables.append(table)
     return pl.concat(tables)
+
+
+def _as_gathered(kept: pl.DataFrame, now: pl.DataFrame) -> bool:
+    """Say whether the rows that were gathered are those of the sources now; they may have been moved, and counted since."""
+    told = [name for name in now.columns if name in kept.columns and name not in ("source", "num_tokens")]
+    return kept.filter(~pl.col("example_id").str.contains(REPEAT)).select(told).equals(now.select(told))
 
 
 def _renamed(names: Sequence[str], seen: set[str], mark: str) -> dict[str, str]:

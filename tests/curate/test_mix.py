@@ -197,3 +197,14 @@ def test_a_mixture_is_mixed_again_with_its_repeats_as_rows(tmp_path: Path) -> No
     mix([str(tmp_path / "all"), b], tmp_path / "last", MixConfig())  # a row that was called ID~m2 there, and another that would be here
     for name in ("all", "more", "last"):
         holds(tmp_path / name)
+
+
+def test_sources_that_have_changed_since_are_told_of_and_those_that_are_gone_are_not_missed(tmp_path: Path) -> None:
+    a, b, out = file(tmp_path / "a.jsonl", "a", 8), file(tmp_path / "b.jsonl", "b", 8), tmp_path / "m"
+    mix([a, b], out, MixConfig())
+    file(tmp_path / "a.jsonl", "changed", 8)
+    with pytest.raises(UserError, match="holds the rows of its sources as they were then, and they have others now; give another folder"):
+        mix([a, b], out, MixConfig(budget=4))
+    Path(a).unlink()
+    mix([a, b], out, MixConfig(budget=4))
+    assert taken(out) == {"a": 2, "b": 2}
