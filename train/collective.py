@@ -67,13 +67,15 @@ def clip_gradients(weights: Iterable[torch.nn.Parameter], most: float) -> torch.
     apart = [_squares(kind) for kind in (shares, whole) if kind]
     if shares:
         torch.distributed.all_reduce(apart[0])
-    norm = torch.stack(apart).sum().sqrt().float()
-    if most < math.inf:
+    norm = torch.stack(apart).sum().sqrt().float() if apart else torch.zeros(())
+    if grads and most < math.inf:
         torch._foreach_mul_(shares + whole, (most / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
 def _squares(tensors: list[torch.Tensor]) -> torch.Tensor:
+    if tensors[0].device.type == "cpu":  # which makes a copy in 64 bits: of what its caches hold, it takes a fifth of the time
+        tensors = [piece for each in tensors for piece in each.reshape(-1).split(1 << 15)]
     return torch.stack(torch._foreach_norm(tensors, dtype=torch.float64)).square().sum()
 
 
