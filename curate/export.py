@@ -75,27 +75,28 @@ def export(run: Run, out: Path, config: ExportConfig) -> Exported:
 
 def _export(run: Run, out: Path, config: ExportConfig) -> Exported:
     told: dict[str, Any] = {"run": run.path.name, "format": config.format}
-    write_json(out / "export.json", told)  # killed from here on, the folder is still an export; the counts are written last
-    for name in (*FILES, *DATASET):  # the latter of a Parquet export that was killed
+    if not (out / "export.json").exists():
+        write_json(out / "export.json", told)  # killed from here on, the folder is still an export; the counts are written last
+    for name in DATASET:  # of a Parquet export that was killed
         (out / name).unlink(missing_ok=True)
     clear_temporaries(out)
-    refused: list[tuple[str, str]] = []
-    columns: set[str] = set()
-    if config.format == "parquet":
-        found = _parquet(run, out)
-    else:
-        rows = _pairs(run, config) if config.format == "preference" else _conversations(run, WRITERS[config.format])
-        name = "train.json" if config.format in ARRAY else "train.jsonl"
-        with write_atomically(out / name) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            found, refused, columns = _write(rows, file, "[]" if config.format in ARRAY else "")
-        if not found:
-            (out / name).unlink()
-    counts = Counter(reason for _, reason in refused)
+    name = {"parquet": "train.parquet"}.get(config.format, "train.json" if config.format in ARRAY else "train.jsonl")
+    with write_atomically(out / name) as temporary:
+        if config.format == "parquet":
+            found, refused, columns = _parquet(run, out, temporary), list[tuple[str, str]](), set[str]()
+        else:
+            rows = _pairs(run, config) if config.format == "preference" else _conversations(run, WRITERS[config.format])
+            with open(temporary, "w", encoding="utf-8") as file:
+                found, refused, columns = _write(rows, file, "[]" if config.format in ARRAY else "")
+        counts = Counter(reason for _, reason in refused)
+        if not found:  # an earlier export stays
+            reasons = ", ".join(f"{r} {n:,}" for r, n in counts.items()) or "no row is left"
+            cure = f"; {NO_PAIRS}" if "no_rejected_answer" in counts else ""
+            raise UserError(f"{run.path}: no row can be written as {config.format}: {reasons}{cure}")
+        write_json(out / "export.json", told)
+        for other in FILES:
+            (out / other).unlink(missing_ok=True)
     result = Exported(out, found + len(refused), found, dict(counts.most_common()))
-    if not found:
-        reasons = ", ".join(f"{r} {n:,}" for r, n in counts.items()) or "no row is left"
-        cure = f"; {NO_PAIRS}" if "no_rejected_answer" in counts else ""
-        raise UserError(f"{run.path}: no row can be written as {config.format}: {reasons}{cure}")
     if config.format == "llama-factory":
         named = {name: name for name in ("messages", "tools") if name in columns}
         write_json(out / "dataset_info.json", {run.path.name: {**LLAMA_FACTORY, "columns": named}})
@@ -175,11 +176,11 @@ def _write(rows: Iterator[Written], file: IO[str], brackets: str) -> tuple[int, 
     return found, refused, columns
 
 
-def _parquet(run: Run, out: Path) -> int:
+def _parquet(run: Run, out: Path, place: Path) -> int:
     write_dataset(scan_rows(run, columns=EXPORTED), out)
     (out / "dataset.jsonl").unlink()
-    (out / "dataset.parquet").replace(out / "train.parquet")
-    return int(scan_parquet(out / "train.parquet").select(pl.len()).collect().item())
+    (out / "dataset.parquet").replace(place)
+    return int(scan_parquet(place).select(pl.len()).collect().item())
 
 
 def _conversations(run: Run, writer: Callable[[list[Message], Mapping[str, str]], Row]) -> Iterator[Written]:

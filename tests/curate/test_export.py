@@ -15,8 +15,9 @@ from sftkit.core.run import Run
 from sftkit.core.sources import iterate_rows
 from sftkit.curate.best import best
 from sftkit.curate.config import EXPORTS, ExportConfig, ImportConfig
-from sftkit.curate.decide_config import BestConfig
+from sftkit.curate.decide_config import BestConfig, FilterConfig
 from sftkit.curate.export import WRITERS, export, push
+from sftkit.curate.filters import filter_rows
 from sftkit.curate.intake import take_in
 from sftkit.curate.rows import write_dataset
 
@@ -239,6 +240,20 @@ def test_a_place_for_no_folder_is_told_in_one_line(run_of: Callable, tmp_path: P
         export(run, tmp_path / "thesis.txt", ExportConfig())
     with pytest.raises(UserError, match=r"thesis.txt/out: cannot be written: Not a directory; give another folder"):
         export(run, tmp_path / "thesis.txt" / "out", ExportConfig())
+
+
+@pytest.mark.parametrize("format", ["preference", "parquet"])
+def test_an_earlier_export_stays_where_no_row_can_be_written(format: str, run_of: Callable, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    out = tmp_path / "out"
+    export(run_of([turns]), out, ExportConfig())
+    before = {each.name: each.read_bytes() for each in out.iterdir()}
+    run = Run.open(tmp_path / "run")
+    if format == "parquet":
+        filter_rows(run, FilterConfig(min_chars=100))
+    with pytest.raises(UserError, match="no row can be written"):
+        export(run, out, ExportConfig(format=format))
+    assert {each.name: each.read_bytes() for each in out.iterdir()} == before
 
 
 def test_nothing_that_can_be_held_is_an_error_and_leaves_no_rows(run_of: Callable, tmp_path: Path) -> None:
