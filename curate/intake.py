@@ -85,14 +85,13 @@ def _take_in(
     if "grow" in run.ledger.stages():  # the rows of two would hide each other from later steps
         raise UserError(f"{run.path}: holds the prompts that `curate prompts` has grown; give another folder for the rows of {source}")
     rows = pl.DataFrame(columns, schema=STORED)
-    told = pl.exclude("source").fill_null("\x00")  # the same rows may have been moved
-    digest = hashlib.sha256("\n".join(rows.select(pl.concat_str(told, separator="\x1f")).to_series()).encode()).hexdigest()
+    digest = _digest(rows.drop("source"))  # the same rows may have been moved
     settings = {name: value for name, value in to_mapping(config).items() if value not in (None, [])}
     before = run.config().get("intake", {})
-    if before and before["content"] != digest[:16]:
+    if before and before["content"] != digest and before["content"] != _digest(rows):  # the source was a part of it once
         other = f"holds other rows, those of {before['source']} as they were then or by other settings"
         raise UserError(f"{run.path}: {other}; give another folder for {source}")
-    run.configure("intake", {"source": str(source), **settings, "content": digest[:16]}, free=("*",))
+    run.configure("intake", {"source": str(source), **settings, "content": digest}, free=("*",))
     path = run.room("curate") / "rows.parquet"
     if path.exists() and "import" in run.ledger.stages() and (path.with_name("README.md")).exists():  # the card is written last
         log.info("%s: holds the rows of %s already", run.path, source)
@@ -102,6 +101,11 @@ def _take_in(
     if not config.samples:
         _tell_unanswered(source, examples)
     return record(run, "import", [(each.example_id, each.sample_index) for each in decisions], decisions)
+
+
+def _digest(rows: pl.DataFrame) -> str:
+    lines = rows.select(pl.concat_str(pl.all().fill_null("\x00"), separator="\x1f")).to_series()
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _check_failed(run: Run, config: ImportConfig, decisions: Sequence[Decision]) -> None:

@@ -1,5 +1,6 @@
 """Rows come in as they are called in their file, and conversations with calls as what they are."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -213,3 +214,19 @@ def taken_with_failures(rows: list[dict[str, Any]], folder: Path, **settings: An
     failed = Run.open(folder / "run").ledger.read().filter(pl.col("action") == "failed")
     reasons = [rule.rpartition("/")[2].partition("; ")[0].partition(", or")[0] for rule in failed["rule"]]
     return list(zip(failed["sample_index"], reasons, strict=True))
+
+
+def test_a_folder_whose_digest_has_the_source_in_it_is_the_same_rows(tmp_path: Path) -> None:
+    taken([ROW], tmp_path)
+    run = Run.create(tmp_path / "run")
+    now = run.config()["intake"]
+    rows = pl.read_parquet(run.path / "curate" / "rows.parquet")
+    lines = rows.select(pl.concat_str(pl.all().fill_null("\x00"), separator="\x1f")).to_series()
+    former = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    assert former != now["content"]
+    run.configure("intake", {**now, "content": former}, free=("*",))
+    assert take_in(tmp_path / "rows.jsonl", run, ImportConfig()) is None
+    assert run.config()["intake"] == now
+    run.configure("intake", {**now, "content": former[::-1]}, free=("*",))
+    with pytest.raises(UserError, match="holds other rows"):
+        take_in(tmp_path / "rows.jsonl", run, ImportConfig())
