@@ -45,15 +45,22 @@ class _Loader(yaml.SafeLoader):
     Refuses a key that is given twice: YAML would keep the last of them without a word.
     """
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
-                key.tag = "tag:yaml.org,2002:str"
-            if str(key.value) in seen and key.tag != MERGE:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._looked_at: set[int] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Look at a mapping's own keys before those of `<<` come to them; this is called for what `<<` names, too."""
+        if id(node) not in self._looked_at:
+            self._looked_at.add(id(node))
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
+                    key.tag = "tag:yaml.org,2002:str"
+                if str(key.value) in seen and key.tag != MERGE:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+                seen.add(str(key.value))
+        super().flatten_mapping(node)
 
 
 def load_config(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:

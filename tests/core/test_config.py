@@ -149,6 +149,10 @@ def test_keys_are_texts_as_they_are_written(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("base: &base {on: prompt, no: 1}\nshares: {<<: *base, 2024: 2, null: 3}")
     assert read_yaml(path)["shares"] == {"on": "prompt", "no": 1, "2024": 2, "null": 3}
+    path.write_text("a: {b: &base {on: prompt, 2024: 1}}\nc: {<<: *base, on: pair}\nd: {<<: [{no: 1}, {off: 2}]}\ne: {<<: *base, on: pair}")
+    assert read_yaml(path) == {
+        "a": {"b": {"on": "prompt", "2024": 1}}, "c": {"on": "pair", "2024": 1}, "d": {"no": 1, "off": 2}, "e": {"on": "pair", "2024": 1},
+    }  # fmt: skip
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
