@@ -14,9 +14,16 @@ from .config import GrowConfig
 
 ASKS_A_ROUND = 32  # fixed, so that a larger count goes on where a smaller one ended
 SHOWN_SEEDS, SHOWN_NEW = 6, 2  # of the tasks in a request of Self-Instruct (Wang et al. 2022, arXiv 2212.10560)
-# "1. ", and as Chinese writes it: "1、", "（1）", or "1." with no space behind it
-NUMBERED = re.compile(r"^\s*(?:#+\s*)?(?:\d+\s*(?:[.):](?:\s+|(?=[^\x00-\x7f]))|[、．：]\s*)|[(（]\d+[)）]\s*)", re.MULTILINE)
-BULLET = re.compile(r"^\s*[-*\u2022]\s+", re.MULTILINE)
+# how items begin, one way an answer: what stands within an item, a list of another kind or a time, is the item's
+ITEMS = tuple(
+    re.compile(rf"^\s*{start}", re.MULTILINE)
+    for start in (
+        r"(?:#+\s*)?\d+\s*[.):]\s+",  # "1. "
+        r"(?:#+\s*)?\d+\s*(?:[.):](?=[^\x00-\x7f])|[、．：](?!\d)\s*)",  # as Chinese writes it: "1、", or "1." with no space behind it
+        r"(?:#+\s*)?[(（]\d+[)）]\s*",  # "（1）"
+        r"[-*\u2022]\s+",
+    )
+)
 LABEL = re.compile(
     r"^\s*(?:#\s*)?(?:(?:new|rewritten|created|given)\s+)?(?:prompt|task|question|instruction)\s*#?\s*[:：]\s*", re.IGNORECASE
 )
@@ -162,7 +169,7 @@ def read_answer(config: GrowConfig, text: str) -> list[str]:
     if config.method in ("evol", "magpie"):
         parts = [text]
     else:
-        items = [match.span() for match in NUMBERED.finditer(text)] or [match.span() for match in BULLET.finditer(text)]
+        items = next((found for each in ITEMS if (found := [match.span() for match in each.finditer(text)])), [])
         ends = [*(start for start, _ in items[1:]), len(text)]
         parts = [text[begin:end] for (_, begin), end in zip(items, ends, strict=False)]  # of an answer without a list, none
     cleaned = [LABEL.sub("", part).strip() for part in parts]

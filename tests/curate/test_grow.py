@@ -423,6 +423,12 @@ def test_chinese_is_cut_into_passages_of_the_size_asked_for(tmp_path: Path) -> N
         ("1. “海底撈”是什麼意思？\n2. “什麼是量子力學？”", ["“海底撈”是什麼意思？", "什麼是量子力學？"]),
         ('1. "Rest" or "rust"?\n2. "What is rust?"\n', ['"Rest" or "rust"?', "What is rust?"]),
         ("1. Which number is larger,\n3.5 or 3.50?", ["Which number is larger,\n3.5 or 3.50?"]),
+        ("1. Solve for x:\n(1) 2x = 5\n   (2) 3x = 8\n2. Name a river.", ["Solve for x:\n(1) 2x = 5\n   (2) 3x = 8", "Name a river."]),
+        ("1、回答：\n（1）誰寫的？\n（2）何時？\n2、寫一首詩。", ["回答：\n（1）誰寫的？\n（2）何時？", "寫一首詩。"]),
+        ("1. 安排行程：\n10：30 開會\n2. 寫一首詩。", ["安排行程：\n10：30 開會", "寫一首詩。"]),
+        ("1：安排行程：\n10：30 開會\n2：寫一首詩。", ["安排行程：\n10：30 開會", "寫一首詩。"]),
+        ("1、總結：\n2024、2025 年的銷售\n2、寫一首詩。", ["總結：\n2024、2025 年的銷售", "寫一首詩。"]),
+        ("* 回答：\n- 誰寫的？", ["回答：", "誰寫的？"]),
     ],
 )
 def test_prompts_are_read_as_they_were_written(answer: str, prompts: list[str]) -> None:
