@@ -290,9 +290,28 @@ def _question(
 
 
 def _asked(meta: Row, place: str, name: str, value: Any) -> list[Message]:
-    """Return a prompt, a text or messages, behind the pairs of a column `history`, as ms-swift and ChatGLM have it."""
-    before = _history(meta.pop("history"), place) if isinstance(meta.get("history"), list) else []
+    """Return a prompt, a text or messages, behind a column `history`, as ms-swift and ChatGLM have it.
+
+    That is a list of pairs of texts, or of messages up to an answer; a history of anything else is a column like others.
+    """
+    history = meta.get("history")
+    before: list[Message] = []
+    if isinstance(history, list) and all(_is_pair(each) for each in history):
+        before = _history(meta.pop("history"), place)
+    elif isinstance(history, list) and all(_is_turn(each) for each in history):
+        turns = _turns(history, place, "history")
+        if turns[-1]["role"] == "assistant":
+            before = turns
+            meta.pop("history")
     return [*before, *(_turns(value, place, name) if isinstance(value, list) else [_user(_text(value, place, name))])]
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value)
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and str(value.get("role")).lower() in ROLE_NAMES and isinstance(value.get("content"), str)
 
 
 def _answer(meta: Row, place: str, names: tuple[str, ...] = ANSWERS, *, required: bool = False) -> list[Message]:

@@ -43,6 +43,21 @@ ROWS = {
     "dolly": ({"instruction": "Who?", "context": "Ada.", "response": "Ada", "category": "qa"}, [("user", "Who?\n\nAda."), ("assistant", "Ada")], {"category": "qa"}),
     "alpaca without an answer": ({"instruction": "hi"}, [HI], {}),
     "history before a query": ({"query": "hi", "response": "yes", "history": [["a", "b"]]}, [("user", "a"), ("assistant", "b"), HI, YES], {}),
+    "a history of messages": (
+        {"query": "hi", "response": "yes", "history": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        [("user", "a"), ("assistant", "b"), HI, YES],
+        {},
+    ),
+    **{
+        f"a history of {what}": ({"question": "hi", "answer": "yes", "history": value}, [HI, YES], {"history": value})
+        for what, value in {
+            "names": ["a", "b"],
+            "half a pair": [["a", None]],
+            "purchases": [["2020-01-01", "bought", 3]],
+            "objects": [{"date": "2020-01-01"}],
+            "a question": [{"role": "user", "content": "hi"}],
+        }.items()
+    },
     "a history in words": ({"question": "hi", "answer": "yes", "history": "ill"}, [HI, YES], {"history": "ill"}),
     "an empty instruction": ({"instruction": "", "input": "hi", "output": "yes"}, [HI, YES], {}),
     "history": ({"instruction": "hi", "output": "yes", "history": [["a", "b"]]}, [("user", "a"), ("assistant", "b"), HI, YES], {}),
