@@ -82,9 +82,11 @@ def _fetch_models(recipe: RecipeConfig, accept_licence: bool) -> None:
 
 def _curate(recipe: RecipeConfig, out: Path) -> None:
     room = out / "curate"
-    settings = {"data": _content(recipe.data), **to_mapping(recipe.curate)}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    digest = _digest(recipe, data=_content(recipe.data))
     before = read_done(room) if is_done(room) else {}
+    if before and "made" not in before and before["settings"] == _former_digest(recipe):
+        before = {"settings": digest, "made": _made(room)}
+        mark_done(room, **before)
     if before.get("settings") == digest and before.get("made") == _made(room):
         log.info("curate: done already")
         return
@@ -94,6 +96,17 @@ def _curate(recipe: RecipeConfig, out: Path) -> None:
         (room / "done.json").unlink(missing_ok=True)  # else a stop on the way would leave files that it does not tell of
     build(recipe.data, out, recipe.curate)
     mark_done(room, settings=digest, made=_made(room))
+
+
+def _digest(recipe: RecipeConfig, **data: str | None) -> str:
+    settings = {**data, **to_mapping(recipe.curate)}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _former_digest(recipe: RecipeConfig) -> str:
+    """Return what told the data where `made` was not written yet: the name, and the content of a file."""
+    path = Path(recipe.data)
+    return _digest(recipe, data=recipe.data, content=_hash(path) if path.is_file() else None)
 
 
 def _content(data: str) -> str:

@@ -1,5 +1,6 @@
 """The whole chain with a tiny model: one folder, each step done once, a stop anywhere and the rest afterwards, one honest page."""
 
+import hashlib
 import html
 import json
 import re
@@ -10,6 +11,7 @@ from typing import Any
 import polars as pl
 import pytest
 import yaml
+from sftkit.core.config import to_mapping
 from sftkit.core.errors import UserError
 from sftkit.core.files import write_json
 from sftkit.core.run import Run
@@ -197,6 +199,30 @@ def test_rows_are_known_wherever_they_lie(recipe: Any, tmp_path: Path) -> None:
         run_chain(whole, tmp_path / "run2")
     with pytest.raises(UserError, match="the name of the data is empty"):
         run_chain(load_recipe(recipe(data="")), tmp_path / "run3")
+
+
+@pytest.mark.parametrize("data", ["rows.jsonl", "folder"])
+@pytest.mark.usefixtures("only_curate")
+def test_what_was_done_before_it_was_told_what_was_made_is_done(data: str, recipe: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    recipe()
+    (tmp_path / "folder").mkdir()
+    shutil.copy(tmp_path / "rows.jsonl", tmp_path / "folder")
+    asked = load_recipe(recipe(data=data))
+    run_chain(asked, out)
+    done = json.loads((out / "curate" / "done.json").read_text())
+    content = hashlib.sha256((tmp_path / data).read_bytes()).hexdigest() if data == "rows.jsonl" else None
+    settings = {"data": str(tmp_path / data), "content": content, **to_mapping(asked.curate)}
+    former = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    write_json(out / "train" / "done.json", {})
+    write_json(out / "curate" / "done.json", {"settings": former[::-1]})
+    with pytest.raises(UserError, match="its model was trained on other data than this recipe makes"):
+        run_chain(asked, out)
+    write_json(out / "curate" / "done.json", {"settings": former})
+    before = (out / "curate" / "dataset.jsonl").stat().st_mtime_ns
+    run_chain(asked, out)
+    assert (out / "curate" / "dataset.jsonl").stat().st_mtime_ns == before
+    assert json.loads((out / "curate" / "done.json").read_text()) == done
 
 
 def test_recipes_are_found_by_name_or_path(tmp_path: Path) -> None:
