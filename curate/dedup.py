@@ -12,13 +12,14 @@ import polars as pl
 from ..core.config import to_mapping
 from ..core.formats import read_examples
 from ..core.hardware import pick_device
+from ..core.models import resolve_model
 from ..core.run import Run
 from .cover import cover
 from .decide_config import DedupConfig
 from .decided import Outcome, decision_table, record, take_back
 from .embed import embed_rows
 from .memory import GB, cover_bytes, hold_to, least_dimensions
-from .rows import KEY, TEXT, input_rows, row_name, split_texts
+from .rows import KEY, TEXT, input_rows, load_rows, row_name, split_texts
 from .scored import best_first, columns_for, sort_columns
 from .similarity import Cosines, Indices
 
@@ -35,10 +36,10 @@ def dedup(run: Run, config: DedupConfig) -> list[Outcome]:
     """
     second = read_second(config.against, config.on) if config.against is not None else pl.DataFrame(schema=COMPARED)
     outcomes = []
-    columns_for(run, config.by)  # before anything is taken back
-    run.configure("dedup", to_mapping(config), free=("*",))
     asked = {"dedup_exact": config.exact, "dedup_minhash": config.minhash is not None, "dedup_semantic": config.semantic is not None}
     unasked = [stage for stage in run.ledger.stages() if not asked.get(stage, True)]
+    _check_early(run, config, second, unasked[0] if unasked else "dedup_semantic")
+    run.configure("dedup", to_mapping(config), free=("*",))
     if unasked:
         void = take_back(run, unasked[0])
         log.info("dedup: %s is not asked for now: the former decisions of %s are taken back", " and ".join(unasked), ", ".join(void))
@@ -56,7 +57,7 @@ def dedup(run: Run, config: DedupConfig) -> list[Outcome]:
     if config.semantic is not None:
         stage = _Stage(run, "dedup_semantic", "semantic_duplicate", second, config.by, ("messages", *TEXT))
         limit = None if config.memory_gb is None else config.memory_gb * GB
-        told = (len(stage.all), "dedup by meaning", "--no-semantic")
+        told = (len(stage.all), *BY_MEANING)
         hold_to(limit, cover_bytes(len(stage.all), least_dimensions(config.embed)), *told, tell=False)
         vectors = embed_rows(run, stage.all, config.on, config.embed)
         hold_to(limit, cover_bytes(len(vectors), vectors.shape[1]), *told)
@@ -65,6 +66,27 @@ def dedup(run: Run, config: DedupConfig) -> list[Outcome]:
     return outcomes
 
 
+def _check_early(run: Run, config: DedupConfig, second: pl.DataFrame, stage: str) -> None:
+    """Raise UserError for what a later stage would refuse, before a former decision is lost: of memory, for the fewest rows there can be.
+
+    These are of the input of `stage`, the first that is taken back or the one by meaning: what is before it stands.
+    """
+    columns_for(run, config.by)
+    if config.semantic is None:
+        return
+    resolve_model(config.embed.model)
+    if config.memory_gb is None:
+        return
+    rows = pl.concat([second.select(TEXT), load_rows(run, before=stage, columns=TEXT)])
+    fewest = len(rows)
+    if config.minhash is not None:
+        fewest = len(second)  # how many it leaves is known only when it is done
+    elif config.exact:
+        fewest = int((exact_witnesses(rows, config.on, np.arange(len(rows)), given=len(second)) < 0).sum())
+    hold_to(config.memory_gb * GB, cover_bytes(fewest, least_dimensions(config.embed)), fewest, *BY_MEANING, tell=False)
+
+
+BY_MEANING = ("dedup by meaning", "--no-semantic")  # what takes memory, and what to do where it is too little
 COMPARED = {"id": pl.String, "messages": pl.String, "prompt": pl.String, "response": pl.String}
 
 

@@ -13,7 +13,7 @@ from sftkit.core.run import Run
 from sftkit.curate import cover as covering
 from sftkit.curate.certificate import check_run
 from sftkit.curate.cover import cover
-from sftkit.curate.decide_config import DedupConfig, SelectConfig
+from sftkit.curate.decide_config import DedupConfig, EmbedConfig, SelectConfig
 from sftkit.curate.dedup import dedup, exact_witnesses, normalised, normalised_column
 from sftkit.curate.rows import load_rows, row_ids
 from sftkit.curate.selection import select
@@ -314,3 +314,38 @@ def test_what_is_not_asked_for_any_more_is_taken_back_with_all_that_stood_on_it(
     with pytest.raises(UserError, match="unknown score 'nope'"):
         dedup(run, DedupConfig(exact=False, minhash=0.5, semantic=None, by=("nope",)))
     assert run.ledger.stages()[1:] == ["dedup_exact"]  # what is refused takes nothing back
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"embed": EmbedConfig(model="nosuchmodel")}, "nosuchmodel"),
+        ({"memory_gb": 1e-3}, "takes about 0.1 GB for 10 rows, memory_gb allows 0.001"),
+        ({"memory_gb": 1e-3, "exact": False}, "takes about 0.1 GB for 11 rows, memory_gb allows 0.001"),
+    ],
+)
+def test_what_duplicates_by_meaning_refuse_takes_nothing_back(settings: dict, told: str, toy_run: Callable[..., Run], minilm: Path) -> None:
+    words = "one two three four five six seven eight nine ten eleven twelve"
+    run = toy_run(
+        [{"id": f"{n}", "prompt": words, "response": f"{words} {n // 2}"} for n in range(3)] + [{"prompt": f"q{n}"} for n in range(8)]
+    )
+    dedup(run, DedupConfig(minhash=0.5, semantic=None))
+    select(run, SelectConfig(budget=5, method="random", controls=True))
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=told):
+        dedup(run, DedupConfig(**{"embed": EmbedConfig(model=str(minilm)), **settings}))
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+
+
+def test_memory_is_reckoned_for_the_rows_that_stand(toy_run: Callable[..., Run], minilm: Path) -> None:
+    """Of 3,000 rows 4 are selected: the 3,000 would take too much, the 4 do not."""
+    run = toy_run([{"prompt": f"q{n}", "response": "x"} for n in range(3000)])
+    dedup(run, DedupConfig(semantic=None))
+    select(run, SelectConfig(budget=4, method="random"))
+    dedup(run, DedupConfig(embed=EmbedConfig(model=str(minilm)), memory_gb=0.101))
+    assert run.ledger.stages()[1:] == ["dedup_exact", "select", "dedup_semantic"]
+    dedup(run, DedupConfig(exact=False, minhash=1.0, semantic=None))
+    before = run.ledger.stages()
+    with pytest.raises(UserError, match=r"takes about 0\.1 GB for 3,000 rows"):
+        dedup(run, DedupConfig(embed=EmbedConfig(model=str(minilm)), memory_gb=0.101))
+    assert run.ledger.stages() == before
