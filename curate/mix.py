@@ -194,7 +194,7 @@ def _gathered(sources: Sequence[str]) -> pl.DataFrame:
     seen: set[str] = set()
     for number, (name, source) in enumerate(zip(names, sources, strict=True), start=1):
         table = _rows_of(source)
-        again = _renamed(table["example_id"].unique().to_list(), seen, f"~m{number}")
+        again = _renamed(table["example_id"].unique(maintain_order=True).to_list(), seen, f"~m{number}")
         table = table.with_columns(pl.col("example_id").replace(again), part=_file_of(table) if len(sources) == 1 else pl.lit(name))
         seen.update(table["example_id"])
         tables.append(table)

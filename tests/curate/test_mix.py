@@ -208,3 +208,19 @@ def test_sources_that_have_changed_since_are_told_of_and_those_that_are_gone_are
     Path(a).unlink()
     mix([a, b], out, MixConfig(budget=4))
     assert taken(out) == {"a": 2, "b": 2}
+
+
+def test_mixtures_of_the_same_rows_are_mixed_with_the_same_ids_each_time(tmp_path: Path) -> None:
+    """A row that is called q~m2 in one mixture is q in the other: which of them takes which further mark depends on their order."""
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"q{n}", "response": "r"}) + "\n" for n in range(300)))
+    a, b = (str(tmp_path / f"{name}.jsonl") for name in "ab")
+    mix([a, b], tmp_path / "one", MixConfig())
+    mix([b, a], tmp_path / "two", MixConfig())
+    both = [str(tmp_path / "one"), str(tmp_path / "two")]
+    mixed = [mix(both, tmp_path / name, MixConfig(budget=60)).kept for name in ("x", "y")]
+    assert mixed[0].equals(mixed[1])
+    ids = [pl.read_parquet(tmp_path / name / "curate" / "rows.parquet")["example_id"] for name in ("x", "y")]
+    assert ids[0].equals(ids[1])
+    mix(both, tmp_path / "x", MixConfig(budget=100))
+    assert len(load_rows(Run.open(tmp_path / "x"))) == 100
