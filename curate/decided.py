@@ -41,9 +41,10 @@ def record(
     if not run.ledger.holds(stage, decided):
         for name in DATASET:  # of the decisions before: killed from here on, the run has none rather than a wrong one
             (run.room("curate") / name).unlink(missing_ok=True)
+        steps = run.ledger.steps()
+        _clear_files_of(run, [name for name, step in steps.items() if step > steps.get(stage, len(steps))])
         void = run.ledger.record(stage, rows, decided)
         if void:
-            _clear_files_of(run, void)
             log.info(
                 "%s: %s stood on the former rows and %s void now: run again", stage, ", ".join(void), "is" if len(void) == 1 else "are"
             )

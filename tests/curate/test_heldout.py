@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from sftkit.core.errors import UserError
+from sftkit.core.ledger import Ledger
 from sftkit.core.run import Run
 from sftkit.curate.build import build
 from sftkit.curate.config import BuildConfig
@@ -72,4 +74,25 @@ def test_rows_that_are_in_the_data_set_again_are_not_left_as_held_out(toy_run: C
     run.close()
     build(None, run.path, BuildConfig(decontaminate=None, dedup=None, filter=FilterConfig()))
     assert len(ids(run, "dataset.jsonl")) == 40
+    assert not (run.path / "curate" / "heldout.jsonl").exists()
+
+
+def test_killed_as_it_is_decided_anew_no_held_out_row_is_in_the_data_set(
+    toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = toy_run(rows(range(20)))
+    filter_rows(run, FilterConfig())
+    hold_out(run, HeldoutConfig(prompts=5))
+    with monkeypatch.context() as patch:
+
+        def killed(ledger: Ledger, *given: Any) -> None:
+            enter(ledger, *given)
+            raise KeyboardInterrupt
+
+        enter = Ledger.record
+        patch.setattr(Ledger, "record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            filter_rows(run, FilterConfig(where=("sample_index == 0",)))
+    filter_rows(run, FilterConfig(where=("sample_index == 0",)))
+    assert len(ids(run, "dataset.jsonl")) == 20
     assert not (run.path / "curate" / "heldout.jsonl").exists()
