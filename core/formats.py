@@ -261,23 +261,30 @@ def _lacks(meta: Row, place: str, names: tuple[str, ...]) -> UserError:
 def _refuse_unwanted(meta: Row, place: str, column: str) -> None:
     """Raise UserError for an answer in unpaired preferences, TRL's and LLaMA-Factory's, that is marked as not wanted.
 
-    A CSV file has texts. Beside messages, where a text may be a class, `label` is a mark as a truth value only.
+    A CSV file has texts. Beside messages, where it may be a class, `label` is a mark as a truth value only, and where no column has
+    another answer.
     """
-    labelled = column == "completion" or (column in CONVERSATIONS and meta.get("label") is False)
-    for mark in ("kto_tag", "label") if labelled else ("kto_tag",):
+    beside = column in CONVERSATIONS and meta.get("label") is False and all(meta.get(name) is None for name in ANSWERS)
+    for mark in ("kto_tag", "label") if column == "completion" or beside else ("kto_tag",):
         if str(meta.get(mark)).lower() == "false":
-            raise UserError(f"{place}: {mark} is false: its answer, in {column}, is one that is not wanted; leave such rows out")
+            raise UserError(
+                f"{place}: {mark} is false: its answer, in {column}, is one that is not wanted; leave such rows out, or give that column"
+                " another name if it says something else"
+            )
 
 
 # Each reader takes the columns that it uses out of the row; what it leaves is the example's meta.
 
 
-def _conversation(meta: Row, place: str) -> list[Message]:
+def _conversation(meta: Row, place: str, *, answered: bool = True) -> list[Message]:
+    """Read messages; unless `answered`, what they end with is not the answer that the row's other columns speak of."""
     taken = _take(meta, CONVERSATIONS)
     if taken is None:
         raise _lacks(meta, place, CONVERSATIONS)
-    _refuse_unwanted(meta, place, taken[0])
-    return _turns(taken[1], place, taken[0])
+    messages = _turns(taken[1], place, taken[0])
+    if answered and messages[-1]["role"] == "assistant":
+        _refuse_unwanted(meta, place, taken[0])
+    return messages
 
 
 def _question(
@@ -381,7 +388,7 @@ def _preference(meta: Row, place: str) -> list[Message]:
         same = next((n for n in range(most) if chosen[n] != rejected[n]), most)
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
     elif any(meta.get(name) is not None for name in CONVERSATIONS):
-        prompt = _conversation(meta, place)
+        prompt = _conversation(meta, place, answered=False)
     elif meta.get("instruction") is not None:
         prompt = _instruction(meta, place, answered=False)
     else:

@@ -226,9 +226,33 @@ def test_an_answer_that_is_not_wanted_is_no_answer_to_learn(tmp_path: Path) -> N
         {"conversations": chat, "kto_tag": False},
         {"instruction": "hi", "output": "no", "kto_tag": False},
     ):
-        with pytest.raises(UserError, match=r"unpaired.jsonl:1: \w+ is false: its answer, in \w+, is one that is not wanted"):
+        with pytest.raises(UserError, match=r"unpaired.jsonl:1: \w+ is false: its answer, in \w+, is one .*; leave such rows out, or give"):
             read_examples(lines(tmp_path / "unpaired.jsonl", row))
+        mark = next(name for name in ("label", "kto_tag") if name in row)
+        renamed = {"class" if name == mark else name: value for name, value in row.items()}
+        assert read_examples(lines(tmp_path / "unpaired.jsonl", renamed))[0].meta == {"class": False}
     assert read_examples(lines(tmp_path / "liar.jsonl", {"messages": chat, "label": "false"}))[0].meta == {"label": "false"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "hi"}], "label": False},
+        {"conversations": [{"from": "human", "value": "hi"}], "kto_tag": False},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}], "label": False, "answer": "yes"},
+        {"messages": [{"role": "user", "content": "hi"}], "chosen": "yes", "rejected": "no", "label": False},
+        {
+            "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "So"}],
+            "chosen": "yes",
+            "rejected": "no",
+            "kto_tag": False,
+        },
+        {"prompt": "hi", "label": False},
+    ],
+)
+def test_a_false_label_of_something_else_is_a_column_like_others(row: dict[str, Any], tmp_path: Path) -> None:
+    mark = "label" if "label" in row else "kto_tag"
+    assert read_examples(lines(tmp_path / "rows.jsonl", row))[0].meta[mark] is False
 
 
 def test_what_sftkit_wrote_keeps_its_id_source_and_meta(tmp_path: Path) -> None:
