@@ -16,7 +16,8 @@ OPERATORS = (
     "__len__", "__getitem__", "__setitem__", "__contains__", "__iter__", "__next__", "__str__", "__repr__",
     "__enter__", "__exit__", "__neg__", "__abs__",
 )  # fmt: skip
-# of two objects of the program; with a value of the tests as the other one, a program could judge what its answer is held against
+# of two objects of the program, and only in tests that use a class of it: with a value of the tests as the other one, or where tests
+# ask for mere values, a program could judge what its answer is held against
 BETWEEN_OBJECTS = (
     "__eq__", "__lt__", "__le__", "__gt__", "__ge__", "__add__", "__sub__", "__mul__", "__matmul__", "__truediv__", "__floordiv__",
     "__mod__", "__and__", "__or__", "__xor__",
@@ -223,6 +224,7 @@ class Peer:
 
     def __init__(self, number: int) -> None:
         self._channel = Channel(number)
+        self.used_class = False  # whether the tests have used a class of the program
 
     def names(self) -> dict[str, Any]:
         """Return what the program defines."""
@@ -262,16 +264,18 @@ class Peer:
 class Remote:
     """An object that lives in the program's sandbox."""
 
-    __slots__ = ("_number", "_peer")
+    __slots__ = ("_is_class", "_number", "_peer")
     __hash__ = object.__hash__
 
     def __init__(self, peer: Peer, number: int) -> None:
-        self._peer, self._number = peer, number
+        self._peer, self._number, self._is_class = peer, number, False
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
+        self._peer.used_class |= self._is_class
         return self._peer.ask(self._number, "__call__", arguments, named)
 
     def __getattr__(self, name: str) -> Any:
+        self._peer.used_class |= self._is_class
         return self._peer.ask(self._number, name, (), {}, call=False)
 
     def __bool__(self) -> bool:
@@ -285,7 +289,7 @@ class Remote:
 
 def _operator(name: str) -> Callable[..., Any]:
     def operator(self: Remote, *arguments: Any) -> Any:
-        if name in BETWEEN_OBJECTS and not isinstance(arguments[0], Remote):
+        if name in BETWEEN_OBJECTS and not (self._peer.used_class and isinstance(arguments[0], Remote)):
             return NotImplemented
         try:
             return self._peer.ask(self._number, name, arguments, {})
@@ -311,6 +315,9 @@ def run_tests(peer: Peer, code: Any, entry_point: str | None) -> None:
     if entry_point is not None and entry_point not in found:
         raise AssertionError(f"the program defines no {entry_point}")
     defined = _handed(found, code, entry_point)
+    for name, value in defined.items():
+        if isinstance(value, Remote):  # by the name that the tests have for it: the program would call any function of theirs a class
+            value._is_class = name.lstrip("_")[:1].isupper()
     names: dict[str, Any] = {"__name__": "tests", **defined}
     exec(code, names)
     own = {name: value for name, value in names.items() if callable(value) and value is not defined.get(name)}

@@ -195,6 +195,15 @@ class V:
     def __add__(self, other): return V(self.x + other.x)
     def __neg__(self): return V(-self.x)
 """
+BETWEEN = "TypeError: '{}' not supported between instances of 'Remote' and 'Remote'"
+YES = """
+class Yes:
+    def __eq__(self, other): return True
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__
+    def __sub__(self, other): return self
+    def __abs__(self): return 0
+def f(x): return [Yes() for _ in x] if isinstance(x, list) else Yes()
+"""
 
 
 @needs_sandbox
@@ -244,6 +253,14 @@ class V:
         ("class Yes:\n    def __eq__(self, other): return True\ndef f(x): return Yes()", "assert f(1) == 3", None, "wrong", "AssertionError"),
         (VECTOR, "assert (V(1) + V(2)).x == 3 and V(1) < V(2) and -V(1) == V(-1) and sorted([V(2), V(1)])[0].x == 1", None, "passed", ""),
         (VECTOR, "assert V(1) + V(2) == V(4)", None, "wrong", "AssertionError"),
+        (VECTOR, "def check(candidate):\n    a = candidate(1)\n    a += candidate(2)\n    assert a == candidate(3)", "V", "passed", ""),
+        ("import enum\nclass Color(enum.Enum):\n    RED = 1", "assert Color.RED == Color.RED", None, "passed", ""),
+        (YES, "out = f([3, 1, 2])\nassert len(out) == 3 and all(a <= b for a, b in zip(out, out[1:]))", None, "error", BETWEEN.format("<=")),
+        (YES, "out = f([3, 1, 2])\nassert sorted(out) == out", None, "error", BETWEEN.format("<")),
+        (YES, "assert f(2) > f(1)", None, "error", BETWEEN.format(">")),
+        (YES, "assert abs(f(2) - f(1)) < 1e-6", None, "error", "TypeError: unsupported operand type(s) for -: 'Remote' and 'Remote'"),
+        (YES.replace("def f(x): return", "class f:\n  def __new__(cls, x): return"), "assert f(2) > f(1)", None, "error", BETWEEN.format(">")),
+        (YES + "Counter = Yes", "from collections import Counter\nassert Counter([1]) and f(2) > f(1)", None, "error", BETWEEN.format(">")),
         (
             "class Yes:\n    def __sub__(self, other): return self\n    def __abs__(self): return 0\ndef f(x): return Yes()",
             "assert abs(f(1) - 3) < 1e-6",  # the other side of the minus is what the program should not see
