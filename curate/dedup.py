@@ -31,18 +31,21 @@ def dedup(run: Run, config: DedupConfig) -> list[Outcome]:
 
     Rows are visited in the order of the scores `by`, best first, without any in input order. A row stays unless a row that
     stayed before it stands for it; that row is its witness. The rows of a second set, `against`, are visited before all others
-    and all of them stay; as witnesses they are called FILE:ID. What an earlier dedup removed in a way that is not asked for is
-    taken back, with the stages after it.
+    and all of them stay; as witnesses they are called FILE:ID. What an earlier dedup removed in a way that is not asked for, or that
+    another now comes before, is taken back, with the stages after it.
     """
     second = read_second(config.against, config.on) if config.against is not None else pl.DataFrame(schema=COMPARED)
     outcomes = []
-    asked = {"dedup_exact": config.exact, "dedup_minhash": config.minhash is not None, "dedup_semantic": config.semantic is not None}
-    unasked = [stage for stage in run.ledger.stages() if not asked.get(stage, True)]
-    _check_early(run, config, second, unasked[0] if unasked else "dedup_semantic")
+    using = {"dedup_exact": config.exact, "dedup_minhash": config.minhash is not None, "dedup_semantic": config.semantic is not None}
+    asked = [stage for stage in using if using[stage]]
+    stand = [stage for stage in run.ledger.stages() if stage in using]
+    first = next((stage for place, stage in enumerate(stand) if asked[place : place + 1] != [stage]), None)  # that is not at its place
+    _check_early(run, config, second, first or "dedup_semantic")
     run.configure("dedup", to_mapping(config), free=("*",))
-    if unasked:
-        void = take_back(run, unasked[0])
-        log.info("dedup: %s is not asked for now: the former decisions of %s are taken back", " and ".join(unasked), ", ".join(void))
+    if first is not None:
+        void = take_back(run, first)
+        why = f"follows {asked[stand.index(first)]} now" if first in asked else "is not asked for now"
+        log.info("dedup: %s %s: the former decisions of %s are taken back", first, why, ", ".join(void))
     if config.exact:
         stage = _Stage(run, "dedup_exact", "exact_duplicate", second, config.by, TEXT)
         outcomes.append(stage.decided(exact_witnesses(stage.all, config.on, stage.order, given=len(second))))

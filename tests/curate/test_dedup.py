@@ -349,3 +349,18 @@ def test_memory_is_reckoned_for_the_rows_that_stand(toy_run: Callable[..., Run],
     with pytest.raises(UserError, match=r"takes about 0\.1 GB for 3,000 rows"):
         dedup(run, DedupConfig(embed=EmbedConfig(model=str(minilm)), memory_gb=0.101))
     assert run.ledger.stages() == before
+
+
+def test_what_another_way_now_comes_before_is_taken_back(toy_run: Callable[..., Run], caplog: Any) -> None:
+    words = "one two three four five six seven eight nine ten eleven twelve"
+    run = toy_run([{"id": f"{n}", "prompt": words, "response": f"{words} {n // 2}"} for n in range(4)])
+    dedup(run, DedupConfig(exact=False, minhash=0.99, semantic=None))
+    with caplog.at_level("INFO"):
+        exact, near = dedup(run, DedupConfig(minhash=0.5, semantic=None))
+    assert "dedup_minhash follows dedup_exact now: the former decisions of dedup_minhash are taken back" in caplog.text
+    assert run.ledger.stages()[1:] == ["dedup_exact", "dedup_minhash"]
+    assert (exact.num_input, exact.removed, near.num_input, near.removed) == (4, {"exact_duplicate": 2}, 2, {"near_duplicate": 1})
+    assert row_ids(load_rows(run)) == ["0"]
+    select(run, SelectConfig(budget=1, method="random"))
+    dedup(run, DedupConfig(minhash=0.5, semantic=None))
+    assert run.ledger.stages()[1:] == ["dedup_exact", "dedup_minhash", "select"]  # each is at its place
