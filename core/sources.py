@@ -3,6 +3,7 @@
 import csv
 import difflib
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -153,8 +154,7 @@ def _folder(folder: Path, split: str) -> Iterator[Read]:
             raise UserError(f"{folder}: has no split {split!r}; it has {', '.join(splits)}")
         yield from _folder(folder / split, split)
         return
-    shown = (each for each in folder.rglob("*") if not any(part.startswith(".") for part in each.relative_to(folder).parts))
-    files = sorted(each for each in shown if each.is_file() and kind_of(each))
+    files = [each for each in _shown(folder) if kind_of(each)]
     tables = [each for each in files if kind_of(each) != ".txt"]
     if not files:
         raise UserError(f"{folder}: holds no data file ({', '.join(KINDS)}, each also as .gz)")
@@ -162,6 +162,29 @@ def _folder(folder: Path, split: str) -> Iterator[Read]:
         log.info("%s: its .txt files are not read, as there are files with columns", folder)
     for file in tables or files:
         yield from _file(file)
+
+
+def _shown(folder: Path) -> list[Path]:
+    """Return the files of a folder, in order; what is hidden is none of its data."""
+    shown = (each for each in folder.rglob("*") if not any(part.startswith(".") for part in each.relative_to(folder).parts))
+    return sorted(each for each in shown if each.is_file())
+
+
+def hash_files(source: Path) -> str:
+    """Return a hash of a file's bytes, or of a folder's data files and their names in it (of a run, of its data set), wherever it lies."""
+    if source.is_file():
+        return _file_hash(source)
+    made = [source / "curate" / name for name in ("dataset.jsonl", "prompts.jsonl")] if (source / "config.yaml").exists() else []
+    files = [each for each in made if each.exists()][:1] or [each for each in _shown(source) if kind_of(each) or each.suffix == ".arrow"]
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(f"{file.relative_to(source).as_posix()}\0{_file_hash(file)}\n".encode())
+    return whole.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _file(path: Path) -> Iterator[Read]:

@@ -1,5 +1,7 @@
 """Mix several sources in proportions, or by a temperature, into one data set; a row is repeated only where that is asked for."""
 
+import hashlib
+import json
 import logging
 import math
 import re
@@ -15,6 +17,7 @@ from ..core.errors import UserError, unknown_name
 from ..core.files import read_parquet, write_atomically
 from ..core.formats import read_examples
 from ..core.run import Run
+from ..core.sources import hash_files
 from .config import ImportConfig
 from .decide_config import MixConfig
 from .decided import Outcome, decision_table, record
@@ -28,6 +31,7 @@ FROM_FILE = r":\d+$"  # a row's source is FILE:ROW
 
 
 REPEAT = r"~r(\d+)$"  # how the id of a repeat ends
+DECISIVE = ("example_id", "sample_index", "messages", "reference", "meta")  # of a run's rows: they may have been moved, and counted since
 REDRAWN = ("shares", "temperature", "budget", "seed")  # they only say which of the gathered rows are taken, unless some are repeated
 
 
@@ -52,13 +56,15 @@ def mix(sources: Sequence[str], out: Path | None, config: MixConfig) -> Outcome:
         path = run.path / "curate" / "rows.parquet"
         if "sources" not in run.config().get("mix", {}) and run.ledger.stages():  # prompts that have grown, too
             raise UserError(f"{out}: holds other rows already; give another folder for the mixture")
-        settings = {"sources": [str(each) for each in sources], **to_mapping(config)}
         is_new = not path.exists() or "import" not in run.ledger.stages()
         rows = _repeated(_gathered(sources), config) if is_new else None  # what is refused here leaves the folder free
-        before = {} if is_new or config.repeat > 1 else run.config().get("mix", {})
+        found = {} if is_new else run.config().get("mix", {})
+        content = [_content(each) for each in sources] if is_new else found.get("content")
+        settings = {"sources": [str(each) for each in sources], "content": content, **to_mapping(config)}
+        before = {} if config.repeat > 1 else found
         gathered = {**settings, **{name: before[name] for name in REDRAWN if name in before}}
         run.configure("mix", gathered, free=("*",) if is_new else ())
-        if not is_new and all(Path(each).exists() for each in sources) and not _as_gathered(read_parquet(path), _gathered(sources)):
+        if not is_new and any(then and now and then != now for then, now in zip(content or (), map(_content, sources), strict=False)):
             raise UserError(f"{out}: holds the rows of its sources as they were then, and they have others now; give another folder")
         if rows is not None:
             with write_atomically(path) as temporary:
@@ -201,10 +207,15 @@ def _gathered(sources: Sequence[str]) -> pl.DataFrame:
     return pl.concat(tables)
 
 
-def _as_gathered(kept: pl.DataFrame, now: pl.DataFrame) -> bool:
-    """Say whether the rows that were gathered are those of the sources now; they may have been moved, and counted since."""
-    told = [name for name in now.columns if name in kept.columns and name not in ("source", "num_tokens")]
-    return kept.filter(~pl.col("example_id").str.contains(REPEAT)).select(told).equals(now.select(told))
+def _content(source: str) -> str | None:
+    """Return a hash of what a source holds; None for what does not lie here, or not any more."""
+    path = Path(source).expanduser()
+    if not (Path(source) / "config.yaml").exists():
+        return hash_files(path) if path.exists() else None
+    rows = hashlib.sha256()
+    for row in load_rows(Run.open(Path(source)), columns=DECISIVE).iter_rows():
+        rows.update(json.dumps(row).encode())
+    return rows.hexdigest()
 
 
 def _renamed(names: Sequence[str], seen: set[str], mark: str) -> dict[str, str]:

@@ -11,11 +11,13 @@ from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate.build import build
 from sftkit.curate.certificate import check_run
-from sftkit.curate.config import BuildConfig
+from sftkit.curate.config import BuildConfig, ImportConfig, ScoreConfig
 from sftkit.curate.decide_config import FilterConfig, MixConfig
 from sftkit.curate.filters import filter_rows
+from sftkit.curate.intake import import_run
 from sftkit.curate.mix import mix, quotas, shares_of
 from sftkit.curate.rows import load_rows
+from sftkit.curate.score import score
 
 
 def file(path: Path, prefix: str, count: int) -> str:
@@ -224,3 +226,29 @@ def test_mixtures_of_the_same_rows_are_mixed_with_the_same_ids_each_time(tmp_pat
     assert ids[0].equals(ids[1])
     mix(both, tmp_path / "x", MixConfig(budget=100))
     assert len(load_rows(Run.open(tmp_path / "x"))) == 100
+
+
+def test_of_a_run_the_rows_that_it_keeps_are_those_that_may_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "many").mkdir()
+    sources = [str(tmp_path / "one"), file(tmp_path / "a.jsonl", "a", 8), str(tmp_path / "many")]
+    file(tmp_path / "many" / "b.jsonl", "b", 8)
+    import_run(sources[1], tmp_path / "one", ImportConfig()).close()
+    mix(sources, tmp_path / "m", MixConfig())
+    with Run.create(tmp_path / "one") as one:
+        score(one, ScoreConfig(scorers={"num_words": None}))
+        filter_rows(one, FilterConfig(min_words=1))  # takes none
+        with monkeypatch.context() as unread:
+            unread.setattr("sftkit.curate.mix.read_examples", lambda *_: pytest.fail("the rows were read again"))
+            mix(sources, tmp_path / "m", MixConfig(budget=9))
+        assert taken(tmp_path / "m").total() == 9
+        filter_rows(one, FilterConfig(min_chars=9))
+    with pytest.raises(UserError, match="holds the rows of its sources as they were then"):
+        mix(sources, tmp_path / "m", MixConfig(budget=6))
+    with Run.create(tmp_path / "m") as mixture:  # begun when no content was told yet
+        settings = mixture.config()["mix"]
+        mixture.configure("mix", {name: value for name, value in settings.items() if name != "content"}, free=("*",))
+    mix(sources, tmp_path / "m", MixConfig(budget=6))
+    mix(sources[1:], tmp_path / "files", MixConfig())
+    file(tmp_path / "many" / "b.jsonl", "b", 9)
+    with pytest.raises(UserError, match="holds the rows of its sources as they were then"):
+        mix(sources[1:], tmp_path / "files", MixConfig(budget=6))
