@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Sequence
 from html import escape
@@ -10,9 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from ..core.errors import UserError
 from ..core.files import write_text
 from ..core.run import Run
 from .rows import scan_rows, text_columns
+
+log = logging.getLogger(__name__)
 
 MOST = 2000  # rows drawn as points, and rows whose answers are measured where there are no token counts
 WIDTH, HEIGHT, EDGE = 640, 260, 36
@@ -20,7 +24,7 @@ ALL, KEPT = "#c3c9d4", "#1f6feb"
 
 
 def write_plots(run: Run, rows: pl.DataFrame) -> list[tuple[str, str]]:
-    """Write curate/lengths.svg, and curate/clusters.svg where the rows were embedded; return file and caption of each.
+    """Write curate/lengths.svg, and curate/clusters.svg where the rows were embedded and none of it is damaged; return file and caption.
 
     `rows` are all rows of the run: KEY, num_tokens and whether they are `kept`.
     """
@@ -63,7 +67,11 @@ def _clusters(run: Run, rows: pl.DataFrame) -> tuple[str, str] | None:
         return None
     from .embed import embedded_text, stored_vectors
 
-    stored = stored_vectors(run.path / "curate")
+    try:
+        stored = stored_vectors(run.path / "curate")
+    except UserError as error:  # damaged: what a step decides does not hang on a plot
+        log.warning("%s (no plot of the embeddings)", error)
+        return None
     if stored is None:
         return None
     rows = _some(run, rows)

@@ -13,10 +13,10 @@ from sftkit.core.errors import UserError
 from sftkit.core.run import Run
 from sftkit.curate.decide_config import DecontaminateConfig, FilterConfig
 from sftkit.curate.decontaminate import decontaminate
-from sftkit.curate.embed import embedded_text
+from sftkit.curate.embed import embedded_text, stored_vectors
 from sftkit.curate.filters import filter_rows
 from sftkit.curate.plots import histogram, scatter, two_directions
-from sftkit.curate.rows import load_rows
+from sftkit.curate.rows import load_rows, row_ids
 
 QUESTION = "A shepherd counts 48 sheep in the morning and half as many again in the evening, how many does he count altogether?"
 
@@ -49,7 +49,7 @@ def test_the_card_shows_lengths_and_what_benchmarks_were_found(toy_run: Callable
     assert [round(a / max(everything) * 8) for a in kept] == [2, 4, 8, 1]
 
 
-def test_rows_that_were_embedded_are_drawn_by_their_vectors(toy_run: Callable[..., Run]) -> None:
+def test_rows_that_were_embedded_are_drawn_by_their_vectors(toy_run: Callable[..., Run], caplog: pytest.LogCaptureFixture) -> None:
     run = toy_run([{"prompt": f"p {place}", "response": "r" * (place + 1)} for place in range(12)])
     folder = run.path / "curate"
     assert not (folder / "clusters.svg").exists()
@@ -64,9 +64,15 @@ def test_rows_that_were_embedded_are_drawn_by_their_vectors(toy_run: Callable[..
     assert (circles.count("#c3c9d4"), circles.count("#1f6feb")) == (4, 8)
     assert "](clusters.svg)" in card(run)
 
-    (folder / "embeddings.npy").write_bytes((folder / "embeddings.npy").read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"embeddings\.npy: damaged or cut short"):
-        filter_rows(run, FilterConfig(repetition=False))
+    for name, min_chars in (("embeddings.npy", 4), ("embeddings.parquet", 6)):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+        (folder / "clusters.svg").touch()
+        filter_rows(run, FilterConfig(repetition=False, min_chars=min_chars))
+        assert f"{name}: damaged or cut short" in caplog.text
+        assert row_ids(load_rows(run)) == row_ids(load_rows(run, all=True))[min_chars - 1 :]
+        assert not (folder / "clusters.svg").exists()
+        with pytest.raises(UserError, match="damaged or cut short"):
+            stored_vectors(folder)
     (folder / "embeddings.parquet").unlink()  # as after a kill while another embedder's vectors are written
     filter_rows(run, FilterConfig(repetition=False, min_chars=3))
     assert not (folder / "clusters.svg").exists()
