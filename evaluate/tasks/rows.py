@@ -21,12 +21,13 @@ from .humaneval import told
 
 def _exact(target: Mapping[str, Any], answer: str) -> Mark:
     said = " ".join(answer.split())
-    return Mark(float(any(said == " ".join(str(each).split()) for each in _several(target["answer"]))), bool(said), said[:200])
+    golds = [text for each in _several(target["answer"]) for text in _written(each)]
+    return Mark(float(any(said == " ".join(each.split()) for each in golds)), bool(said), said[:200])
 
 
 def _numeric(target: Mapping[str, Any], answer: str) -> Mark:
     found = extract_number(answer)
-    golds = [extract_number(str(each)) for each in _several(target["answer"])]
+    golds = [extract_number(_written(each)[0]) for each in _several(target["answer"])]
     return Mark(0.0, False) if found is None else Mark(float(found in golds), True, canonical(found))
 
 
@@ -37,7 +38,15 @@ def _regex(target: Mapping[str, Any], answer: str) -> Mark:
 
 def _contains(target: Mapping[str, Any], answer: str) -> Mark:
     lower = answer.casefold()
-    return Mark(float(all(str(each).casefold() in lower for each in _several(target["answer"]))))
+    return Mark(float(all(_stands_in(lower, each) for each in _several(target["answer"]))))
+
+
+def _stands_in(text: str, value: Any) -> bool:
+    """Say whether a text has another one in it, or a number, which is no part of a longer number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value).casefold() in text
+    more = "0*" if "." in _written(value)[0] else r"(?:\.0+)?"  # 2.50 and 3.00 are 2.5 and 3
+    return re.search(rf"{BEFORE}{re.escape(_written(value)[0])}{more}{BEHIND}", text) is not None
 
 
 def _schema(target: Mapping[str, Any], answer: str) -> Mark:
@@ -46,11 +55,17 @@ def _schema(target: Mapping[str, Any], answer: str) -> Mark:
 
 
 def _several(value: Any) -> list[Any]:
-    """Return the right answers. Tables hold whole numbers beside a null as 3.0, which an answer writes as 3."""
-    every = value if isinstance(value, (list, tuple)) else [value]
-    return [int(each) if isinstance(each, float) and each.is_integer() else each for each in every]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def _written(value: Any) -> list[str]:
+    """Return how a right answer is written. Tables hold whole numbers beside a null as 3.0, which an answer writes as 3, too."""
+    return [str(int(value)), str(value)] if isinstance(value, float) and value.is_integer() else [str(value)]
+
+
+# what a number is no part of: other digits, a fraction, thousands (but 1,2,3 are three numbers), and what has a minus
+BEFORE = r"(?<![0-9.])(?<!(?<![\w)])[-−])(?!(?<=[0-9],)[0-9]{3}(?![0-9]))"
+BEHIND = r"(?![0-9]|\.[0-9]|,[0-9]{3}(?![0-9]))"
 OWN = ("id", "group", "scoring", "answer", "pattern", "schema", "tests", "entry_point")  # columns that are no part of the question
 BLANK = ("id", "group", "scoring", "entry_point")  # of these an empty text, as the cells of a CSV file are, is none
 SCORING: dict[str, tuple[Callable[[Mapping[str, Any], str], Mark] | None, str]] = {  # the scorer, and the column that it needs
@@ -163,7 +178,7 @@ def _check(target: Mapping[str, Any], scoring: str, place: str, columns: list[st
         raise UserError(f"{place}: answer is true or false, which can be written in many ways; expected the text that is right")
     if not isinstance(target.get("entry_point", ""), str):
         raise UserError(f"{place}: entry_point is {str(target['entry_point'])[:60]!r}; expected the name of a function")
-    if scoring == "numeric" and any(extract_number(str(each)) is None for each in _several(target["answer"])):
+    if scoring == "numeric" and any(extract_number(_written(each)[0]) is None for each in _several(target["answer"])):
         raise UserError(f"{place}: scoring 'numeric' needs a number as answer; found {str(target['answer'])[:60]!r}")
     if scoring == "regex":
         Pattern(f"{place}: pattern ", target["pattern"])  # raises for what is none

@@ -325,9 +325,26 @@ def test_a_question_keeps_its_system_message_and_its_functions_and_is_one_cluste
 
 def test_whole_numbers_of_a_table_are_written_as_answers_write_them(tmp_path: Path) -> None:
     rows = [{"prompt": "A?", "scoring": each, "answer": answer} for each in ("exact", "contains") for answer in (3.0, 2.5)]
+    rows.append({"prompt": "A?", "scoring": "contains", "answer": [200, -3.0, "ab"]})
     task = open_task(str(write_rows(tmp_path / "rows.jsonl", rows)), settings())
-    said = zip(task.items, ["3", "2.5", "it is 3", "2"], strict=True)
-    assert [task.score(item, answer)["score"].value for item, answer in said] == [1.0, 1.0, 1.0, 0.0]
+    whole, part, found, found_part, several = task.items
+    right = {
+        whole.id: ["3", "3.0", " 3\n"],
+        part.id: ["2.5"],
+        found.id: ["it is 3", "3.0", "3.00.", "(1,2,3)", "10-3", "x=3, so", "$3"],
+        found_part.id: ["it is 2.5.", "2.50"],
+        several.id: ["Cab: 200, -3.0"],
+    }
+    wrong = {
+        whole.id: ["3.00", "13", "it is 3"],
+        part.id: ["2", "2.50"],
+        found.id: ["it is 13", "30", "3.5", "1.3", ".3", "3,000", "-3", "x = -3.0"],
+        found_part.id: ["2", "12.5", "2.51"],
+        several.id: ["ab 1,200 -3", "ab 200 3", "200 -3"],
+    }
+    for value, cases in ((1.0, right), (0.0, wrong)):
+        for item in (whole, part, found, found_part, several):
+            assert [task.score(item, answer)["score"].value for answer in cases[item.id]] == [value] * len(cases[item.id]), item.target
 
 
 def test_a_schema_may_be_a_text(tmp_path: Path) -> None:
