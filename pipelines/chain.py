@@ -14,7 +14,7 @@ from ..core.formats import read_examples, split_prompt
 from ..core.models import resolve_model
 from ..core.progress import duration, timed
 from ..core.run import Run, is_done, mark_done, read_done
-from ..core.sources import iterate_rows
+from ..core.sources import find_source, iterate_rows
 from ..curate.build import build, check_early
 from ..evaluate.benchmark import evaluate_tasks, open_tasks
 from ..evaluate.compare import compare, read_questions
@@ -111,7 +111,9 @@ def _former_digest(recipe: RecipeConfig) -> str:
 
 def _content(data: str) -> str:
     """Return a hash of the rows of a file or a folder, wherever it lies; `-` and a data set of the Hub go by their names."""
-    path = Path(data).expanduser()
+    if data == "-":
+        return data
+    path = find_source(data)
     if path.is_file():
         return _hash(path)
     if not path.is_dir():

@@ -180,7 +180,7 @@ def test_a_data_set_that_another_hand_has_changed_is_made_again(recipe: Any, tmp
 
 
 @pytest.mark.usefixtures("only_curate")
-def test_rows_are_known_wherever_they_lie(recipe: Any, tmp_path: Path) -> None:
+def test_rows_are_known_wherever_they_lie(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = tmp_path / "rows.jsonl"
     path = recipe()
     run_chain(load_recipe(path), tmp_path / "run")
@@ -197,8 +197,11 @@ def test_rows_are_known_wherever_they_lie(recipe: Any, tmp_path: Path) -> None:
     (tmp_path / "folder" / "more.jsonl").write_text(json.dumps({"prompt": "One more?", "answer": "Yes."}))
     with pytest.raises(UserError, match="holds other rows"):
         run_chain(whole, tmp_path / "run2")
+    write_json(tmp_path / "run2" / "train" / "done.json", {})  # the working folder holds other data, if it is read
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
     with pytest.raises(UserError, match="the name of the data is empty"):
-        run_chain(load_recipe(recipe(data="")), tmp_path / "run3")
+        run_chain(load_recipe(recipe(data="")), tmp_path / "run2")
 
 
 @pytest.mark.parametrize("data", ["rows.jsonl", "folder"])
