@@ -16,7 +16,7 @@ from ..core.config import to_mapping
 from ..core.errors import UserError, missing_package
 from ..core.files import write_atomically
 from ..core.judge import Judge, read_rubric
-from ..core.named_models import NamedModel, find_models
+from ..core.named_models import find_models
 from ..core.progress import Progress
 from ..core.store import SampleStore
 from ..core.values import ValueStore
@@ -76,7 +76,10 @@ class TasksResult:
 
 
 def open_tasks(names: Sequence[str], config: TasksConfig) -> tuple[list[Task], list[str]]:
-    """Return the tasks of these names, and the names of those that are lm-eval's. Raises UserError for what cannot be asked here."""
+    """Return the tasks of these names, and the names of those that are lm-eval's.
+
+    Raises UserError for what cannot be asked or marked here. The judge that grades is not looked for: a recipe may yet have to fetch it.
+    """
     handed = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
     tasks = [_limited(open_task(name, config), config) for name in names if not name.startswith(PREFIX)]
     known = [*(each.name for each in tasks), *handed]
@@ -90,6 +93,11 @@ def open_tasks(names: Sequence[str], config: TasksConfig) -> tuple[list[Task], l
         raise UserError(f"{', '.join(each.name for each in tasks if each.code)}: runs programs that models wrote, and {refusal}")
     if handed and importlib.util.find_spec("lm_eval") is None:
         raise missing_package("lm-eval", "lm-eval")
+    needing = [each.name for each in tasks if each.judged]
+    if needing and config.judge is None:
+        raise UserError(f"{', '.join(needing)}: no rule can mark the answers; expected --judge MODEL, which grades them")
+    if needing:
+        read_rubric(config.rubric)
     return tasks, handed
 
 
@@ -102,7 +110,8 @@ def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | 
     where there is no sandbox, and where no question is left that every model answered.
     """
     tasks, handed = open_tasks(names, config)
-    judge = _judge_of(tasks, config)
+    named = {config.judge: config.judge} if config.judge is not None and any(each.judged for each in tasks) else {}
+    judge = find_models(named, config.judge_engine)[0] if named else None
     held = {task.name: contaminated(task.items, config.train_data) for task in tasks} if config.train_data else {}
     found = find_models(models, config.engine)
     asked = ways(found, tasks, config)
@@ -144,17 +153,6 @@ def evaluate_tasks(models: Mapping[str, str], names: Sequence[str], out: Path | 
             pl.concat(tables).write_parquet(temporary)
         finish_section(folder, "tasks", outcome.facts(), {"models": list(models), "tasks": [each.name for each in results]})
         return outcome
-
-
-def _judge_of(tasks: Sequence[Task], config: TasksConfig) -> NamedModel | None:
-    """Return the model that grades, where some task needs one. Raises UserError where none was given, or it is not there."""
-    needing = [each.name for each in tasks if each.judged]
-    if needing and config.judge is None:
-        raise UserError(f"{', '.join(needing)}: no rule can mark the answers; expected --judge MODEL, which grades them")
-    if not needing or config.judge is None:
-        return None
-    read_rubric(config.rubric)
-    return find_models({config.judge: config.judge}, config.judge_engine)[0]
 
 
 def _limited(task: Task, config: TasksConfig) -> Task:

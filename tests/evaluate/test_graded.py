@@ -13,7 +13,7 @@ from sftkit.core.errors import UserError
 from sftkit.core.judge import Grade, Item, Judge
 from sftkit.core.named_models import find_models
 from sftkit.core.values import ValueStore
-from sftkit.evaluate.benchmark import _mark, evaluate_tasks
+from sftkit.evaluate.benchmark import _mark, evaluate_tasks, open_tasks
 from sftkit.evaluate.compare import Answer
 from sftkit.evaluate.config import TasksConfig
 from sftkit.evaluate.graded import grade_answers
@@ -76,6 +76,16 @@ def test_what_a_judge_needs(tmp_path: Path, rows: Path, tiny_model: Path) -> Non
         evaluate_tasks({"m": str(tiny_model)}, ["mt_bench", str(rows)], None, settings())
     with pytest.raises(UserError, match="rubric 'nice': expected one of"):
         evaluate_tasks({"m": str(tiny_model)}, [str(rows)], None, settings(judge=str(tiny_model), rubric="nice"))
+    with pytest.raises(UserError, match="unknown model 'no-model'"):
+        evaluate_tasks({"m": str(tiny_model)}, [str(rows)], None, settings(judge="no-model"))
+
+
+def test_what_a_judge_needs_is_known_before_a_recipe_trains(rows: Path) -> None:
+    with pytest.raises(UserError, match=r"rows\.jsonl: no rule can mark the answers; expected --judge MODEL"):
+        open_tasks([str(rows)], settings())
+    with pytest.raises(UserError, match="rubric 'nice': expected one of"):
+        open_tasks([str(rows)], settings(judge="some", rubric="nice"))
+    assert open_tasks([str(rows)], settings(judge="some"))[0][0].judged  # a recipe may yet have to fetch its judge
 
 
 def test_mt_bench_has_two_turns_and_its_references() -> None:
