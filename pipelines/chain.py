@@ -54,8 +54,8 @@ def run_chain(recipe: RecipeConfig, out: Path, *, name: str = "", accept_licence
     Run.create(out).close()  # a folder of something else is refused before anything is fetched
     if recipe.evaluate.compare.questions:
         read_questions(recipe.evaluate.compare.questions, CompareConfig())
-    if recipe.evaluate.tasks:
-        open_tasks(recipe.evaluate.tasks.names, recipe.evaluate.tasks)
+    if recipe.evaluate.tasks and (names := [each for each in recipe.evaluate.tasks.names if not _is_made(each, out)]):
+        open_tasks(names, recipe.evaluate.tasks)
     _fetch_models(recipe, accept_licence)
     check_early(out, recipe.curate)
     for step, do in (("curate", _curate), ("train", _train), ("evaluate", _evaluate)):
@@ -66,6 +66,12 @@ def run_chain(recipe: RecipeConfig, out: Path, *, name: str = "", accept_licence
         run.configure("recipe", {"name": name, "about": recipe.about}, free=("*",))
     report = write_report(out)
     return ChainResult(run=out, report=report, findings=headline(out), seconds=seconds)
+
+
+def _is_made(task: str, out: Path) -> bool:
+    """Say whether a task, FILE or FILE:SCORING, is of rows that the recipe itself makes: they are not there yet."""
+    path = Path(task.rpartition(":")[0] or task).expanduser().resolve()
+    return path == out.resolve() or path.is_relative_to((out / "curate").resolve())
 
 
 def _fetch_models(recipe: RecipeConfig, accept_licence: bool) -> None:

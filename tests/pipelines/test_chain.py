@@ -18,6 +18,7 @@ from sftkit.core.run import Run
 from sftkit.core.text import visible
 from sftkit.curate.decide_config import SelectConfig
 from sftkit.curate.selection import select
+from sftkit.evaluate.benchmark import open_tasks
 from sftkit.evaluate.config import JudgeConfig, LossConfig
 from sftkit.evaluate.judge import judge
 from sftkit.evaluate.loss import loss
@@ -202,6 +203,23 @@ def test_rows_are_known_wherever_they_lie(recipe: Any, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path / "empty")
     with pytest.raises(UserError, match="the name of the data is empty"):
         run_chain(load_recipe(recipe(data="")), tmp_path / "run2")
+
+
+@pytest.mark.parametrize("folder", ["run", "."])
+@pytest.mark.usefixtures("only_curate")
+def test_a_task_of_rows_that_the_recipe_makes_is_asked_when_they_are_made(
+    folder: str, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    out = Path(folder)
+    made = [f"{out}/curate/heldout.jsonl:exact", f"{out.resolve()}:exact"]
+    with pytest.raises(UserError, match="unknown task 'gsm8'"):
+        run_chain(load_recipe(recipe(evaluate={"tasks": {"names": [*made, "gsm8"]}})), out)
+    asked = load_recipe(recipe(evaluate={"tasks": {"names": made}}))
+    run_chain(asked, out)
+    assert asked.evaluate.tasks is not None
+    assert [len(each.items) for each in open_tasks(made, asked.evaluate.tasks)[0]] == [10, 45]
 
 
 @pytest.mark.parametrize("data", ["rows.jsonl", "folder"])
