@@ -305,13 +305,12 @@ def read_score(run: Run, rows: pl.DataFrame, name: str) -> pl.DataFrame:
 
 def check_score_name(run: Run, name: str) -> None:
     """Raise UserError unless the run has a score of this name, or it can be read off the rows."""
-    have = [*known_scores(run), *COLUMNS]
+    have = {*known_scores(run), *COLUMNS}
     if name == "random":
         raise UserError("random is an order to choose by, as --by random, and no score that has values")
     if name not in have:
         if name not in SCORERS:
-            raise unknown_name("score", name, {*have, "random"}, str(run.path))
+            raise unknown_name("score", name, have, str(run.path))
         raise UserError(
-            f"{run.path}: no score {name!r}: there are {', '.join(sorted({*have, 'random'}))};"
-            f" `sftkit curate score {run.path} --with {name}` adds it"
+            f"{run.path}: no score {name!r}: there are {', '.join(sorted(have))}; `sftkit curate score {run.path} --with {name}` adds it"
         )

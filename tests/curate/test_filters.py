@@ -155,6 +155,7 @@ def test_conditions_over_scores_columns_and_meta(toy_run: Callable[..., Run], re
         ({"presets": ("alpagasus",)}, "the rows have no score 'judge' yet; `sftkit curate score RUN --with judge` adds it"),
         ({"min_score": {"nothing": 1.0}}, "unknown score 'nothing'"),
         ({"min_score": {"": 1.0}}, "unknown score ''"),
+        ({"min_score": {"rando": 0.5}}, "unknown score 'rando': known are logprob, num_chars, num_tokens, num_words, numeric"),
         ({"min_score": {"random": 0.5}}, "random is an order to choose by, as --by random, and no score"),
         ({"exclude": ("(",)}, "is not a regular expression"),
         ({"languages": ("eng",)}, "unknown language 'eng'"),

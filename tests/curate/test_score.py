@@ -187,7 +187,7 @@ def test_an_unknown_score_lists_those_there_are(toy_run: Callable[..., Run]) -> 
     run = toy_run([{"prompt": "a", "response": "b"}])
     score(run, ScoreConfig(scorers={"exact": {}}))
     with pytest.raises(
-        UserError, match=r"no score 'numeric': there are exact, logprob, num_chars, num_tokens, num_words, random; .*--with numeric"
+        UserError, match=r"no score 'numeric': there are exact, logprob, num_chars, num_tokens, num_words; .*--with numeric"
     ):
         read_score(run, scoring.load_rows(run), "numeric")
 
