@@ -95,7 +95,8 @@ def run_command_line(command: click.Command) -> None:
         if cure is None:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        click.echo(f"error: {place}{error.strerror}; {cure}: the same command goes on from here", err=True)
+        again = "" if error.errno == errno.ENAMETOOLONG else ": the same command goes on from here"  # with a shorter name it is another
+        click.echo(f"error: {place}{error.strerror}; {cure}{again}", err=True)
         sys.exit(1)
 
 
