@@ -210,7 +210,12 @@ PRESETS = {
 
 
 def _values(run: Run, rows: pl.DataFrame, scores: Sequence[str], named: Sequence[str]) -> list[pl.Series]:
-    """Return the columns that rules and conditions read: each score by its name for conditions, and as `score NAME` for the rules."""
+    """Return the columns that rules and conditions read: each score by its name for conditions, and as `score NAME` for the rules.
+
+    `meta.A.B` is the value of B in the object A of meta, or of the key "A.B" of meta itself; within an object a key with a dot is not
+    found. Raises UserError for a name of meta that has a value in no row, unless it is a key of meta itself: one that is null in
+    every row is known only there, and not within an object.
+    """
     columns: dict[str, pl.Series] = {}
     for name in scores:
         values = score_values(run, rows, name)
