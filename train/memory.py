@@ -25,6 +25,7 @@ from . import head
 from .adapters import adapter_config, fuse_adapters
 from .collective import sent_at_once
 from .config import TrainConfig
+from .rounding import BESIDE, PIECE
 
 REPLAYED = 2  # layers in the smaller replay, and more in the larger: the whole depth follows from these
 BLOCK = 512  # bytes: what PyTorch's allocator rounds up to
@@ -185,7 +186,9 @@ class Replay:
             dynamic += self.largest * (load.half or load.dtype).itemsize  # unpacked for its product
         optimizer = 2 * self.trained
         standing = weights + optimizer
-        peak = max(standing + dynamic, standing + self.trained) + WORKSPACE  # the update itself needs the gradients alone
+        rounds = load.half is torch.bfloat16 if load.quantised else load.dtype is torch.bfloat16 and not load.adapter
+        beside = BESIDE * min(PIECE, self.trained // 2) if rounds else 0  # the update itself needs the gradients, and this
+        peak = max(standing + dynamic + (beside if load.recorded else 0), standing + self.trained + beside) + WORKSPACE
         return Memory(
             weights=weights, gradients=self.trained, optimizer=optimizer, activations=peak - standing, saved_layer=self.saved, peak=peak
         )

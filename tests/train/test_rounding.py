@@ -1,11 +1,15 @@
 """AdamW on bfloat16: what PyTorch's does in float32, and on average the same where that is rounded."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from sftkit.train import rounding
+from sftkit.train.memory import Live
 from sftkit.train.rounding import RoundedAdamW, rounded
+from sftkit.train.trainer import Trainer
+from transformers import TrainingArguments
 
 
 def generator() -> torch.Generator:
@@ -30,7 +34,7 @@ def test_what_is_a_bfloat16_and_what_is_not_finite_stays() -> None:
     assert rounded(weird, generator()).isnan().all()
 
 
-@pytest.mark.parametrize("piece", [1 << 22, 7])
+@pytest.mark.parametrize("piece", [1 << 22, 25, 7])
 def test_float32_weights_are_updated_as_by_pytorch(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "PIECE", piece)
     ours = [torch.nn.Parameter(torch.randn(shape, generator=generator())) for shape in ((3, 5), (4,), (), (5, 4, 3), (2,))]
@@ -94,3 +98,35 @@ def test_a_state_is_gone_on_from_and_pytorchs_too() -> None:
     third.load_state_dict(former.state_dict())
     learn(third, second, range(3, 4))
     assert third.state[second]["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("weights", "kind"),
+    [
+        ({"base": (torch.bfloat16, True)}, RoundedAdamW),
+        ({"base": (torch.float32, True)}, torch.optim.AdamW),
+        ({"base": (torch.bfloat16, False), "adapter": (torch.float32, True)}, torch.optim.AdamW),
+        ({"base": (torch.uint8, False), "adapter": (torch.bfloat16, True)}, RoundedAdamW),  # TRL's adapter on four bits
+    ],
+)
+def test_weights_that_are_trained_in_bfloat16_are_rounded(weights: dict, kind: type, tmp_path: Path) -> None:
+    model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.ones(2).to(dtype), train) for name, (dtype, train) in weights.items()})
+    found, settings = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(str(tmp_path), use_cpu=True, learning_rate=3e-5), model)
+    assert (found, settings["lr"], settings["betas"]) == (kind, 3e-5, (0.9, 0.999))
+    assert Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(str(tmp_path), use_cpu=True))[0] is torch.optim.AdamW
+
+
+def test_an_updates_memory_is_what_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "PIECE", 1 << 14)
+    for shapes in ([(1 << 16,)], [(64, 32)] * 40, [(1 << 16,), *[(64, 32)] * 40]):
+        weights = [torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in shapes]
+        for each in weights:
+            each.grad = torch.ones_like(each)
+        optimizer = RoundedAdamW(weights)
+        optimizer.step()
+        moments = [optimizer.state[each][name] for each in weights for name in ("exp_avg", "exp_avg_sq")]
+        live = Live()
+        live.ignore([*weights, *(each.grad for each in weights), *moments])
+        with live:
+            optimizer.step()
+        assert live.peak <= rounding.BESIDE * rounding.PIECE + 64 * 512
