@@ -19,7 +19,8 @@ ITEMS = tuple(
     re.compile(rf"^\s*{start}", re.MULTILINE)
     for start in (
         r"(?:#+\s*)?\d+\s*[.):]\s+",  # "1. "
-        r"(?:#+\s*)?\d+\s*(?:[.):](?=[^\x00-\x7f])|[、．：](?!\d)\s*)",  # as Chinese writes it: "1、", or "1." with no space behind it
+        # as Chinese writes it: "1、", or "1." with no space behind it; of "2024、2025" it is no item
+        r"(?:#+\s*)?(?:\d{1,2}\s*、|\d+\s*(?:[.):](?=[^\x00-\x7f])|[、．：](?!\d)))\s*",
         r"(?:#+\s*)?[(（]\d+[)）]\s*",  # "（1）"
         r"[-*\u2022]\s+",
     )
