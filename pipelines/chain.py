@@ -14,7 +14,7 @@ from ..core.formats import read_examples, split_prompt
 from ..core.models import resolve_model
 from ..core.progress import duration, timed
 from ..core.run import Run, is_done, mark_done, read_done
-from ..core.sources import find_source, iterate_rows
+from ..core.sources import find_source, hash_files
 from ..curate.build import build, check_early
 from ..evaluate.benchmark import evaluate_tasks, open_tasks
 from ..evaluate.compare import compare, read_questions
@@ -112,33 +112,18 @@ def _digest(recipe: RecipeConfig, **data: str | None) -> str:
 def _former_digest(recipe: RecipeConfig) -> str:
     """Return what told the data where `made` was not written yet: the name, and the content of a file."""
     path = Path(recipe.data)
-    return _digest(recipe, data=recipe.data, content=_hash(path) if path.is_file() else None)
+    return _digest(recipe, data=recipe.data, content=hash_files(path) if path.is_file() else None)
 
 
 def _content(data: str) -> str:
-    """Return a hash of the rows of a file or a folder, wherever it lies; `-` and a data set of the Hub go by their names."""
-    if data == "-":
-        return data
-    path = find_source(data)
-    if path.is_file():
-        return _hash(path)
-    if not path.is_dir():
-        return data
-    rows = hashlib.sha256()
-    for _, row in iterate_rows(path, faulty=lambda *_: None):
-        rows.update(json.dumps(row, default=str).encode())
-    return rows.hexdigest()
+    """Return a hash of a file or of a folder's data, wherever it lies; `-` and a data set of the Hub go by their names."""
+    return hash_files(path) if data != "-" and (path := find_source(data)).exists() else data
 
 
 def _made(room: Path) -> str:
     """Return a hash of the data set and the held-out rows: a step that was run by hand has made others."""
     files = [room / name for name in ("dataset.jsonl", "heldout.jsonl")]
-    return " ".join(_hash(each)[:16] for each in files if each.exists())
-
-
-def _hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return " ".join(hash_files(each)[:16] for each in files if each.exists())
 
 
 def _train(recipe: RecipeConfig, out: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import polars as pl
 import pytest
 from sftkit.core.errors import UserError
-from sftkit.core.sources import iterate_rows, kind_of, mend_text, parse_json, plain
+from sftkit.core.sources import hash_files, iterate_rows, kind_of, mend_text, parse_json, plain
 
 ROWS = [{"prompt": "你好", "answer": "a\nb"}, {"prompt": "two", "answer": "🙂"}, {"prompt": "three", "answer": ""}]
 
@@ -310,3 +310,31 @@ def test_a_name_that_is_empty_is_not_this_folder(name: str, tmp_path: Path, monk
     with pytest.raises(UserError, match="the name of the data is empty"):
         next(iterate_rows(name))
     assert len(list(iterate_rows("."))) == 1
+
+
+def test_a_folder_is_known_by_its_data_wherever_it_lies(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / "more").mkdir(parents=True)
+    (data / "a.jsonl").write_text('{"prompt": "a"}')
+    (data / "more" / "b.csv").write_text("prompt\nb\n")
+    before = hash_files(data)
+    (data / ".hidden.jsonl").write_text("{}")
+    (data / "notes.md").write_text("no data")
+    data = data.rename(tmp_path / "moved")
+    assert hash_files(data) == before
+    (data / "more" / "b.csv").rename(data / "b.csv")  # its rows have other places
+    moved = hash_files(data)
+    (data / "a.jsonl").write_text('{"prompt": "A"}')
+    assert len({before, moved, hash_files(data), hash_files(data / "a.jsonl")}) == 4
+
+
+def test_a_run_is_known_by_its_data_set(tmp_path: Path) -> None:
+    made = tmp_path / "curate" / "dataset.jsonl"
+    made.parent.mkdir()
+    made.write_text('{"prompt": "a"}')
+    (tmp_path / "config.yaml").write_text("{}")
+    before = hash_files(tmp_path)
+    (tmp_path / "versions.json").write_text("{}")
+    assert hash_files(tmp_path) == before
+    made.write_text('{"prompt": "b"}')
+    assert hash_files(tmp_path) != before

@@ -195,6 +195,9 @@ def test_rows_are_known_wherever_they_lie(recipe: Any, tmp_path: Path, monkeypat
     run_chain(moved, tmp_path / "run")  # imported again, from elsewhere
     whole = load_recipe(recipe(data="folder"))
     run_chain(whole, tmp_path / "run2")
+    with monkeypatch.context() as unread:
+        unread.setattr("sftkit.core.sources._parsed", lambda *_: pytest.fail("rows were read where all is done"))
+        run_chain(whole, tmp_path / "run2")
     (tmp_path / "folder" / "more.jsonl").write_text(json.dumps({"prompt": "One more?", "answer": "Yes."}))
     with pytest.raises(UserError, match="holds other rows"):
         run_chain(whole, tmp_path / "run2")
