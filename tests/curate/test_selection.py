@@ -319,7 +319,7 @@ COMMANDS = [  # what is asked, what is said
     ("--method top --budget 2", "error: select: top needs a score to choose by: give --by SCORE"),
     (
         "--method top --by num_char --budget 2",
-        "unknown score 'num_char': did you mean 'num_chars'? known are logprob, num_chars, num_tokens, num_words, random",
+        "unknown score 'num_char': did you mean 'num_chars'? known are logprob, num_chars, num_tokens, num_words",
     ),
     ("--method top --by=-logprob --budget 2", "none of 6 rows has a score 'logprob', which top chooses by"),
     ("--method longest --budget 0", "error: budget: expected 1 or more, found 0"),
