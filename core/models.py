@@ -14,7 +14,7 @@ from typing import Any
 
 from .catalogue import CATALOGUE, cache_dir, cached
 from .errors import UserError, unknown_name
-from .files import load_object, read_json, write_json
+from .files import file_hash, load_object, read_json, write_json
 from .gguf import check_gguf, load_unpacked
 from .hub import hub_away, is_for_want_of_it
 
@@ -24,7 +24,6 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.npz")
 NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt")  # what trainers leave beside them
 DECISIVE = ("config.json", "generation_config.json", "adapter_config.json")  # settings that change what the weights compute
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-CHUNK = 1 << 24
 UNQUANTISED = "take the engine vllm, which reads most kinds on a GPU, or the model before it was quantised"
 UNREADABLE = (ValueError, LookupError, TypeError, EOFError, OverflowError, struct.error)  # what the libraries raise for damaged files
 
@@ -104,14 +103,14 @@ def model_identity(ref: ModelRef) -> str:
     if ref.path is None:
         return f"hub:{ref.hub_id}@{_hub_commit(ref)}"
     if ref.path.is_file():
-        return f"sha256:{_file_hash(ref.path)}"
+        return f"sha256:{_remembered_hash(ref.path)}"
     weights = _weights(ref.path)
     if not weights:
         raise UserError(f"{ref.path}: holds no weights (*.safetensors); give a complete model folder")
     whole = hashlib.sha256()
     for file in [*weights, *(ref.path / name for name in DECISIVE)]:
         if file.exists():
-            whole.update(f"{file.name}\0{_file_hash(file)}\n".encode())
+            whole.update(f"{file.name}\0{_remembered_hash(file)}\n".encode())
     return f"sha256:{whole.hexdigest()}"
 
 
@@ -129,7 +128,7 @@ def _hub_commit(ref: ModelRef) -> str:
         return Path(hf_hub_download(str(ref.hub_id), "config.json", revision=ref.revision)).parent.name
 
 
-def _file_hash(path: Path) -> str:
+def _remembered_hash(path: Path) -> str:
     """Return a file's SHA-256, remembered by what tells its version: path, size, time of change, inode."""
     status = path.stat()
     version = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
@@ -141,15 +140,12 @@ def _file_hash(path: Path) -> str:
                 return str(remembered["sha256"])
         except (ValueError, KeyError, TypeError):
             log.warning("%s: not readable, the file is hashed again", place)
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
+    digest = file_hash(path)
     try:
-        write_json(place, {"path": str(path), "version": version, "sha256": digest.hexdigest()})
+        write_json(place, {"path": str(path), "version": version, "sha256": digest})
     except OSError as error:
         _tell_unremembered(str(cache_dir()), error.strerror or str(error))
-    return digest.hexdigest()
+    return digest
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from . import llama_factory
 from .errors import UserError
-from .files import read_json
+from .files import file_hash, read_json
 from .hub import hub_away, is_for_want_of_it
 from .text import counted
 
@@ -173,18 +173,13 @@ def _shown(folder: Path) -> list[Path]:
 def hash_files(source: Path) -> str:
     """Return a hash of a file's bytes, or of a folder's data files and their names in it (of a run, of its data set), wherever it lies."""
     if source.is_file():
-        return _file_hash(source)
+        return file_hash(source)
     made = [source / "curate" / name for name in ("dataset.jsonl", "prompts.jsonl")] if (source / "config.yaml").exists() else []
     files = [each for each in made if each.exists()][:1] or [each for each in _shown(source) if kind_of(each) or each.suffix == ".arrow"]
     whole = hashlib.sha256()
     for file in files:
-        whole.update(f"{file.relative_to(source).as_posix()}\0{_file_hash(file)}\n".encode())
+        whole.update(f"{file.relative_to(source).as_posix()}\0{file_hash(file)}\n".encode())
     return whole.hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _file(path: Path) -> Iterator[Read]:
