@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from unittest import mock
@@ -42,7 +43,7 @@ def measured(given: argparse.Namespace, kind: str) -> dict[str, object]:
     began = time.perf_counter()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory() as folder, plain if kind == "nearest" else mock.MagicMock():
+    with tempfile.TemporaryDirectory() as folder, plain if kind == "nearest" else nullcontext():
         before, after = train(given.chats, given.model, Path(folder) / "run", config).validation
         steps = read_json(Path(folder) / "run" / "train" / "results.json")["steps"]
     peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
@@ -84,10 +85,10 @@ def main() -> None:
     parser.add_argument("--out", default="bfloat16_weights.jsonl")
     parser.add_argument("--by-heart", action="store_true")
     given = parser.parse_args()
-    lines = []
     if given.by_heart:
         print("\n".join(f"{kind:10} {by_heart(given, kind)}" for kind in KINDS))
         return
+    lines = []
     for kind in KINDS:
         found = measured(given, kind)
         with open(given.out, "a", encoding="utf-8") as file:

@@ -80,7 +80,7 @@ def _export(run: Run, out: Path, config: ExportConfig) -> Exported:
     for name in DATASET:  # of a Parquet export that was killed
         (out / name).unlink(missing_ok=True)
     clear_temporaries(out)
-    name = {"parquet": "train.parquet"}.get(config.format, "train.json" if config.format in ARRAY else "train.jsonl")
+    name = f"train.{'parquet' if config.format == 'parquet' else 'json' if config.format in ARRAY else 'jsonl'}"
     with write_atomically(out / name) as temporary:
         if config.format == "parquet":
             found, refused, columns = _parquet(run, out, temporary), list[tuple[str, str]](), set[str]()

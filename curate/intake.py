@@ -85,10 +85,10 @@ def _take_in(
     if "grow" in run.ledger.stages():  # the rows of two would hide each other from later steps
         raise UserError(f"{run.path}: holds the prompts that `curate prompts` has grown; give another folder for the rows of {source}")
     rows = pl.DataFrame(columns, schema=STORED)
-    digest = _digest(rows.drop("source"))  # the same rows may have been moved
+    digest = digest_of(rows.drop("source"))  # the same rows may have been moved
     settings = {name: value for name, value in to_mapping(config).items() if value not in (None, [])}
     before = run.config().get("intake", {})
-    if before and before["content"] != digest and before["content"] != _digest(rows):  # the source was a part of it once
+    if before and before["content"] != digest and before["content"] != digest_of(rows):  # the source was a part of it once
         other = f"holds other rows, those of {before['source']} as they were then or by other settings"
         raise UserError(f"{run.path}: {other}; give another folder for {source}")
     run.configure("intake", {"source": str(source), **settings, "content": digest}, free=("*",))
@@ -103,7 +103,8 @@ def _take_in(
     return record(run, "import", [(each.example_id, each.sample_index) for each in decisions], decisions)
 
 
-def _digest(rows: pl.DataFrame) -> str:
+def digest_of(rows: pl.DataFrame) -> str:
+    """Return 16 hex digits that tell rows from others."""
     lines = rows.select(pl.concat_str(pl.all().fill_null("\x00"), separator="\x1f")).to_series()
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 

@@ -1,7 +1,5 @@
 """Mix several sources in proportions, or by a temperature, into one data set; a row is repeated only where that is asked for."""
 
-import hashlib
-import json
 import logging
 import math
 import re
@@ -21,7 +19,7 @@ from ..core.sources import hash_files
 from .config import ImportConfig
 from .decide_config import MixConfig
 from .decided import Outcome, decision_table, record
-from .intake import columns_of
+from .intake import columns_of, digest_of
 from .rows import KEY, STORED, input_rows, load_rows, row_name
 from .scored import columns_for, random_numbers, score_values
 
@@ -212,10 +210,7 @@ def _content(source: str) -> str | None:
     path = Path(source).expanduser()
     if not (Path(source) / "config.yaml").exists():
         return hash_files(path) if path.exists() else None
-    rows = hashlib.sha256()
-    for row in load_rows(Run.open(Path(source)), columns=DECISIVE).iter_rows():
-        rows.update(json.dumps(row).encode())
-    return rows.hexdigest()
+    return digest_of(load_rows(Run.open(Path(source)), columns=DECISIVE))
 
 
 def _renamed(names: Sequence[str], seen: set[str], mark: str) -> dict[str, str]:

@@ -49,8 +49,7 @@ class RoundedAdamW(torch.optim.Optimizer):
         """Yield weights with their moments and gradients, as many as are updated at once, with their group, update and share's number."""
         for group in self.param_groups:
             some: list[Piece] = []
-            told: tuple[Any, ...] = ()
-            held = 0
+            held, before = 0, (0, 0, torch.float32)
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
@@ -58,16 +57,16 @@ class RoundedAdamW(torch.optim.Optimizer):
                 if not state:
                     state.update(step=0, exp_avg=torch.zeros_like(weight), exp_avg_sq=torch.zeros_like(weight))
                 state["step"] = step = int(state["step"]) + 1  # PyTorch's is a tensor
-                share = torch.distributed.get_rank() if isinstance(weight, DTensor) else 0
+                now = (step, torch.distributed.get_rank() if isinstance(weight, DTensor) else 0, weight.dtype)
                 for piece in zip(*_pieces([weight, state["exp_avg"], state["exp_avg_sq"], weight.grad]), strict=True):
-                    if some and (told[1:] != (step, share, weight.dtype) or held + piece[0].numel() > PIECE):
-                        yield group, told[1], told[2], some
+                    if some and (now != before or held + piece[0].numel() > PIECE):
+                        yield group, *before[:2], some
                         some, held = [], 0
                     some.append(piece)
                     held += piece[0].numel()
-                    told = (group, step, share, weight.dtype)
+                    before = now
             if some:
-                yield group, told[1], told[2], some
+                yield group, *before[:2], some
 
 
 def _update(group: dict[str, Any], step: int, together: list[Piece], random: torch.Generator) -> None:
